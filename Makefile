@@ -1,0 +1,64 @@
+# make help lists what there is. The first target you run sets up everything it needs in .venv.
+PYTHON  ?= python3
+VENV    ?= .venv
+PY      := $(VENV)/bin/python
+EXPERTS ?= 8
+MODEL   ?= bundled
+ARGS    ?=
+
+# Which torch: a local wheel that pip knows of (PIP_FIND_LINKS) is taken; otherwise uv asks the driver and installs a CPU or a CUDA build.
+# TORCH=cpu or TORCH=cu128 chooses; TORCH= takes the package index's default build.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+TORCH ?= $(if $(UV_FIND_LINKS),,auto)
+ifneq ($(TORCH),)
+export UV_TORCH_BACKEND := $(TORCH)
+endif
+# Threads that wait by sleeping: on a shared machine spinning ones cost 3 to 5 times.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+overrides = sae.num_experts=$(EXPERTS) $(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),source.model=$(MODEL)) $(if $(K),sae.k=$(K)) $(if $(TOKENS),tokens=$(TOKENS)) $(if $(SEED),seed=$(SEED)) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train compare sweep evaluate notebook benchmark test check clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "  Options: EXPERTS=8 K=16 TOKENS=2500000 SEED=0 MODEL=bundled|gpt2|synthetic|FOLDER|HUB_NAME RESUME=runs/... ARGS='any Hydra override'"
+
+setup: $(VENV)/.installed  ## create the environment (every other target does it when needed)
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet -e '.[dev,notebook]' || \
+	  { echo "set-up failed. If PyTorch's own package index cannot be reached, 'make setup TORCH=' takes the default index's build (large on Linux)."; exit 1; }
+	@touch $@
+
+train: $(VENV)/.installed  ## train and evaluate a Switch SAE: make train EXPERTS=8; go on with one: make train RESUME=runs/...
+	$(if $(RESUME),$(PY) -m experiments.resume $(RESUME),$(PY) -m experiments.train $(overrides))
+
+compare: $(VENV)/.installed  ## Switch against dense TopK SAEs, width-matched and FLOP-matched, on one activation stream
+	$(PY) -m experiments.train experiment=compare $(overrides)
+
+sweep: $(VENV)/.installed  ## several runs, one after the other: make sweep EXPERTS=2,4,8 SEED=0,1,2
+	$(PY) -m experiments.train --multirun $(overrides)
+
+evaluate: $(VENV)/.installed  ## score a finished run again, or on other rows: make evaluate RUN=runs/... ARGS='--rows 500000'
+	$(PY) -m experiments.evaluate $(RUN) $(ARGS)
+
+notebook: $(VENV)/.installed  ## execute the comparison notebook on your latest runs (or RUNS="runs/a runs/b")
+	$(PY) -m experiments.run_notebook $(RUNS)
+
+benchmark: $(VENV)/.installed  ## time a training step against masked-dense and eai-sparsify, after checking that all agree
+	$(PY) -m experiments.benchmark --peers $(ARGS)
+
+test: $(VENV)/.installed  ## run the tests
+	$(PY) -m pytest -n 2 tests $(ARGS)
+
+check: $(VENV)/.installed  ## formatting, lint, types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:  ## remove the environment; runs stay
+	rm -rf $(VENV)

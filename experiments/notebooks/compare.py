@@ -1,0 +1,244 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Comparing sparse autoencoders
+#
+# Works on the folders of any finished runs. `make notebook` executes it on the two newest, `make notebook RUNS="runs/a runs/b"` on those you name.
+# Or open it in Jupyter (with jupytext) or VS Code, set `RUNS` below, and run all cells.
+
+# %%
+import os
+import warnings
+
+import torch
+from IPython.display import Image, display
+
+from switch_sae.activations import SyntheticSource, build_source
+from switch_sae.analysis import (
+    decoder_geometry,
+    expert_tokens,
+    format_example,
+    normalized_mutual_information,
+    recovery,
+    sample_latents,
+    top_examples,
+)
+from switch_sae.config import config_from_plain
+from switch_sae.evaluation import evaluate
+from switch_sae.report import (
+    curves_figure,
+    expert_tokens_table,
+    finished_runs,
+    geometry_figure,
+    load_figure,
+    load_members,
+    margins,
+    render,
+    scored,
+    scores_figure,
+    table,
+)
+from switch_sae.runs import RunDir
+
+NAMED = os.environ.get("SWITCH_SAE_RUNS", "")  # folders, separated by os.pathsep
+RUNS = [RunDir.open(path) for path in NAMED.split(os.pathsep)] if NAMED else finished_runs("runs")[:2]
+EVALUATION_ROWS = 20_000  # held-out activations for the sections about tokens and text
+LATENTS_PER_EXPERT = 2
+EXAMPLES_PER_LATENT = 3
+
+LARGEST_MATCHING = 8192  # latents; one-to-one matching takes time in proportion to their third power
+
+warnings.filterwarnings("ignore", message="IProgress not found")
+assert RUNS, "there is no finished run in runs/: train one (make train), or set RUNS"
+
+
+def show(figure):
+    display(Image(data=render(figure), width=100 * figure.get_figwidth()))
+
+
+# %% [markdown]
+# ## What was measured
+#
+# All SAEs of one run saw the same activations in the same order, and are scored on the same held-out rows. Two controls are scored beside them:
+# PCA (the best *linear* reconstruction from k numbers per token) and the main SAE before training.
+#
+# - **FVU**, the fraction of variance unexplained: squared error over the variance around the mean of the held-out rows.
+# - **delta CE**: by how many nats per token the language model's cross-entropy rises when reconstructions replace its activations; **KL** is the
+#   divergence of its predictions from the original ones.
+# - **Intervals** come from resampling documents. They say how far the numbers depend on which documents were held out. They do *not* hold the spread
+#   over training seeds: for a claim about an architecture, train several seeds (`make sweep SEED=0,1,2`).
+# - SAEs with more latents or more computation reconstruct better as a rule. Compare at equal width (`width_matched`) or at equal FLOPs per token
+#   (`flop_matched`), and after equally many tokens; short runs favour narrow SAEs, which have fewer latents to train.
+
+# %%
+print(table(RUNS))
+
+# %% [markdown]
+# How far the main SAE's FVU lies below (-) or above (+) the others', in percent of theirs. A star marks a difference that the intervals do not
+# support. All SAEs of a run share their held-out documents, so intervals that do not overlap are more than enough: the test is a cautious one.
+
+# %%
+for run in RUNS:
+    print(run.path.name, margins(run), sep="\n", end="\n\n")
+
+# %%
+rows = scored(RUNS)
+show(scores_figure(rows))
+
+# %% [markdown]
+# ## Training
+#
+# These are numbers of single training batches, logged while training: good for seeing whether a run had converged, not for comparing final scores.
+# A curve that still falls steeply at its end, the last fifth apart (where the learning rate decays), says that the ranking may change with more tokens.
+
+# %%
+show(curves_figure(RUNS, ("fvu", "loss/mse")))
+
+# %% [markdown]
+# ## How the router spreads tokens
+#
+# Each expert's share of the held-out rows, and the router's mean probability for it. Balance is trained for, so an even spread says that the
+# load-balance loss works; it says nothing about whether experts specialise.
+
+# %%
+if any(row.num_experts > 1 and not row.is_control for row in rows):
+    show(load_figure(rows))
+else:
+    print("None of these SAEs has experts.")
+
+# %% [markdown]
+# ## Where decoders store a direction twice
+#
+# For each decoder row, the highest cosine to another row, within its own expert and in all others. An SAE whose experts learn the same latents again
+# wastes width: those have a neighbour near cosine 1 in another expert.
+#
+# Other experts hold E - 1 times as many rows, so the nearest of them is closer by chance alone. The fair comparison is a dense SAE of the same
+# width, cut into E arbitrary blocks: there a block means nothing. Latents that never fired are left out.
+
+# %%
+members = {run.path: load_members(run) for run in RUNS}
+geometries = {run.path: {} for run in RUNS}
+for row in rows:
+    if row.is_control:
+        continue
+    main_experts = next(r for r in rows if r.run is row.run).num_experts
+    blocks = row.num_experts if row.num_experts > 1 or row.num_latents % main_experts else main_experts
+    label = row.label if blocks == row.num_experts else f"{row.label}, cut into {blocks} blocks"
+    geometries[row.run.path][label] = decoder_geometry(members[row.run.path][row.name].decoder_weight(), blocks, row.results.firing_counts)
+
+for run in RUNS:
+    show(geometry_figure(geometries[run.path]))
+
+# %%
+print("Share of live latents with another row at cosine > 0.9, and of latents whose nearest row is in their own expert:")
+for label, geometry in (item for run in RUNS for item in geometries[run.path].items()):
+    shares = geometry.duplicate_shares(0.9)
+    print(
+        f"{label:45} any {shares['any']:6.2%}   within {shares['within']:6.2%}   across {shares['across']:6.2%}   nearest within "
+        f"{geometry.same_expert_share():6.1%} (by chance {1 / geometry.cosine_ME.shape[1]:.1%})"
+    )
+
+# %% [markdown]
+# ## Which directions a dense SAE finds too
+#
+# For each SAE beside the main one: the share of its directions that the main SAE also has (cosine > 0.7), and the mean cosine over one-to-one
+# matches. Two dense SAEs that differ in the seed alone do not agree fully either, so a low share is not by itself a fault of routing. And all SAEs
+# of a run start from one seed, those of equal width from the same decoder: after little training they agree because they have hardly moved.
+
+# %%
+for run in RUNS:
+    (main, main_sae), *others = members[run.path].items()
+    firing = {row.name: row.results.firing_counts for row in rows if row.run is run}
+    for name, sae in others:
+        if min(main_sae.num_latents, sae.num_latents) > LARGEST_MATCHING:
+            print(f"{run.path.name}: {name} is too large to match one to one (LARGEST_MATCHING)")
+            continue
+        match = recovery(main_sae.decoder_weight(), sae.decoder_weight()[firing[name] > 0], threshold=0.7, firing_counts=firing[main])
+        print(f"{run.path.name}: {match.recall:6.1%} of the directions of {name} are in {main}; mean cosine of matches {match.mcc:.2f}")
+
+# %% [markdown]
+# ## What experts and latents respond to
+#
+# The first run's main SAE. With a language model: the tokens that each expert receives more often than its share, and the text that activates some
+# latents most. With synthetic activations: whether the known dictionary and the known topics were found.
+
+# %%
+run = RUNS[0]
+sae = next(iter(members[run.path].values()))
+config = config_from_plain(run.read_json("config.json"))
+source = build_source(config.source, config.batch_size)
+evaluation = source.evaluation_set(EVALUATION_ROWS)
+results = evaluate(sae, evaluation, bootstrap=0)
+firing_counts = results.firing_counts
+print(f"{len(evaluation.x_TD):,} held-out rows; {int((firing_counts > 0).sum()):,} of {sae.num_latents:,} latents of {rows[0].name} fire on them")
+
+# %% [markdown]
+# ### Tokens by expert
+#
+# Each line: the expert's share of rows, then tokens by lift = P(expert | token) / P(expert), with P(expert | token) in percent. Only tokens on at
+# least 20 rows. The router sees the activation, not the token, so a share well below 100 % means that context decides.
+
+# %%
+has_text = evaluation.tokens_CS is not None
+if has_text and sae.num_experts > 1:
+    decode = source.language_model.tokenizer.decode
+    print(expert_tokens_table(expert_tokens(sae, evaluation, decode, top=12), results.vectors["expert_load"]))
+else:
+    print("Needs a language model and an SAE with experts.")
+
+# %% [markdown]
+# ### Text by latent
+#
+# Latents are drawn at random among those that fired on at least 10 rows, not picked: what you see is typical. One example per context, highest
+# activation first, the token that activates the latent most in brackets. The top of a latent's range is its most flattering part; a latent that is
+# clear here may be vague at lower activations.
+
+# %%
+if has_text:
+    decode = source.language_model.tokenizer.decode
+    chosen = sample_latents(firing_counts, sae.num_experts, LATENTS_PER_EXPERT if sae.num_experts > 1 else 16)
+    found = top_examples(sae, evaluation, [latent for latents in chosen for latent in latents], decode, EXAMPLES_PER_LATENT)
+    for expert, latents in enumerate(chosen):
+        for latent in latents:
+            print(f"expert {expert}, latent {latent}, fires on {firing_counts[latent] / len(evaluation.x_TD):.2%} of rows")
+            for example in found[latent]:
+                print("  " + format_example(example))
+else:
+    print("These activations have no text.")
+
+# %% [markdown]
+# ### Recovery of a known dictionary
+#
+# Synthetic activations only. **MCC**: mean cosine after matching latents with true directions one to one. **Recall**: share of true directions that
+# some latent has (cosine > 0.9), for directions common to all topics and for those of single topics. **NMI** of the routed expert and the true
+# topic: 1 when experts are topics, near 0 when they have nothing to do with each other.
+
+# %%
+if isinstance(source, SyntheticSource):
+    truth = source.truth()
+    topic_T = source.evaluation_truth(len(evaluation.x_TD)).topic_T
+    for name, member in members[run.path].items():
+        with torch.no_grad():
+            member_output = member(evaluation.x_TD)
+        decoder, counts = member.decoder_weight(), member_output.latents.firing_counts()
+        parts = {"all": truth.topic_G > -2, "common": truth.is_common_G, "topic": ~truth.is_common_G}
+        scores = {part: recovery(decoder, truth.dictionary_GD[chosen], firing_counts=counts) for part, chosen in parts.items() if chosen.any()}
+        routing = member_output.routing
+        nmi = "-" if routing is None else f"{normalized_mutual_information(routing.expert_T, topic_T):.2f}"
+        recalls = "   ".join(f"recall of {part} {score.recall:6.1%}" for part, score in scores.items())
+        print(f"{name:15} MCC {scores['all'].mcc:.2f}   {recalls}   NMI of experts and topics {nmi}")
+else:
+    print("The true dictionary of a language model's activations is not known.")
+
+# %%
+source.close()

@@ -1,0 +1,21 @@
+"""Goes on with an interrupted run, exactly where it stopped.
+
+python -m experiments.resume runs/2026-01-31_12-00-00_switch-e8
+"""
+
+import argparse
+
+from experiments.compose import clear_errors
+from switch_sae.pipeline import resume_training
+from switch_sae.report import report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="the run folder that training printed")
+    with clear_errors():
+        report(resume_training(parser.parse_args().run))
+
+
+if __name__ == "__main__":
+    main()

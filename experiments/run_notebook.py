@@ -1,0 +1,67 @@
+"""Executes the comparison notebook on finished runs and writes it, with its outputs, as compare.ipynb into the first run's folder.
+
+python -m experiments.run_notebook                                   # the two newest runs in runs/
+python -m experiments.run_notebook runs/a runs/b --out comparison.ipynb
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.compose import clear_errors
+from switch_sae.report import finished_runs
+from switch_sae.runs import RunDir, write_atomically
+
+NOTEBOOK = Path(__file__).resolve().parent / "notebooks" / "compare.py"
+NEWEST = 2
+
+
+def execute(runs: Sequence[RunDir], out: Path) -> None:
+    """Runs the notebook in a Jupyter kernel of this Python and writes it to `out`.
+
+    Raises ModuleNotFoundError without the notebook extra, and SystemExit, after writing the outputs so far, when a cell fails.
+    """
+    try:
+        import ipykernel  # noqa: F401
+        import jupytext
+        import nbformat
+        from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error.name} is not installed. The notebook needs the notebook extra: pip install -e '.[notebook]'") from error
+    for run in runs:
+        run.read_json("results.json")
+    notebook = jupytext.read(NOTEBOOK)
+    environment = {**os.environ, "SWITCH_SAE_RUNS": os.pathsep.join(str(run.path.resolve()) for run in runs)}
+    # Below errors, the kernel only warns that it talks over TCP. It listens on this machine alone, and messages are signed.
+    quiet = ["--log-level=ERROR"]
+    client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": os.getcwd()}}, extra_arguments=quiet)
+    failure = None
+    try:
+        client.execute(env=environment)
+    except CellExecutionError as error:
+        failure = error
+    write_atomically(out, nbformat.writes(notebook).encode())
+    if failure is not None:
+        sys.exit(f"\nerror: a cell failed; the outputs up to it are in {out}.\n{failure}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", help=f"folders of finished runs; default: the {NEWEST} newest in runs/")
+    parser.add_argument("--out", type=Path, help="where the notebook goes; default: compare.ipynb in the first run's folder")
+    arguments = parser.parse_args()
+    with clear_errors():
+        runs = [RunDir.open(path) for path in arguments.runs] or finished_runs("runs")[:NEWEST]
+        if not runs:
+            raise FileNotFoundError("there is no finished run in runs/. Train one (make train), or give the folders of some: make notebook RUNS=...")
+        out = arguments.out or runs[0].path / "compare.ipynb"
+        print(f"executing {NOTEBOOK.name} on {', '.join(str(run.path) for run in runs)}")
+        execute(runs, out)
+        print(f"notebook: {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Operations on tensors for mixture-of-experts sparse autoencoders. They know nothing of SAEs, language models or configuration.
+
+Imported as `switch_kernels`: `kernels/` is a source root, not a package (transformers imports any top-level module called `kernels`).
+
+Shapes: T tokens in arrival order, N rows in expert order, D activation size, E experts, F latents per expert, M = E*F, K active latents.
+"""
+
+from switch_kernels.decode import sparse_decode, sparse_decode_reference
+from switch_kernels.dispatch import Dispatch
+from switch_kernels.encode import Selection, encode_topk, encode_topk_reference
+from switch_kernels.latent_order import LatentOrder
+from switch_kernels.spec import KERNELS, KernelSpec, Shape
+
+__all__ = [
+    "KERNELS",
+    "Dispatch",
+    "KernelSpec",
+    "LatentOrder",
+    "Selection",
+    "Shape",
+    "encode_topk",
+    "encode_topk_reference",
+    "sparse_decode",
+    "sparse_decode_reference",
+]

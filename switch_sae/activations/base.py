@@ -1,0 +1,62 @@
+"""The contract of every source of activations, and the fixed rows that everything is evaluated on."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Fixed, shared evaluation rows: the same for every SAE that is compared."""
+
+    x_TD: Tensor
+    """Raw activations, float32, in reading order."""
+    document_T: Tensor
+    """Which document each row comes from, int64: the unit of the bootstrap."""
+    tokens_CS: Tensor | None = None
+    """The contexts the rows come from, token ids; None for synthetic activations."""
+    keep_CS: Tensor | None = None
+    """Which positions became rows: `activations(tokens_CS)[keep_CS]` is `x_TD`."""
+    document_names: tuple[str, ...] = ()
+    """Names by document number."""
+
+
+class ActivationSource(ABC):
+    """An endless, deterministic stream of batches of raw activations.
+
+    `next(source)` gives x_TD: [batch, d_in], float32. Two sources with the same config give the same rows, bit for bit.
+    """
+
+    d_in: int
+    language_model: Any = None
+    """The `LanguageModel` behind the activations, for metrics that run it; None where there is none."""
+
+    def __iter__(self) -> "ActivationSource":
+        return self
+
+    @abstractmethod
+    def __next__(self) -> Tensor: ...
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, as plain JSON values; loading it makes the next batch the one that would have come."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def evaluation_set(self, rows: int) -> EvaluationSet:
+        """At least one, at most `rows` held-out rows, never part of the training stream, the same on every call and for every training seed."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What made these activations (model, hook, text, scale of the stream), as plain JSON values for the run folder."""
+
+    def mixing(self) -> dict[str, float]:
+        """How well batches mix documents so far; empty where there are no documents."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027 - most sources have nothing to stop
+        """Stops background work."""

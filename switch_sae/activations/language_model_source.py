@@ -1,0 +1,236 @@
+"""The stream of activations that SAEs train on: text through a language model's hook, shuffled, endless, exactly resumable."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switch_sae.activations.base import ActivationSource, EvaluationSet
+from switch_sae.activations.buffer import Block, Position, ShuffleBuffer, seeded
+from switch_sae.activations.language_model import LanguageModel, Precision
+from switch_sae.activations.text import HELD_OUT_ONE_IN, Document, TextConfig, documents, local_split
+from switch_sae.activations.tokens import ContextFeed, ContextRules, Contexts, LocalFeed, Packing, StreamFeed
+
+_EVALUATION_POOL = 4
+
+
+class LanguageModelSource(ActivationSource):
+    """Batches x_TD of a language model's activations, on the language model's device.
+
+    Local text is tokenised once at the start and its contexts are visited in an order shuffled anew for every epoch; a streamed dataset is
+    read in order. `language_model` may be given to share one that is loaded already; it must have the config's model and hook.
+    """
+
+    @dataclass
+    class Config:
+        model: str = "bundled"
+        """`bundled`, a local folder in Hugging Face format, or a hub name."""
+        hook: str = "blocks.2.hook_resid_pre"
+        text: TextConfig = field(default_factory=TextConfig)
+        context_length: int = 128
+        packing: Packing = Packing.packed
+        prepend_bos: bool | None = None
+        """Whether every context begins with BOS; null follows the model's own convention."""
+        drop_special_tokens: bool = True
+        """BOS, EOS and padding, wherever they stand, give no rows: their norms are far outside the rest and distort every metric."""
+        drop_first_position: bool = True
+        """Position 0 gives no row, whichever token it holds: it is an attention sink."""
+        buffer_rows: int = 131_072
+        """Rows shuffled together; memory is two to three times buffer_rows * d_in * 4 bytes."""
+        contexts_per_forward: int = 32
+        """Contexts in one pass of the language model; on a CPU larger passes are slower, they leave the cache."""
+        device: str | None = None
+        """Of the language model; null takes CUDA where there is one."""
+        precision: Precision = Precision.float32
+        prefetch: bool | None = None
+        """Makes the next block in a thread while the current one is used; null does so where the model runs on a GPU. Measured on 2 CPU cores:
+        0 to 25 % slower, since both sides want all cores."""
+        seed: int = 0
+
+        def __post_init__(self) -> None:
+            for name, least in (("context_length", 1), ("buffer_rows", 1), ("contexts_per_forward", 1), ("seed", 0)):
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+            for name, kind in (("packing", Packing), ("precision", Precision)):
+                value = getattr(self, name)
+                if not isinstance(value, kind):
+                    if value not in kind.__members__:
+                        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(kind.__members__)}.")
+                    setattr(self, name, kind[value])
+
+    def __init__(self, config: Config, batch_size: int, language_model: LanguageModel | None = None) -> None:
+        if config.buffer_rows < batch_size:
+            raise ValueError(f"buffer_rows={config.buffer_rows} is below batch_size={batch_size}, so nothing is mixed. Use several batches' worth.")
+        self.config = config
+        self.batch_size = batch_size
+        self.language_model = language_model or LanguageModel(config.model, config.hook, config.device, config.precision)
+        if (self.language_model.name, self.language_model.hook) != (config.model, config.hook):
+            raise ValueError(
+                f"the language model given has name {self.language_model.name!r} and hook {self.language_model.hook!r}, "
+                f"the config {config.model!r} and {config.hook!r}. They must agree."
+            )
+        self.d_in = self.language_model.d_in
+        self.rules = self._rules()
+        self._feed: ContextFeed
+        if config.text.streamed:
+            name = f"{config.text.dataset}:{config.text.dataset_config}:{config.text.split}:{config.text.text_column}:{config.text.max_documents}"
+            self._feed = StreamFeed(lambda: documents(config.text, held_out=False), self.language_model.tokenizer, self.rules, name)
+        else:
+            train, held_out = local_split(config.text)
+            self._feed = LocalFeed(train, self.language_model.tokenizer, self.rules, config.seed, "training text")
+            self._held_out = LocalFeed(held_out, self.language_model.tokenizer, self.rules, 0, "held-out text")
+        self._text = self._feed.describe()
+        expected = self._feed.expected_documents(batch_size)
+        prefetch = self.language_model.device.type != "cpu" if config.prefetch is None else config.prefetch
+        self._buffer = ShuffleBuffer(self._make_block, self._feed.start, batch_size, expected, prefetch)
+        self._announced = False
+
+    def _rules(self) -> ContextRules:
+        config, model = self.config, self.language_model
+        if config.context_length > model.context_length_limit:
+            raise ValueError(
+                f"context_length={config.context_length} exceeds the {model.context_length_limit} tokens that {model.name!r} takes. "
+                f"Set context_length={model.context_length_limit} or less."
+            )
+        if config.packing is Packing.truncated and not model.causal:
+            raise ValueError(
+                f"packing=truncated pads short contexts, which changes every activation of {model.name!r}: it is not causal. Use packed."
+            )
+        prepend_bos = model.prepends_bos if config.prepend_bos is None else config.prepend_bos
+        if prepend_bos and model.bos_token_id is None:
+            raise ValueError(f"prepend_bos=true, but {model.name!r} has no BOS token. Set prepend_bos=false.")
+        first_choice, second_choice = (model.bos_token_id, model.eos_token_id) if prepend_bos else (model.eos_token_id, model.bos_token_id)
+        return ContextRules(
+            context_length=config.context_length,
+            packing=config.packing,
+            bos=model.bos_token_id if prepend_bos else None,
+            separator=first_choice if first_choice is not None else second_choice,
+            pad=next((i for i in (model.pad_token_id, model.eos_token_id) if i is not None), 0),
+            special=model.special_token_ids,
+            drop_special_tokens=config.drop_special_tokens,
+            drop_first_position=config.drop_first_position,
+        )
+
+    def __next__(self) -> Tensor:
+        batch_TD = next(self._buffer)
+        epoch = self._buffer.position["epoch"]
+        if epoch and not self._announced:
+            self._announced = True
+            size = f" of {self._text['rows_per_epoch']:,} rows" if "rows_per_epoch" in self._text else ""
+            print(f"activations: the text has been read once and repeats: epoch {epoch + 1}{size}.", flush=True)
+        return batch_TD
+
+    def _make_block(self, position: Position, cancelled: threading.Event) -> Block:
+        contexts, next_position = self._feed.block(position, self.config.buffer_rows)
+        rows = contexts.rows
+        place_T = torch.randperm(rows, generator=seeded("rows", self.config.seed, *(position[key] for key in sorted(position))))
+        x_TD = torch.empty(rows, self.d_in, device=self.language_model.device)
+        done = 0
+        for kept_TD in self._kept_rows(contexts, f"the block at {position}"):
+            if cancelled.is_set():
+                raise InterruptedError(f"making the block at {position} was called off.")
+            x_TD[place_T[done : done + len(kept_TD)].to(x_TD.device)] = kept_TD
+            done += len(kept_TD)
+        document_T = torch.empty(rows, dtype=torch.int64)
+        document_T[place_T] = contexts.document_CS[contexts.keep_CS].long()
+        return Block(x_TD, document_T, next_position)
+
+    def _kept_rows(self, contexts: Contexts, where: str) -> Iterator[Tensor]:
+        """The kept rows of one pass after another, in reading order. Passes depend on the contexts alone, so rows come out bit-identical again."""
+        for start in range(0, len(contexts), self.config.contexts_per_forward):
+            part = contexts[start : start + self.config.contexts_per_forward]
+            x_CSD = self.language_model.activations(part.tokens_CS)
+            kept_TD = x_CSD[part.keep_CS.to(x_CSD.device)]
+            if not torch.isfinite(kept_TD).all():
+                raise FloatingPointError(
+                    f"language model {self.language_model.name!r} gives NaN or infinite activations at hook {self.config.hook!r}, in contexts "
+                    f"{start} to {start + len(part) - 1} of {where}. Check the model's weights; with precision=bfloat16 try float32."
+                )
+            yield kept_TD
+
+    def evaluation_set(self, rows: int) -> EvaluationSet:
+        """Whole held-out contexts drawn from all held-out documents by a fixed seed, in reading order; on the CPU.
+
+        Of a streamed dataset, drawn from the first held-out documents that hold `_EVALUATION_POOL` times as many rows.
+        """
+        if rows < 1:
+            raise ValueError(f"an evaluation set of {rows} rows cannot be made. Ask for at least 1.")
+        text, tokenizer = self.config.text, self.language_model.tokenizer
+        if text.streamed:
+            names: list[str] = []
+            feed = StreamFeed(lambda: _named(documents(text, held_out=True), names), tokenizer, self.rules, self._text["stream"])
+            contexts = feed.block(feed.start, _EVALUATION_POOL * rows)[0]
+        else:
+            contexts, names = self._held_out.contexts, self._held_out.names
+        chosen = _whole_contexts(contexts, rows)
+        x_TD = torch.cat([kept_TD.cpu() for kept_TD in self._kept_rows(chosen, "the held-out text")])
+        return EvaluationSet(x_TD, chosen.document_CS[chosen.keep_CS].long(), chosen.tokens_CS.long(), chosen.keep_CS, tuple(names))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The next unseen row's place in the text, and what the stream is made of, so that it is not continued with something else."""
+        return {**self._buffer.state_dict(), "made_of": self._made_of()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the saved stream had another model, text or config: its place means nothing in this one."""
+        saved, mine = state["made_of"], self._made_of()
+        differs = [f"{key}: saved {saved.get(key)!r}, now {mine.get(key)!r}" for key in sorted({*saved, *mine}) if saved.get(key) != mine.get(key)]
+        if differs:
+            raise ValueError(
+                f"this source cannot go on where the saved one stopped; they differ in {'; '.join(differs)}. Restore these, or start a new run."
+            )
+        self._buffer.load_state_dict(state)
+
+    def _made_of(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "model": self.language_model.fingerprint,
+            "hook": config.hook,
+            "precision": config.precision.value,
+            "text": self._text["fingerprint"],
+            "context_length": config.context_length,
+            "packing": config.packing.value,
+            "prepend_bos": self.rules.bos is not None,
+            "drop_special_tokens": config.drop_special_tokens,
+            "drop_first_position": config.drop_first_position,
+            "buffer_rows": config.buffer_rows,
+            "contexts_per_forward": config.contexts_per_forward,
+            "seed": config.seed,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **self._made_of(),
+            "source": "language_model",
+            "model": self.language_model.name,
+            "model_fingerprint": self.language_model.fingerprint,
+            "d_in": self.d_in,
+            "device": str(self.language_model.device),
+            "prefetch": self._buffer.prefetches,
+            "text": {"kind": self.config.text.kind.value, "held_out": f"one document in {HELD_OUT_ONE_IN}", **self._text},
+        }
+
+    def mixing(self) -> dict[str, float]:
+        """How well batches mix documents so far: `ShuffleBuffer.mixing`."""
+        return self._buffer.mixing()
+
+    def close(self) -> None:
+        self._buffer.close()
+
+
+def _named(source: Iterator[Document], names: list[str]) -> Iterator[Document]:
+    """Passes documents on and notes their names, by number."""
+    for document in source:
+        names.append(document.name)
+        yield document
+
+
+def _whole_contexts(contexts: Contexts, rows: int) -> Contexts:
+    """As many contexts in a fixed random order as fit into `rows` rows, sorted by reading order; the first one cut short if even it does not fit."""
+    order_C = torch.randperm(len(contexts), generator=seeded("evaluation"))
+    order_C = order_C[contexts.keep_CS[order_C].any(1)]
+    fits = int((contexts.keep_CS[order_C].sum(1).cumsum(0) <= rows).sum())
+    chosen = contexts[order_C[: max(fits, 1)].sort().values]
+    return Contexts(chosen.tokens_CS, chosen.document_CS, chosen.keep_CS & (chosen.keep_CS.flatten().cumsum(0).reshape(chosen.keep_CS.shape) <= rows))

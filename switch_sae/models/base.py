@@ -1,0 +1,126 @@
+"""The contract that every sparse autoencoder (SAE) keeps, and the values it passes around.
+
+Shapes: T tokens, D activation size (`d_in`), M latents (`d_sae`), E experts, F = M / E latents per expert, K active latents per token.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class SparseLatents:
+    """At most K active latents per token. The gate is inside the values, so decoding is linear and knows nothing of experts.
+
+    Slots whose value is 0 are unused: they name some latent but that latent did not fire.
+    """
+
+    values_TK: Tensor
+    """Activations of the chosen latents, >= 0, in units of the scaled activations."""
+    indices_TK: Tensor
+    """Global latent indices, int64 in [0, M)."""
+    num_latents: int
+    """M."""
+
+    def to_dense(self) -> Tensor:
+        """The same latents as [T, M], zeros where nothing fired."""
+        dense_TM = self.values_TK.new_zeros(self.values_TK.shape[0], self.num_latents)
+        return dense_TM.scatter_add(1, self.indices_TK, self.values_TK)
+
+    def firing_counts(self) -> Tensor:
+        """[M] how many tokens each latent fired on; zero-valued slots do not count."""
+        counts_M = torch.zeros(self.num_latents, dtype=torch.float32, device=self.values_TK.device)
+        return counts_M.scatter_add_(0, self.indices_TK.flatten(), (self.values_TK > 0).float().flatten())
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router decided for one batch."""
+
+    expert_T: Tensor
+    """The chosen expert of each token, int64 in [0, E)."""
+    gate_T: Tensor
+    """Its probability."""
+    probs_TE: Tensor
+    """All probabilities: the softmax of the router's logits."""
+
+
+@dataclass(frozen=True)
+class SAEOutput:
+    """What `SparseAutoencoder.forward` returns."""
+
+    recon_TD: Tensor
+    """Reconstruction, in the units of the input."""
+    latents: SparseLatents
+    routing: Routing | None = None
+    """None for architectures without experts."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per token, a multiply-add counted as two. Elementwise work, selection and the optimiser are not counted."""
+
+    router: int
+    encode: int
+    decode: int
+    backward: int
+
+    @property
+    def forward(self) -> int:
+        return self.router + self.encode + self.decode
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+
+class SparseAutoencoder(nn.Module, ABC):
+    """x_TD -> SparseLatents -> recon_TD. Takes and returns raw activations; `activation_scale` is applied inside.
+
+    Training scales activations once so that their mean squared norm is D (`scale_to`); the factor is a buffer, saved with the weights.
+    """
+
+    config: Any
+    d_in: int
+    num_latents: int
+    num_experts: int
+    activation_scale: Tensor
+    activations: dict[str, Any]
+    """What it was trained on (`ActivationSource.describe`), for an SAE that was loaded; empty before."""
+
+    @abstractmethod
+    def encode(self, x_TD: Tensor) -> SparseLatents:
+        """The active latents of raw activations. Raises ValueError for a wrong width."""
+
+    @abstractmethod
+    def decode(self, latents: SparseLatents) -> Tensor:
+        """recon_TD, in the units of the raw activations; `decode(encode(x)) == forward(x).recon_TD`."""
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor) -> SAEOutput: ...
+
+    @abstractmethod
+    def loss_terms(self, x_TD: Tensor, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
+        """Scalar loss terms by name, already weighted: the trainer adds them up. `dead_M` marks latents that AuxK should revive."""
+
+    @abstractmethod
+    def initialize(self, x_TD: Tensor) -> None:
+        """Sets the data-dependent start (biases) from one large batch of raw activations."""
+
+    @abstractmethod
+    def flops(self) -> Flops:
+        """Honest cost of one token, router and decoder included."""
+
+    @abstractmethod
+    def decoder_weight(self) -> nn.Parameter:
+        """W_dec_MD: the rows that stay on the unit sphere."""
+
+    @abstractmethod
+    def fold_activation_scale(self) -> None:
+        """Absorbs `activation_scale` into the biases and the router, exactly: the function of raw activations stays, the scale becomes 1.
+
+        Latent values and every latent's threshold change units (divided by the old scale); decoder rows keep unit norm.
+        """

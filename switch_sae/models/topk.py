@@ -1,0 +1,152 @@
+"""`TopKSAE`: the dense baseline, which every token uses whole (Gao et al., arXiv 2406.04093)."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from switch_kernels import Dispatch, encode_topk, sparse_decode
+from switch_sae.models.base import Flops, Routing, SAEOutput, SparseAutoencoder, SparseLatents
+from switch_sae.models.losses import geometric_median, normalized_auxk_loss, reconstruction_loss
+
+
+class EncoderInit(Enum):
+    """How W_enc starts; W_dec always starts as the same rows at unit norm."""
+
+    unit = "unit"
+    """W_enc = W_dec."""
+    linear = "linear"
+    """torch.nn.Linear's default, uniform in +-1/sqrt(D): the paper's start."""
+
+
+class TopKSAE(SparseAutoencoder):
+    """z = TopK(ReLU(W_enc (x - b_pre) + b_enc)), recon = W_dec z + b_pre, W_dec's rows on the unit sphere."""
+
+    @dataclass
+    class Config:
+        num_latents: int = 4096
+        """M, in all."""
+        k: int = 32
+        """Active latents per token, at most."""
+        encoder_bias: bool = True
+        encoder_init: EncoderInit = EncoderInit.unit
+        auxk: float = 1 / 32
+        """Coefficient of AuxK, which revives dead latents: adds auxk * D * (variance of the residual that dead latents leave). 0 switches it off."""
+        auxk_latents: int | None = None
+        """Dead latents that reconstruct each token's residual; None is D / 2 (Gao et al.)."""
+
+        def __post_init__(self) -> None:
+            _at_least("num_latents", self.num_latents, 1)
+            _at_least("k", self.k, 1)
+            if self.k > self.num_latents:
+                raise ValueError(f"k={self.k} is more than num_latents={self.num_latents}. Use k <= {self.num_latents}.")
+            if self.auxk < 0:
+                raise ValueError(f"auxk={self.auxk} is negative. Use 0 to switch AuxK off, or a coefficient such as 0.03125.")
+            if self.auxk_latents is not None:
+                _at_least("auxk_latents", self.auxk_latents, 1)
+
+    num_experts = 1
+
+    def __init__(self, config: "TopKSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        _at_least("d_in", d_in, 1)
+        self.config, self.d_in, self.num_latents = config, d_in, config.num_latents
+        self.activations = {}
+        init_MD = (torch.rand(config.num_latents, d_in, generator=generator) * 2 - 1) / d_in**0.5
+        self.W_dec_MD = nn.Parameter(F.normalize(init_MD, dim=1))
+        self.W_enc_MD = nn.Parameter(init_MD if config.encoder_init is EncoderInit.linear else self.W_dec_MD.detach().clone())
+        self.b_enc_M = nn.Parameter(torch.zeros(config.num_latents)) if config.encoder_bias else None
+        self.b_pre_D = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("activation_scale", torch.tensor(1.0))
+
+    def initialize(self, x_TD: Tensor) -> None:
+        self.b_pre_D.data.copy_(geometric_median(x_TD * self.activation_scale))
+
+    def route(self, x_TD: Tensor) -> tuple[Routing | None, Dispatch]:
+        """Which expert computes each (scaled) activation: a dense SAE is one expert that takes them all."""
+        return None, Dispatch.to_one_expert(x_TD.shape[0], x_TD.device)
+
+    def encode(self, x_TD: Tensor) -> SparseLatents:
+        return self._encode(self._scaled(x_TD))[0]
+
+    def decode(self, latents: SparseLatents) -> Tensor:
+        return self._decode(latents, None)
+
+    def forward(self, x_TD: Tensor) -> SAEOutput:
+        latents, routing, by_latent = self._encode(self._scaled(x_TD))
+        return SAEOutput(self._decode(latents, by_latent), latents, routing)
+
+    def loss_terms(self, x_TD: Tensor, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
+        residual_TD = (x_TD - output.recon_TD) * self.activation_scale
+        terms = {"mse": reconstruction_loss(residual_TD)}
+        if self.config.auxk > 0 and dead_M is not None:
+            terms["auxk"] = self.config.auxk * self.d_in * self._auxk(self._scaled(x_TD), residual_TD.detach(), output.routing, dead_M)
+        return terms
+
+    def flops(self) -> Flops:
+        """Backward: gradients of values and W_dec (2DK each) and of W_enc (2DK), on selected rows only; AuxK, which runs only on dead latents, is left out."""
+        per_row = 2 * self.d_in
+        k = self.config.k
+        return Flops(router=0, encode=per_row * self.num_latents // self.num_experts, decode=per_row * k, backward=3 * per_row * k)
+
+    def decoder_weight(self) -> nn.Parameter:
+        return self.W_dec_MD
+
+    @torch.no_grad()
+    def fold_activation_scale(self) -> None:
+        # ReLU and top-k are positively homogeneous: with both biases divided by the scale, the latents are divided by it too.
+        self.b_pre_D.div_(self.activation_scale)
+        if self.b_enc_M is not None:
+            self.b_enc_M.div_(self.activation_scale)
+        self.activation_scale.fill_(1.0)
+
+    def _scaled(self, x_TD: Tensor) -> Tensor:
+        if x_TD.ndim != 2 or x_TD.shape[1] != self.d_in:
+            raise ValueError(
+                f"activations have shape {tuple(x_TD.shape)}; this SAE takes [tokens, d_in={self.d_in}]. Flatten leading dimensions first."
+            )
+        return x_TD * self.activation_scale
+
+    def _encode(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None, Any]:
+        routing, dispatch = self.route(x_TD)
+        gate_T = None if routing is None else routing.gate_T
+        values_TK, indices_TK, by_latent = encode_topk(x_TD, self.b_pre_D, gate_T, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k)
+        return SparseLatents(values_TK, indices_TK, self.num_latents), routing, by_latent
+
+    def _decode(self, latents: SparseLatents, by_latent: Any) -> Tensor:
+        return (sparse_decode(latents.values_TK, latents.indices_TK, self.W_dec_MD, by_latent) + self.b_pre_D) / self.activation_scale
+
+    def _auxk(self, x_TD: Tensor, residual_TD: Tensor, routing: Routing | None, dead_M: Tensor) -> Tensor:
+        """Reconstructs each token's residual from the dead latents of its own expert: cost grows with the number of dead latents, not with M.
+
+        Gradients reach the dead rows of W_enc, b_enc and W_dec and nothing else: gate, centre and residual are held fixed.
+        """
+        dispatch = (
+            Dispatch.to_one_expert(x_TD.shape[0], x_TD.device) if routing is None else Dispatch.from_experts(routing.expert_T, self.num_experts)
+        )
+        dead_latents = dead_M.nonzero()[:, 0]
+        dead_per_expert = dead_M.view(self.num_experts, -1).sum(dim=1).tolist()
+        x_ND = dispatch.gather(x_TD - self.b_pre_D.detach())
+        W_enc = self.W_enc_MD.index_select(0, dead_latents).split(dead_per_expert)
+        W_dec = self.W_dec_MD.index_select(0, dead_latents).split(dead_per_expert)
+        b_enc = None if self.b_enc_M is None else self.b_enc_M.index_select(0, dead_latents).split(dead_per_expert)
+        gate_N = None if routing is None else dispatch.gather(routing.gate_T.detach())
+        recon = []
+        for e, dead in enumerate(dead_per_expert):
+            rows = slice(dispatch.offsets[e], dispatch.offsets[e + 1])
+            if dead == 0:
+                recon.append(torch.zeros_like(x_ND[rows]))
+                continue
+            pre = F.linear(x_ND[rows], W_enc[e], None if b_enc is None else b_enc[e])
+            values, indices = pre.topk(min(self.config.auxk_latents or max(1, self.d_in // 2), dead), dim=1, sorted=False)
+            latents = torch.zeros_like(pre).scatter(1, indices, values.relu())
+            recon.append(latents @ W_dec[e] if gate_N is None else (latents @ W_dec[e]) * gate_N[rows, None])
+        return normalized_auxk_loss(dispatch.gather(residual_TD), torch.cat(recon))
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}={value} is too small: it must be at least {least}.")

@@ -1,0 +1,50 @@
+"""Typed configuration to plain JSON values and back."""
+
+from dataclasses import asdict, is_dataclass
+from enum import Enum
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, enums, paths and tuples as plain JSON values."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {key: to_plain(item) for key, item in asdict(value).items()}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_plain(cls: type, plain: dict[str, Any], **ready: Any) -> Any:
+    """The dataclass `cls` from what `to_plain` made of it; `ready` are fields that are typed already.
+
+    Raises ValueError for a name that `cls` does not have and for an enum value that does not exist.
+    """
+    hints = get_type_hints(cls)
+    unknown = sorted(set(plain) - set(hints))
+    if unknown:
+        raise ValueError(
+            f"unknown settings {unknown} for {cls.__qualname__}; it has {sorted(hints)}. A newer version of switch_sae may have made this."
+        )
+    return cls(**{name: _convert(name, hints[name], value) for name, value in plain.items()}, **ready)
+
+
+def _convert(name: str, hint: Any, value: Any) -> Any:
+    if get_origin(hint) in (Union, UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in get_args(hint) if option is not type(None))
+    if get_origin(hint) is list:
+        return [_convert(name, get_args(hint)[0], item) for item in value]
+    if isinstance(hint, type) and is_dataclass(hint):
+        return from_plain(hint, value)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        if value not in hint.__members__:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(hint.__members__)}.")
+        return hint[value]
+    return value

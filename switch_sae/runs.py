@@ -1,0 +1,321 @@
+"""Run folders: everything about one trained SAE in one place, and the only code that writes to disk.
+
+    run/
+      config.json          the whole configuration that made it
+      environment.json     versions, commit, device
+      metrics.jsonl        one JSON object per logged step
+      checkpoints/         step-00001000.safetensors: everything an exact resume needs, at most two of them
+      model.safetensors    the SAE: weights, and in its header architecture, config, and what its activations were
+      results.json         evaluation
+      figures/
+
+Every file is written beside its final place, flushed to the disk and renamed: a reader, a killed process or a full disk sees the old file or
+the new one, never half of it. Nothing here is ever unpickled.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from switch_sae.models import SAES, SparseAutoencoder
+from switch_sae.plain import from_plain, to_plain
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+_KEPT_CHECKPOINTS = 2
+
+
+class RunError(RuntimeError):
+    """A run folder cannot be written or read; the message says what to do, and what is on disk is whole."""
+
+
+def write_atomically(path: Path, content: bytes | Callable[[Path], None]) -> None:
+    """Replaces `path` with `content`, whole or not at all; a function is given the path of the part file and fills it.
+
+    Raises RunError when the disk is full or the folder cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(part)
+        else:
+            part.write_bytes(content)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            part.unlink()
+        raise RunError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}. What was there before is untouched. "
+            "Free some space or make the folder writable, then go on with RESUME=<run folder>, or choose another with runs=FOLDER."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved training state."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class RunDir:
+    """One run's folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, parent: str | Path, name: str) -> "RunDir":
+        """A new folder parent/<date>_<time>_<name>, never one that exists: launches in the same second get a number.
+
+        Raises RunError when the parent cannot be written.
+        """
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+        for number in range(1000):
+            path = Path(parent) / (f"{stamp}_{name}" + (f"_{number}" if number else ""))
+            try:
+                path.mkdir(parents=True)
+                return cls(path)
+            except FileExistsError:
+                if Path(parent).is_file():
+                    raise RunError(f"{parent} is a file. Give a folder for runs: runs=FOLDER.") from None
+            except OSError as error:
+                raise RunError(f"cannot create a run folder in {parent}: {error.strerror or error}. Choose a writable one: runs=FOLDER.") from error
+        raise RunError(f"1000 runs named {stamp}_{name} exist in {parent}; is something starting runs in a loop?")
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunDir":
+        """An existing run folder. Raises FileNotFoundError for anything else."""
+        run = cls(path)
+        if not (run.path / "config.json").is_file():
+            raise FileNotFoundError(f"{run.path} is not a run folder: it has no config.json. Give the folder that training printed.")
+        return run
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    def member(self, name: str) -> "RunDir":
+        """The folder of another SAE that trained on the same activation stream."""
+        return RunDir(self.path / "baselines" / name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomically(self.path / name, (json.dumps(to_plain(value), indent=1) + "\n").encode())
+
+    def read_json(self, name: str) -> Any:
+        path = self.path / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist: this run has no {name}" + (" yet. Is training finished?" if name == "results.json" else ".")
+            )
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}). Restore it, or train again.") from error
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends one row to metrics.jsonl, at once visible to a reader."""
+        path = self.path / "metrics.jsonl"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror or error}. Free some space, then go on with RESUME=<run folder>.") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All logged rows; a last line cut off by a kill is left out."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drops rows of steps that a resume will do again."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        if not (self.path / "metrics.jsonl").is_file():
+            return
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """One file, written atomically; older ones beyond the last two are removed afterwards."""
+        header = {
+            "format": "switch_sae.checkpoint",
+            "version": str(FORMAT_VERSION),
+            "state": json.dumps({"step": checkpoint.step, **checkpoint.state}),
+        }
+        tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
+        path = self.path / "checkpoints" / f"step-{checkpoint.step:08d}.safetensors"
+        write_atomically(path, lambda part: save_file(tensors, part, header))
+        for old in self._checkpoints()[:-_KEPT_CHECKPOINTS]:
+            old.unlink(missing_ok=True)
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint, or None where training has saved none. Raises ValueError when it cannot be read."""
+        files = self._checkpoints()
+        if not files:
+            return None
+        tensors, header = _read_safetensors(files[-1], "switch_sae.checkpoint")
+        state = json.loads(header["state"])
+        return Checkpoint(state.pop("step"), tensors, state)
+
+    def remove_checkpoints(self) -> None:
+        """For a finished run: the SAE itself is in model.safetensors."""
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def discard(self) -> None:
+        """Removes the folder of a run that failed before its first step."""
+        shutil.rmtree(self.path)
+
+    def save_sae(self, sae: SparseAutoencoder, activations: dict[str, Any]) -> None:
+        """Writes model.safetensors; `activations` says what it was trained on (`ActivationSource.describe`)."""
+        save_sae(self.path / MODEL_FILE, sae, activations)
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
+
+
+def architecture_of(value: Any) -> str:
+    """The table key (`switch`) of an SAE or of its config."""
+    for name, cls in SAES.items():
+        if type(value) is cls or type(value) is cls.Config:
+            return name
+    raise ValueError(f"{type(value).__qualname__} is not in the table SAES ({', '.join(SAES)}). Add a line for it in switch_sae/models/__init__.py.")
+
+
+def sae_config(plain: dict[str, Any]) -> Any:
+    """The typed config of a saved one: `{"architecture": "switch", "num_latents": ..., ...}`. Raises ValueError for unknown names."""
+    fields = dict(plain)
+    architecture = fields.pop("architecture", None)
+    if architecture not in SAES:
+        raise ValueError(f"unknown SAE architecture {architecture!r}; this version knows {', '.join(SAES)}.")
+    return from_plain(SAES[architecture].Config, fields)
+
+
+def save_sae(path: str | Path, sae: SparseAutoencoder, activations: dict[str, Any] | None = None) -> None:
+    """Writes one self-describing safetensors file: weights, and in the header architecture, config, d_in and what the activations were."""
+    header = {
+        "format": "switch_sae",
+        "version": str(FORMAT_VERSION),
+        "architecture": architecture_of(sae),
+        "d_in": str(sae.d_in),
+        "config": json.dumps(to_plain(sae.config)),
+        "activations": json.dumps(activations or {}),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    _refuse_nonfinite(tensors, f"{path} was not written")
+    write_atomically(Path(path), lambda part: save_file(tensors, part, header))
+
+
+def load_sae(path: str | Path) -> SparseAutoencoder:
+    """The SAE of a run folder or of one model.safetensors, in evaluation mode, ready for raw activations.
+
+    `sae.activations` holds what it was trained on. Raises FileNotFoundError where there is none, and ValueError, naming what is wrong, for a
+    truncated or foreign file, an unknown version or architecture, tensors whose shapes contradict the config, and non-finite values.
+    """
+    file = Path(path)
+    if file.is_dir():
+        if not (file / MODEL_FILE).is_file() and RunDir(file).last_checkpoint() is not None:
+            raise FileNotFoundError(
+                f"{file} holds no {MODEL_FILE} yet, only checkpoints: training did not finish. Go on with make train RESUME={file}"
+            )
+        file = file / MODEL_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist. Give a run folder (training prints its path) or a {MODEL_FILE}.")
+    tensors, header = _read_safetensors(file, "switch_sae")
+    try:
+        config = sae_config({"architecture": header["architecture"], **json.loads(header["config"])})
+        sae = SAES[header["architecture"]](config, int(header["d_in"]))
+        activations = json.loads(header["activations"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{file}: its header does not describe an SAE: {error}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        details = "; ".join(f"{name} is {found.get(name, 'missing')}, should be {expected.get(name, 'absent')}" for name in wrong)
+        raise ValueError(f"{file}: tensors contradict the config in its header: {details}. The file was edited or damaged; restore or retrain it.")
+    _refuse_nonfinite(tensors, f"{file} is not loaded")
+    sae.load_state_dict(tensors)
+    sae.activations = activations
+    return sae.eval()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and device, for the record."""
+    versions: dict[str, str | None] = {}
+    for package in ("switch-sae", "torch", "triton", "transformer-lens", "transformers", "hydra-core", "wandb", "safetensors", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "versions": versions,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(("git", *arguments), cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # an installed wheel has no repository, and git may be absent: the record says null
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _read_safetensors(file: Path, expected_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _readable(file), safe_open(file, framework="pt") as opened:
+        header = opened.metadata() or {}
+        if header.get("format") != expected_format:
+            keys = ", ".join(sorted(opened.keys())[:6])
+            raise ValueError(
+                f"{file} is not a {expected_format} file (its header says format={header.get('format')!r}; tensors: {keys}). "
+                "It comes from another library or is another kind of file; only files written by switch_sae can be read."
+            )
+        if header.get("version") != str(FORMAT_VERSION):
+            raise ValueError(
+                f"{file} has format version {header.get('version')}; this version of switch_sae reads {FORMAT_VERSION}. Install a matching one."
+            )
+        return {name: opened.get_tensor(name) for name in opened.keys()}, header  # noqa: SIM118
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) cannot be read as safetensors: {error}. It is truncated, damaged or of another kind; "
+            "copy it again, or if it is the newest of several checkpoints, delete it to go on from the one before."
+        ) from error
+
+
+def _refuse_nonfinite(tensors: dict[str, Tensor], consequence: str) -> None:
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(f"{', '.join(bad)} hold NaN or infinite values: {consequence}. Go back to an earlier checkpoint, with a lower lr.")

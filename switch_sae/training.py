@@ -1,0 +1,293 @@
+"""Training: the only code that changes weights. One `Trainer` per SAE; any number of them share one stream of activations."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switch_sae.models import SAEOutput, SparseAutoencoder
+from switch_sae.runs import Checkpoint
+
+
+class LRWidth(Enum):
+    """Which width the automatic learning rate follows."""
+
+    total = "total"
+    """All M latents, as in the paper."""
+    expert = "expert"
+    """The F latents of one expert: what one token sees."""
+
+
+@dataclass
+class TrainerConfig:
+    """How one SAE is optimised. Defaults are those that TopK training has converged on (Gao et al. 2406.04093; sparsify; dictionary_learning)."""
+
+    lr: float | None = None
+    """Peak learning rate; None is lr_at_16k / sqrt(width / 2^14)."""
+    lr_at_16k: float = 2e-4
+    """The automatic rule's rate for 2^14 latents."""
+    lr_width: LRWidth = LRWidth.total
+    warmup_steps: int | None = None
+    """Linear warm-up; None is 1000, or 5 % of a run shorter than 20,000 steps."""
+    decay_fraction: float = 0.2
+    """The last part of the run, over which the rate falls linearly to 0."""
+    clip: float = 1.0
+    """Greatest global gradient norm."""
+    dead_after_tokens: int | None = None
+    """A latent that has not fired for so many tokens is dead; None is 10 million, or a tenth of a shorter run."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "lr_at_16k", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"trainer.{name}={value} must be a positive number.")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"trainer.decay_fraction={self.decay_fraction} must lie between 0 (no decay) and 1.")
+        for name in ("warmup_steps", "dead_after_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"trainer.{name}={value} must not be negative.")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate by step: linear warm-up, constant, linear decay to 0."""
+
+    peak: float
+    warmup_steps: int
+    decay_steps: int
+    total_steps: int
+
+    @classmethod
+    def resolve(cls, config: TrainerConfig, sae: SparseAutoencoder, total_steps: int) -> "Schedule":
+        width = sae.num_latents // (sae.num_experts if config.lr_width is LRWidth.expert else 1)
+        peak = config.lr if config.lr is not None else config.lr_at_16k / math.sqrt(width / 2**14)
+        warmup = config.warmup_steps if config.warmup_steps is not None else min(1000, total_steps // 20)
+        return cls(peak, warmup, round(config.decay_fraction * total_steps), total_steps)
+
+    def __call__(self, step: int) -> float:
+        rising = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        falling = min(1.0, (self.total_steps - step) / self.decay_steps) if self.decay_steps else 1.0
+        return self.peak * rising * falling
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step saw. Nothing is computed until `numbers` is asked for, so that looking costs a step nothing and changes nothing."""
+
+    x_TD: Tensor
+    output: SAEOutput
+    terms: dict[str, Tensor]
+    grad_norm: Tensor
+    lr: float
+    dead_M: Tensor
+    seconds: float
+
+    @torch.no_grad()
+    def fvu(self) -> float:
+        """Centred fraction of variance unexplained, of this batch."""
+        residual_TD = self.x_TD - self.output.recon_TD
+        return (residual_TD.pow(2).sum() / (self.x_TD - self.x_TD.mean(dim=0)).pow(2).sum()).item()
+
+    def dead_share(self) -> float:
+        return self.dead_M.float().mean().item()
+
+    def numbers(self) -> dict[str, float]:
+        """Plain numbers for a log: `loss`, each of its terms, batch FVU, L0, dead share, gradient norm, learning rate, experts' load."""
+        row = {f"loss/{name}": term.item() for name, term in self.terms.items()}
+        row = {"loss": sum(row.values()), **row, "fvu": self.fvu(), "dead": self.dead_share(), "grad_norm": self.grad_norm.item(), "lr": self.lr}
+        row["l0"] = (self.output.latents.values_TK > 0).sum().item() / self.x_TD.shape[0]
+        if self.output.routing is not None:
+            load_E = torch.bincount(self.output.routing.expert_T, minlength=self.output.routing.probs_TE.shape[1]) / self.x_TD.shape[0]
+            row |= {"load/max": load_E.max().item(), "load/min": load_E.min().item()}
+        return row
+
+
+class Trainer:
+    """Trains one SAE: Adam, clipping, decoder rows kept on the unit sphere, dead-latent bookkeeping."""
+
+    def __init__(self, sae: SparseAutoencoder, config: TrainerConfig, total_steps: int, batch_size: int) -> None:
+        self.sae, self.config = sae, config
+        self.schedule = Schedule.resolve(config, sae, total_steps)
+        limit = config.dead_after_tokens
+        self.dead_after_tokens = limit if limit is not None else min(10_000_000, total_steps * batch_size // 10)
+        self.parameters = {name: p for name, p in sae.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=self.schedule.peak, betas=(0.9, 0.999), fused=True)
+        device = sae.decoder_weight().device
+        self.tokens_since_fired_M = torch.zeros(sae.num_latents, dtype=torch.int64, device=device)
+        self.steps_done = 0
+        self.seconds = 0.0
+
+    def step(self, x_TD: Tensor) -> StepResult:
+        """One optimiser step on one batch of raw activations: the only function that changes weights or counters.
+
+        Raises FloatingPointError, before anything has changed, when the loss is not finite.
+        """
+        started = time.perf_counter()
+        sae, W_dec_MD = self.sae, self.sae.decoder_weight()
+        dead_M = self.tokens_since_fired_M >= self.dead_after_tokens
+        any_dead = bool(dead_M.any())
+        output = sae(x_TD)
+        terms = sae.loss_terms(x_TD, output, dead_M if any_dead else None)
+        loss = torch.stack(list(terms.values())).sum()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.steps_done} ({ {k: v.item() for k, v in terms.items()} }). No weight was changed. "
+                "Look for NaN or huge values in the activations, or lower the learning rate: trainer.lr=..."
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        lr = self.schedule(self.steps_done)
+        with torch.no_grad():
+            # The part of a row's gradient along the row would only change its norm, which is projected out: Adam must not average it.
+            grad_MD = W_dec_MD.grad
+            assert grad_MD is not None
+            grad_MD.addcmul_(W_dec_MD, (grad_MD * W_dec_MD).sum(dim=1, keepdim=True), value=-1)
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            W_dec_MD.div_(torch.linalg.vector_norm(W_dec_MD, dim=1, keepdim=True))
+            fired_M = output.latents.firing_counts() > 0
+            self.tokens_since_fired_M.add_(x_TD.shape[0]).masked_fill_(fired_M, 0)
+        self.steps_done += 1
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        terms = {name: term.detach() for name, term in terms.items()}
+        return StepResult(x_TD, output, terms, grad_norm, lr, dead_M, seconds)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, plain values) from which `load_state_dict` goes on bit for bit."""
+        tensors = {f"sae/{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam/{name}/{key}"] = value
+        tensors["tokens_since_fired"] = self.tokens_since_fired_M
+        return tensors, {"steps_done": self.steps_done, "seconds": self.seconds}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        device = self.tokens_since_fired_M.device
+        self.sae.load_state_dict({name.removeprefix("sae/"): t for name, t in tensors.items() if name.startswith("sae/")})
+        for name, parameter in self.parameters.items():
+            prefix = f"adam/{name}/"
+            saved = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            self.optimizer.state[parameter] = {key: t.to(device) for key, t in saved.items()} if saved else {}
+        self.tokens_since_fired_M = tensors["tokens_since_fired"].to(device)
+        self.steps_done, self.seconds = state["steps_done"], state["seconds"]
+
+
+@torch.no_grad()
+def prepare(sae: SparseAutoencoder, calibration_TD: Tensor, normalize_activations: bool) -> None:
+    """The data-dependent start: one scale so that the mean squared norm of activations is D (or 1 if switched off), then the biases.
+
+    Raises ValueError for activations that are all zero or not finite.
+    """
+    if not torch.isfinite(calibration_TD).all():
+        raise ValueError("the first activations hold NaN or infinite values: check the model, the hook and its dtype.")
+    energy = calibration_TD.double().pow(2).sum(dim=1).mean().item()
+    if energy == 0:
+        raise ValueError("the first activations are all zero: this hook carries nothing. Choose another.")
+    if normalize_activations:
+        sae.activation_scale.fill_(math.sqrt(sae.d_in / energy))
+    sae.initialize(calibration_TD)
+
+
+@dataclass
+class Interruption:
+    """Set by Ctrl-C or SIGTERM: training saves after the current step and stops. A second signal stops at once."""
+
+    signal: int | None = None
+    _previous: dict[int, Any] = field(default_factory=dict)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    @contextmanager
+    def listening(self) -> Iterator["Interruption"]:
+        """Listens inside the block; signals can only be handled in the main thread, and elsewhere nothing changes."""
+        try:
+            for caught in (signal.SIGINT, signal.SIGTERM):
+                self._previous[caught] = signal.signal(caught, self._handle)
+        except ValueError:
+            self._previous.clear()
+        try:
+            yield self
+        finally:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+
+
+def train(
+    trainers: dict[str, Trainer],
+    source: Any,
+    total_steps: int,
+    *,
+    save: Callable[[Checkpoint], None],
+    checkpoint_every: int,
+    log: Callable[[int, str, dict[str, float]], None] | None = None,
+    log_every: int = 50,
+    progress: Callable[[int, dict[str, StepResult]], None] | None = None,
+    resume: Checkpoint | None = None,
+    extra_state: dict[str, Any] | None = None,
+    interruption: Interruption | None = None,
+) -> bool:
+    """Trains every member on the same batches until `total_steps`; True when it got there, False when it was interrupted (and saved).
+
+    `save` receives a `Checkpoint` of the whole group: all members at one step, the source's position, `extra_state`. Its tensors are the living
+    ones, so it must write or copy them before it returns. Logging and progress only
+    read. A resumed run equals an uninterrupted one bit for bit.
+    """
+    step = 0
+    if resume is not None:
+        step = resume.step
+        load_group(trainers, resume)
+        source.load_state_dict(resume.state["source"])
+    interruption = interruption or Interruption()
+    device = next(iter(trainers.values())).sae.decoder_weight().device
+    while step < total_steps:
+        x_TD = next(source).to(device)
+        results = {name: trainer.step(x_TD) for name, trainer in trainers.items()}
+        step += 1
+        if log is not None and log_every and (step % log_every == 0 or step == total_steps or step == 1):
+            for name, result in results.items():
+                log(step, name, result.numbers())
+        if progress is not None:
+            progress(step, results)
+        stop = interruption.signal is not None and step < total_steps
+        if stop or step == total_steps or (checkpoint_every and step % checkpoint_every == 0):
+            save(group_checkpoint(trainers, source, step, extra_state or {}))
+        if stop:
+            return False
+    return True
+
+
+def group_checkpoint(trainers: dict[str, Trainer], source: Any, step: int, extra_state: dict[str, Any]) -> Checkpoint:
+    """The state of all members and of their source, as one transaction."""
+    tensors: dict[str, Tensor] = {"torch_rng": torch.get_rng_state()}
+    members: dict[str, Any] = {}
+    for name, trainer in trainers.items():
+        member_tensors, members[name] = trainer.state_dict()
+        tensors |= {f"{name}:{key}": tensor.cpu() for key, tensor in member_tensors.items()}
+    return Checkpoint(step, tensors, {"members": members, "source": source.state_dict(), **extra_state})
+
+
+def load_group(trainers: dict[str, Trainer], checkpoint: Checkpoint) -> None:
+    """Puts every member back to the checkpoint. Raises ValueError when the group's members differ from the saved ones."""
+    saved = checkpoint.state["members"]
+    if set(saved) != set(trainers):
+        raise ValueError(f"the checkpoint holds {sorted(saved)}, this run trains {sorted(trainers)}: resume with the run's own config.json.")
+    for name, trainer in trainers.items():
+        prefix = f"{name}:"
+        tensors = {key.removeprefix(prefix): t for key, t in checkpoint.tensors.items() if key.startswith(prefix)}
+        trainer.load_state_dict(tensors, saved[name])
+    torch.set_rng_state(checkpoint.tensors["torch_rng"])

@@ -1,0 +1,57 @@
+"""Weights & Biases, optional: offline by default, never an account needed. metrics.jsonl is always written as well."""
+
+import secrets
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+
+class WandbMode(Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class WandbConfig:
+    mode: WandbMode = WandbMode.offline
+    """offline writes into the run folder and needs no account; `wandb sync` uploads it later."""
+    project: str = "switch_sae"
+
+
+class WandbLogger:
+    """One wandb run, which a resumed training goes on with (`id`).
+
+    Raises ModuleNotFoundError when wandb is wanted but not installed, and RuntimeError when online mode has no account.
+    """
+
+    def __init__(self, config: WandbConfig, folder: Path, run_config: dict[str, Any], run_id: str | None) -> None:
+        self.id = run_id or secrets.token_hex(4)
+        self._run = None
+        if config.mode is WandbMode.disabled:
+            return
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("wandb is not installed. Install it (pip install wandb) or run with wandb.mode=disabled.") from error
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
+        try:
+            self._run = wandb.init(
+                project=config.project, id=self.id, name=folder.name, dir=str(folder), mode=config.mode.value, config=run_config,
+                resume="allow" if config.mode is WandbMode.online else None, settings=settings,
+            )  # fmt: skip
+        except wandb.errors.Error as error:
+            raise RuntimeError(
+                f"wandb could not start in {config.mode.value} mode: {error}. Log in (wandb login), or run with wandb.mode=offline."
+            ) from error
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        if self._run is not None:
+            self._run.log(row, step=step)
+
+    def finish(self, summary: dict[str, float] | None = None) -> None:
+        if self._run is not None:
+            for key, value in (summary or {}).items():
+                self._run.summary[key] = value
+            self._run.finish()

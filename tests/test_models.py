@@ -1,0 +1,256 @@
+"""The contract of every architecture in `SAES`, and what is particular to each."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from switch_kernels import encode_topk_reference, sparse_decode_reference
+from switch_sae.models import SAES, SwitchSAE, TopKSAE
+from switch_sae.models.losses import geometric_median, load_balance_loss
+from switch_sae.models.topk import EncoderInit
+from switch_sae.training import Trainer, TrainerConfig, prepare
+
+D, T = 12, 96
+CONFIGS = {
+    "topk": TopKSAE.Config(num_latents=48, k=4),
+    "switch": SwitchSAE.Config(num_latents=48, k=4, num_experts=4),
+}
+
+
+def test_every_architecture_is_under_contract():
+    assert CONFIGS.keys() == SAES.keys()
+
+
+@pytest.fixture(params=list(SAES))
+def name(request):
+    return request.param
+
+
+def activations(seed: int = 0, rows: int = T) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, D, generator=generator) * 3 + torch.linspace(-2, 2, D)
+
+
+def build(config, dtype: torch.dtype = torch.float32):
+    owner = next(cls for cls in SAES.values() if type(config) is cls.Config)
+    sae = owner(config, D, torch.Generator().manual_seed(1)).to(dtype)
+    prepare(sae, activations(7, 512).to(dtype), normalize_activations=True)
+    return sae
+
+
+def losses_of(sae, x, dead=None):
+    return sae.loss_terms(x, sae(x), dead)
+
+
+def test_every_parameter_gets_a_gradient(name):
+    sae = build(CONFIGS[name])
+    sum(losses_of(sae, activations()).values()).backward()
+    for parameter_name, parameter in sae.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
+
+
+def test_auxk_reaches_every_parameter_of_dead_latents_and_no_others(name):
+    sae = build(replace(CONFIGS[name], auxk_latents=6))
+    with torch.no_grad():
+        sae.b_enc_M[::3] = -50.0  # these cannot fire
+        sae.b_enc_M[::3].add_(torch.rand(16))
+    x = activations(rows=400)
+    output = sae(x)
+    dead_M = torch.zeros(48, dtype=torch.bool)
+    dead_M[::3] = True
+    assert output.latents.firing_counts()[dead_M].sum() == 0
+    with torch.no_grad():
+        sae.b_enc_M[::3] = 0.0
+    term = sae.loss_terms(x, output, dead_M)["auxk"]
+    gradients = dict(
+        zip(("W_enc", "W_dec", "b_enc"), torch.autograd.grad(term, (sae.W_enc_MD, sae.W_dec_MD, sae.b_enc_M), retain_graph=True), strict=True)
+    )
+    for which, gradient in gradients.items():
+        rows = gradient.reshape(48, -1).abs().sum(1)
+        assert (rows[dead_M] > 0).all(), which
+        assert (rows[~dead_M] == 0).all(), which
+    others = [p for n, p in sae.named_parameters() if "router" in n or n == "b_pre_D"]
+    assert all(g is None or g.abs().sum() == 0 for g in torch.autograd.grad(term, others, allow_unused=True))
+
+
+def test_auxk_lowers_the_residual_of_dead_latents_when_it_is_all_that_trains(name):
+    sae = build(replace(CONFIGS[name], auxk_latents=8))
+    x = activations(rows=400)
+    dead_M = torch.zeros(48, dtype=torch.bool)
+    dead_M[::2] = True
+    with torch.no_grad():
+        output = sae(x)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    seen = []
+    for _ in range(60):
+        term = sae.loss_terms(x, output, dead_M)["auxk"]
+        seen.append(term.item())
+        optimizer.zero_grad()
+        term.backward()
+        optimizer.step()
+    assert seen[-1] < 0.8 * seen[0]
+
+
+def test_decode_of_encode_equals_forward_exactly(name):
+    sae, x = build(CONFIGS[name]), activations()
+    assert torch.equal(sae.decode(sae.encode(x)), sae(x).recon_TD)
+
+
+def test_dense_latents_times_decoder_is_the_reconstruction(name):
+    sae, x = build(CONFIGS[name], torch.float64), activations().double()
+    dense = sae.encode(x).to_dense() @ sae.W_dec_MD + sae.b_pre_D
+    torch.testing.assert_close(dense / sae.activation_scale, sae(x).recon_TD, rtol=1e-10, atol=1e-10)
+
+
+def test_at_most_k_latents_fire_and_only_positive_ones_count(name):
+    latents = build(CONFIGS[name]).encode(activations())
+    dense = latents.to_dense()
+    assert dense.shape == (T, 48) and (dense >= 0).all() and ((dense > 0).sum(1) <= 4).all()
+    assert torch.equal(latents.firing_counts(), (dense > 0).sum(0).float())
+
+
+def test_zero_valued_slots_do_not_count_as_fired(name):
+    sae = build(CONFIGS[name])
+    with torch.no_grad():
+        sae.b_enc_M.fill_(-1e3)
+    output = sae(activations())
+    assert output.latents.firing_counts().sum() == 0
+    torch.testing.assert_close(output.recon_TD, (sae.b_pre_D / sae.activation_scale).expand(T, D))
+
+
+def test_permuting_tokens_permutes_outputs(name):
+    sae, x = build(CONFIGS[name], torch.float64), activations().double()
+    order = torch.randperm(T, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(sae(x).recon_TD[order], sae(x[order]).recon_TD, rtol=1e-11, atol=1e-11)
+
+
+def test_a_step_keeps_decoder_rows_on_the_unit_sphere_and_is_deterministic(name):
+    weights = []
+    for _ in range(2):
+        trainer = Trainer(build(CONFIGS[name]), TrainerConfig(lr=1e-2), total_steps=5, batch_size=T)
+        for step in range(5):
+            trainer.step(activations(step))
+        weights.append(trainer.sae.W_dec_MD.detach().clone())
+    assert torch.equal(*weights)
+    torch.testing.assert_close(weights[0].norm(dim=1), torch.ones(48), rtol=0, atol=1e-6)
+
+
+def test_folding_the_scale_leaves_the_function_unchanged(name):
+    sae, x = build(CONFIGS[name], torch.float64), activations().double()
+    with torch.no_grad():
+        sae.b_enc_M.normal_(generator=torch.Generator().manual_seed(5))
+    before, scale = sae(x), sae.activation_scale.item()
+    assert abs(scale - 1) > 0.1
+    sae.fold_activation_scale()
+    after = sae(x)
+    assert sae.activation_scale.item() == 1
+    torch.testing.assert_close(after.recon_TD, before.recon_TD, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(after.latents.to_dense() * scale, before.latents.to_dense(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(sae.W_dec_MD.norm(dim=1), torch.ones(48, dtype=torch.float64))
+
+
+def test_the_scale_makes_the_mean_squared_norm_d(name):
+    sae, x = build(CONFIGS[name]), activations(7, 512)
+    assert abs((x * sae.activation_scale).pow(2).sum(1).mean().item() / D - 1) < 1e-5
+    torch.testing.assert_close(sae.b_pre_D.detach() / sae.activation_scale, geometric_median(x), rtol=1e-3, atol=1e-3)
+
+
+def test_wrong_width_is_refused_with_the_rule(name):
+    with pytest.raises(ValueError, match=r"shape \(3, 5\); this SAE takes \[tokens, d_in=12\]"):
+        build(CONFIGS[name]).encode(torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("experts", [1, 4, 8])
+def test_outputs_and_gradients_equal_the_masked_dense_formulation(experts):
+    """The whole Switch SAE, router included, against the equations as published: every expert computed, then masked."""
+    config = SwitchSAE.Config(num_latents=48, k=4, num_experts=experts)
+    sae, x = build(config, torch.float64), activations().double()
+    terms = losses_of(sae, x)
+    gradients = torch.autograd.grad(sum(terms.values()), list(sae.parameters()))
+
+    scaled = x * sae.activation_scale
+    probs = torch.softmax((scaled - sae.b_router_D) @ sae.W_router_ED.T, dim=1)
+    gate, expert = probs.max(dim=1)
+    _, dispatch = sae.route(scaled)
+    selection = encode_topk_reference(scaled, sae.b_pre_D, gate, sae.W_enc_MD, sae.b_enc_M, dispatch, 4)
+    recon = sparse_decode_reference(selection.values_TK, selection.indices_TK, sae.W_dec_MD) + sae.b_pre_D
+    loss = (scaled - recon).pow(2).sum(1).mean() + config.load_balance * D * load_balance_loss(expert, probs)
+    expected = torch.autograd.grad(loss, list(sae.parameters()))
+
+    torch.testing.assert_close(sum(terms.values()), loss, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(sae(x).recon_TD, recon / sae.activation_scale, rtol=1e-10, atol=1e-10)
+    for (parameter_name, _), ours, theirs in zip(sae.named_parameters(), gradients, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max().clamp_min(1e-12), parameter_name
+
+
+def test_one_expert_equals_topk_exactly_through_training():
+    topk = build(CONFIGS["topk"])
+    switch = build(SwitchSAE.Config(num_latents=48, k=4, num_experts=1))
+    trainers = [Trainer(sae, TrainerConfig(lr=1e-2, dead_after_tokens=200), total_steps=8, batch_size=T) for sae in (topk, switch)]
+    for step in range(8):
+        for trainer in trainers:
+            trainer.step(activations(step))
+    for parameter_name, parameter in topk.named_parameters():
+        assert torch.equal(parameter, dict(switch.named_parameters())[parameter_name]), parameter_name
+    assert torch.equal(topk(activations()).recon_TD, switch(activations()).recon_TD)
+
+
+def test_experts_own_consecutive_latents():
+    output = build(CONFIGS["switch"])(activations())
+    assert torch.equal(output.latents.indices_TK // 12, output.routing.expert_T[:, None].expand(-1, 4))
+
+
+def test_router_and_centre_have_biases_of_their_own():
+    sae = build(CONFIGS["switch"])
+    assert sae.b_pre_D.data_ptr() != sae.b_router_D.data_ptr()
+    trainer = Trainer(sae, TrainerConfig(lr=1e-2), total_steps=4, batch_size=T)
+    for step in range(4):
+        trainer.step(activations(step))
+    assert not torch.allclose(sae.b_pre_D, sae.b_router_D)
+
+
+def test_a_frozen_router_stays_as_it_was():
+    sae = build(replace(CONFIGS["switch"], train_router=False))
+    before = sae.W_router_ED.clone()
+    trainer = Trainer(sae, TrainerConfig(lr=1e-2), total_steps=3, batch_size=T)
+    for step in range(3):
+        trainer.step(activations(step))
+    assert torch.equal(before, sae.W_router_ED) and "W_router_ED" not in trainer.parameters
+
+
+def test_load_balance_loss_is_1_when_balanced_and_e_when_collapsed():
+    even = torch.full((8, 4), 0.25)
+    assert load_balance_loss(torch.arange(8) % 4, even).item() == pytest.approx(1)
+    one_sided = torch.nn.functional.one_hot(torch.zeros(8, dtype=torch.int64), 4).float()
+    assert load_balance_loss(torch.zeros(8, dtype=torch.int64), one_sided).item() == pytest.approx(4)
+
+
+def test_the_paper_initialisation_is_that_of_a_linear_layer():
+    config = SwitchSAE.Config(num_latents=2048, k=4, num_experts=4, encoder_init=EncoderInit.linear, encoder_bias=False)
+    sae = SwitchSAE(config, D, torch.Generator().manual_seed(0))
+    assert sae.b_enc_M is None and sae.W_enc_MD.abs().max() <= D**-0.5 and sae.W_enc_MD.std().item() == pytest.approx((1 / 3 / D) ** 0.5, rel=0.05)
+    torch.testing.assert_close(sae.W_dec_MD, torch.nn.functional.normalize(sae.W_enc_MD, dim=1))
+
+
+def test_flops_are_counted_by_hand():
+    flops = SwitchSAE(SwitchSAE.Config(num_latents=64, k=2, num_experts=4), 10).flops()
+    assert (flops.router, flops.encode, flops.decode, flops.backward) == (2 * 10 * 4, 2 * 10 * 16, 2 * 10 * 2, 3 * 2 * 10 * 2 + 2 * 2 * 10 * 4)
+    dense = TopKSAE(TopKSAE.Config(num_latents=64, k=2), 10).flops()
+    assert dense.router == 0 and dense.encode == 2 * 10 * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_latents": 50, "num_experts": 8}, r"num_latents=50 is not divisible by num_experts=8.*nearest that fits is num_latents=48"),
+        ({"num_latents": 48, "num_experts": 8, "k": 7}, r"k=7 is more than the 6 latents of one expert.*Use k <= 6, or num_latents >= 56"),
+        ({"num_experts": 0}, "num_experts=0 is too small"),
+        ({"k": 0}, "k=0 is too small"),
+        ({"load_balance": -1.0}, "load_balance=-1.0 is negative"),
+        ({"auxk": -1.0}, "auxk=-1.0 is negative"),
+    ],
+)
+def test_impossible_configs_say_value_rule_and_fix(change, message):
+    with pytest.raises(ValueError, match=message):
+        SwitchSAE.Config(**change)

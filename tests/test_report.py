@@ -1,0 +1,198 @@
+"""Reports say what results.json says, draw figures that can be opened, and give the same when asked twice."""
+
+import json
+import re
+
+import pytest
+
+from experiments.evaluate import evaluate_again
+from switch_sae.activations import SyntheticSource
+from switch_sae.analysis import TokenLift, decoder_geometry
+from switch_sae.config import Baseline, EvaluationConfig, RunConfig
+from switch_sae.models import SwitchSAE, TopKSAE
+from switch_sae.pipeline import run_training
+from switch_sae.report import (
+    curves_figure,
+    expert_tokens_table,
+    finished_runs,
+    geometry_figure,
+    load_figure,
+    load_members,
+    margins,
+    render,
+    report,
+    scored,
+    scores_figure,
+    table,
+)
+from switch_sae.runs import RunDir
+from switch_sae.wandb_logger import WandbConfig, WandbMode
+
+
+def tiny_run(folder, sae=None, seed=0, **changes):
+    """A finished run on synthetic activations: a second or less."""
+    sae = sae or SwitchSAE.Config(num_latents=32, k=4, num_experts=4)
+    settings = {
+        "source": SyntheticSource.Config(d_in=16, common=4, topics=4, per_topic=6, common_active=1.0, topic_active=2.0, seed=seed),
+        "evaluation": EvaluationConfig(rows=500, bootstrap=20),
+        "wandb": WandbConfig(mode=WandbMode.disabled),
+        "baselines": [Baseline.flop_matched, Baseline.frozen_router] if isinstance(sae, SwitchSAE.Config) else [],
+        "calibration_rows": 256, "tokens": 2560, "batch_size": 128, "log_every": 5, "seed": seed, "device": "cpu", "runs": str(folder),
+    }  # fmt: skip
+    return run_training(RunConfig(sae=sae, **settings | changes), say=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny_run(tmp_path_factory.mktemp("runs"))
+
+
+def cells(text):
+    """The table's cells by SAE and column."""
+    lines = [re.split(r"\s{2,}", line) for line in text.split("\n\n")[0].splitlines() if not line.startswith("---")]
+    return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[1:]}
+
+
+def test_table_numbers_equal_results_json(run):
+    saved = run.read_json("results.json")
+    shown = cells(table([run]))
+    assert list(shown) == [*saved["members"], *saved["controls"]] == ["switch", "flop_matched", "frozen_router", "pca_4", "untrained"]
+    for name, entry in (saved["members"] | saved["controls"]).items():
+        row, metrics = shown[name], entry["metrics"]
+        assert row["FVU"] == "{value:.4f} [{low:.4f}, {high:.4f}]".format(**metrics["fvu"])
+        assert (float(row["L0"]), float(row["cosine"])) == (round(metrics["l0"]["value"], 1), round(metrics["cosine"]["value"], 3))
+        assert row["k"] == str(entry["k"])
+        assert row["load CV"] == (f"{metrics['load_cv']['value']:.2f}" if "load_cv" in metrics else "-")
+        assert float(row["FLOPs"].replace("k", "e3")) == pytest.approx(entry["flops"]["total"], rel=0.005)
+        assert row["delta CE"] == row["KL"] == "-"
+        if name != "pca_4":
+            assert (row["latents"], row["experts"]) == (str(entry["num_latents"]), str(entry["num_experts"]))
+            assert float(row["dead"].rstrip("%")) / 100 == pytest.approx(metrics["dead_latents"]["value"], abs=5e-4)
+    assert shown["pca_4"]["latents"] == shown["untrained"]["tok/s"] == "-" != shown["switch"]["tok/s"]
+    assert all(len(line) <= 140 for line in table([run]).splitlines())
+
+
+def test_a_missing_interval_and_an_undefined_value_are_shown_as_such(run, tmp_path):
+    saved = run.read_json("results.json")
+    saved["members"]["switch"]["metrics"]["fvu"] |= {"low": None, "high": None}
+    saved["members"]["flop_matched"]["metrics"]["cosine"]["value"] = None
+    saved["members"]["switch"]["metrics"]["delta_ce"] = {"value": 0.25, "low": 0.125, "high": 0.5}
+    copy = RunDir(tmp_path)
+    copy.write_json("results.json", saved)
+    shown = cells(table([copy]))
+    assert shown["switch"]["FVU"] == f"{saved['members']['switch']['metrics']['fvu']['value']:.4f}"
+    assert shown["flop_matched"]["cosine"] == "-"
+    assert shown["switch"]["delta CE"] == "0.250 [0.125, 0.500]"
+    assert "* intervals overlap or are missing" in margins(copy)
+    assert len(scores_figure(scored([copy])).axes) == 2
+
+
+def test_margins_are_relative_and_starred_only_where_intervals_overlap(run, tmp_path):
+    saved = run.read_json("results.json")
+    for group, name, low, value, high in (
+        ("members", "switch", 0.38, 0.40, 0.42),
+        ("members", "flop_matched", 0.41, 0.50, 0.60),
+        ("members", "frozen_router", 0.70, 0.80, 0.90),
+        ("controls", "pca_4", 0.30, 0.32, 0.37),
+        ("controls", "untrained", 0.98, 1.00, 1.01),
+    ):
+        saved[group][name]["metrics"]["fvu"] = {"value": value, "low": low, "high": high}
+    copy = RunDir(tmp_path)
+    copy.write_json("results.json", saved)
+    assert "-20.0% flop_matched*, -50.0% frozen_router, +25.0% pca_4, -60.0% untrained" in margins(copy)
+
+
+def test_several_runs_are_told_apart_and_other_activations_are_pointed_out(run, tmp_path):
+    again = tiny_run(tmp_path, seed=1)
+    text = table([run, again])
+    shown = cells(text)
+    assert shown["1 switch"]["FVU"] != shown["2 switch"]["FVU"] and len(shown) == 10
+    assert f"2: {again.path} (seed 1" in text and "NOT COMPARABLE" not in text
+    other = tiny_run(tmp_path, evaluation=EvaluationConfig(rows=400, bootstrap=0), baselines=[])
+    assert "NOT COMPARABLE with run 1, other activations: evaluation rows)" in table([run, other])
+    assert {found.path for found in finished_runs(tmp_path)} == {again.path, other.path}
+    assert finished_runs(tmp_path)[0].path.name == max(again.path.name, other.path.name)
+
+
+def test_report_draws_figures_that_open_and_twice_gives_the_same(run):
+    image = pytest.importorskip("matplotlib.image")
+    first, second = [], []
+    report(run, first.append)
+    drawn = {file.name: file.read_bytes() for file in run.figures.iterdir()}
+    names = ("geometry", "load", "scores", "training")
+    assert sorted(drawn) == sorted(f"{name}.{kind}" for name in names for kind in ("pdf", "png"))
+    for name, content in drawn.items():
+        assert content.startswith(b"%PDF" if name.endswith("pdf") else b"\x89PNG")
+        if name.endswith("png"):
+            pixels = image.imread(run.figures / name)
+            assert min(pixels.shape[:2]) > 300 and 0.001 < (pixels[..., :3].min(axis=2) < 0.5).mean() < 0.6, f"{name} is blank or filled"
+    report(run, second.append)
+    assert first == second
+    assert {file.name: file.read_bytes() for file in run.figures.iterdir()} == drawn
+    text = "\n".join(first)
+    assert table([run]) in text and margins(run) in text and f'load_sae("{run.path}")' in text and "wandb sync" not in text
+
+
+def test_figures_show_the_numbers_of_the_results(run):
+    rows = scored([run])
+    figure = scores_figure(rows)
+    assert [text.get_text() for text in figure.axes[0].texts] == [f"{row.results['fvu'].value:.3f}" for row in rows]
+    bars = load_figure(rows).axes[0].patches
+    assert [bar.get_height() for bar in bars] == rows[0].results.vectors["expert_load"]
+    switch = [row["fvu"] for row in run.metrics() if row["sae"] == "switch"]
+    assert list(curves_figure([run]).axes[0].lines[0].get_ydata()) == switch
+    weight = load_members(run)["switch"].decoder_weight()
+    geometry = decoder_geometry(weight, 4)
+    (heat_map,) = geometry_figure({"switch": geometry}).axes[0].images
+    assert heat_map.get_array().tolist() == geometry.similarity_EE().tolist()
+
+
+def test_a_dense_sae_is_reported_without_experts(tmp_path):
+    dense = tiny_run(tmp_path, sae=TopKSAE.Config(num_latents=32, k=4), log_every=0)
+    said = []
+    report(dense, said.append)
+    assert {file.name for file in dense.figures.glob("*.png")} == {"geometry.png", "scores.png"}
+    assert cells(table([dense]))["topk"]["load CV"] == "-"
+    with pytest.raises(ValueError, match="no SAE here has experts"):
+        load_figure(scored([dense]))
+    with pytest.raises(ValueError, match="log_every=0"):
+        curves_figure([dense])
+
+
+def test_latents_that_never_fire_have_no_place_in_the_geometry_figure(run):
+    sae = load_members(run)["switch"]
+    nothing_fires = decoder_geometry(sae.decoder_weight(), 4, scored([run])[0].results.firing_counts * 0)
+    assert render(geometry_figure({"switch": nothing_fires})).startswith(b"\x89PNG")
+
+
+def test_members_come_back_as_they_were_saved(run):
+    members = load_members(run)
+    assert list(members) == ["switch", "flop_matched", "frozen_router"]
+    assert [type(sae) for sae in members.values()] == [SwitchSAE, TopKSAE, SwitchSAE]
+    assert not members["frozen_router"].config.train_router and members["switch"].config.train_router
+
+
+def test_evaluating_again_agrees_and_leaves_the_first_results_alone(run, tmp_path):
+    fresh = tiny_run(tmp_path)
+    before = (fresh.path / "results.json").read_bytes()
+    assert evaluate_again(fresh) == "results-500.json"
+    first, again = json.loads(before), fresh.read_json("results-500.json")
+    assert again == {key: first[key] for key in ("evaluation", "members", "controls")}
+    assert evaluate_again(fresh, rows=300) == "results-300.json"
+    assert (fresh.path / "results.json").read_bytes() == before
+    assert "On 300 held-out rows" in table([fresh], "results-300.json")
+
+
+def test_expert_tokens_fit_the_width_and_show_line_breaks():
+    lifts = [[TokenLift("\n", 0, 30, 0.5, 2.0), TokenLift("x" * 60, 1, 30, 0.4, 1.6), TokenLift("y" * 60, 2, 30, 0.3, 1.2)], []]
+    first, second = expert_tokens_table(lifts, [0.75, 0.25], width=100).splitlines()
+    assert r"'\n' 50%" in first and "x" * 60 in first and "y" not in first and len(first) <= 100
+    assert second.split() == ["expert", "1", "25.0%"]
+
+
+def test_missing_runs_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no runs"):
+        table([])
+    with pytest.raises(FileNotFoundError, match="Is training finished"):
+        table([RunDir(tmp_path)])
+    assert finished_runs(tmp_path) == []
