@@ -23,7 +23,7 @@ overrides = sae.num_experts=$(EXPERTS) $(if $(wildcard conf/model/$(MODEL).yaml)
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo "  Options: EXPERTS=8 K=16 TOKENS=2500000 SEED=0 MODEL=bundled|gpt2|synthetic|FOLDER|HUB_NAME RESUME=runs/... ARGS='any Hydra override'"
+	@echo "  Options: EXPERTS=8 K=16 TOKENS=2300000 SEED=0 MODEL=bundled|gpt2|synthetic|FOLDER|HUB_NAME RESUME=runs/... ARGS='any Hydra override'"
 
 setup: $(VENV)/.installed  ## create the environment (every other target does it when needed)
 

@@ -1,7 +1,6 @@
 """Times whole training steps of Switch SAEs against the masked-dense formulation, a dense TopK SAE and eai-sparsify, interleaved in one run.
 
     python -m experiments.benchmark --peers              # about 3 minutes on 2 quiet cores, once eai-sparsify's environment is there
-    python -m experiments.benchmark --experts 8 64 --repeats 20
     python -m experiments.benchmark --quick              # small sizes, to see that it works; nothing is recorded
 
 A step is all that training does with one batch: forward, loss, backward, gradient projection, clipping, Adam, unit norm and dead-latent
@@ -38,8 +37,7 @@ RESULTS = Path(__file__).with_name("results") / "benchmark_cpu.csv"
 WARMUP, BATCHES, MEMORY_STEPS = 2, 3, 3
 TRAINER = TrainerConfig(warmup_steps=0, dead_after_tokens=2**62)
 FLOOR = "encoder GEMM"
-Step = Callable[[Tensor], float]
-"""Does its work on one batch and returns the loss before it."""
+Step = Callable[[Tensor], float]  # does its work on one batch and returns the loss before it
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,7 @@ class MaskedDense(TopKSAE):
         return (recon_TD + self.b_pre_D) / self.activation_scale
 
 
-class MaskedDenseSwitch(MaskedDense, SwitchSAE):
-    pass
+class MaskedDenseSwitch(MaskedDense, SwitchSAE): ...
 
 
 def build_sae(problem: Problem, num_experts: int, x_TD: Tensor, masked: bool = False) -> TopKSAE:
@@ -119,17 +116,17 @@ def check_formulations(experts: list[int]) -> float:
     for num_experts in (1, *experts):
         generator = torch.Generator().manual_seed(2)
         x_TD = torch.randn(96, 32, generator=generator, dtype=torch.float64)
-        tiny = Problem(T=96, D=32, M=8 * max(8, num_experts), K=4)
+        tiny = Problem(T=96, D=32, M=16 * num_experts, K=4)
         fast, slow = (build_sae(tiny, num_experts, x_TD.float(), masked).double() for masked in (False, True))
         for parameter, other in zip(fast.parameters(), slow.parameters(), strict=True):  # away from the start, where biases are equal or zero
             parameter.data.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.05)
             other.data.copy_(parameter.data)
-        found: dict[str, Tensor] = {}
-        expected: dict[str, Tensor] = {}
-        for sae, tensors in ((fast, found), (slow, expected)):
+        tensors: list[dict[str, Tensor]] = []
+        for sae in (fast, slow):
             output = sae(x_TD)
             torch.stack(list(sae.loss_terms(x_TD, output).values())).sum().backward()
-            tensors |= {"output": output.recon_TD} | {f"gradient of {name}": parameter.grad for name, parameter in sae.named_parameters()}
+            tensors.append({"output": output.recon_TD} | {f"gradient of {name}": parameter.grad for name, parameter in sae.named_parameters()})
+        found, expected = tensors
         for what, tensor in expected.items():
             difference = ((found[what] - tensor).abs().max() / tensor.abs().max()).item()
             worst = max(worst, difference)
@@ -241,7 +238,7 @@ def table(timings: list[Timing], tokens: int, peaks: Peaks) -> str:
 def record(path: Path, timings: list[Timing], peaks: Peaks, threads: int) -> None:
     """Appends one row per contender to the CSV file at `path`."""
     about = environment()
-    commit = f"{(about['git_commit'] or 'none')[:12]}{'+' if about['git_dirty'] else ''}"
+    commit = (about["git_commit"] or "none")[:12] + ("+" if about["git_dirty"] else "")
     run = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "cpu": cpu_model(), "threads": threads, "torch": torch.__version__}
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [*run, "name", "E", "median_ms", "min_ms", "ratio", "peak_mb"], lineterminator="\n")
@@ -291,7 +288,7 @@ def main() -> None:
             sys.exit(f"no speed is reported: {error}")
         peaks = {} if options.quick else memory(timings, options.threads, start_peer)
     print(table(timings, problem.T, peaks))
-    if peer is None:
+    if not peer:
         print(f"{Sparsify.PACKAGE}: not measured (--peers measures it, except with --quick)")
     if not options.quick:
         record(RESULTS, timings, peaks, options.threads)

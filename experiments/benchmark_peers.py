@@ -57,7 +57,7 @@ class Sparsify:
             command = [str(uv), "pip", "install", "--quiet", "--python", str(cls.PYTHON), "--torch-backend", "cpu", *wanted]
         else:
             sys.exit("uv is needed to choose torch's CPU build instead of gigabytes of CUDA: pip install uv (make setup does).")
-        if subprocess.run(command).returncode:
+        if subprocess.run(command, cwd=cls.FOLDER).returncode:  # elsewhere than here: pip would complain of what this project needs and lacks there
             sys.exit(f"{cls.PACKAGE} could not be installed (see above). Run without --peers to leave it out.")
         done.touch()
 

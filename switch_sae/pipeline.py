@@ -41,7 +41,9 @@ def resume_training(path: str | Path, say: Callable[[str], None] = print) -> Run
     """Goes on with an interrupted run, exactly. A finished one is only reported."""
     run = RunDir.open(path)
     config = config_from_plain(run.read_json("config.json"))
+    run.remove_part_files()
     if (run.path / "results.json").is_file():
+        run.remove_checkpoints()
         say(f"{run.path} is finished; nothing to do.")
         return run
     checkpoint = run.last_checkpoint()
@@ -107,8 +109,8 @@ def _run(config: RunConfig, run: RunDir, checkpoint: Checkpoint | None, say: Cal
     """One run, new (`checkpoint` and its config file are not there yet) or resumed. A new run that fails before its first step leaves no folder."""
     new = not (run.path / "config.json").is_file()
     if new:
-        run.write_json("config.json", config_to_plain(config))
         run.write_json("environment.json", environment())
+        run.write_json("config.json", config_to_plain(config))  # last: with it the folder is a run that can be resumed
     progress = _Stage()
     try:
         return _train_and_evaluate(config, run, checkpoint, say, progress)

@@ -59,6 +59,11 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], None]) -> Non
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must outlive a power cut
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             part.unlink()
@@ -180,6 +185,11 @@ class RunDir:
     def remove_checkpoints(self) -> None:
         """For a finished run: the SAE itself is in model.safetensors."""
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def remove_part_files(self) -> None:
+        """Removes what a killed process had half written; nothing ever reads it. Only for a run that no other process is writing."""
+        for part in self.path.rglob(".*.part"):
+            part.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Removes the folder of a run that failed before its first step."""

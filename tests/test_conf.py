@@ -47,10 +47,11 @@ def test_the_seed_reaches_the_stream():
     assert type(composed("model=synthetic").source) is SyntheticSource.Config
 
 
-def test_preset_paper_is_the_paper():
-    config = composed("preset=paper", "model=gpt2")
+@pytest.mark.parametrize("model", ["gpt2", "bundled"])
+def test_preset_paper_is_the_paper(model):
+    config = composed("preset=paper", f"model={model}")
     assert (config.sae.encoder_bias, config.sae.auxk, config.sae.load_balance, config.sae.encoder_init) == (False, 0, 3, EncoderInit.linear)
-    assert not config.normalize_activations and config.sae.num_latents == 24576
+    assert not config.normalize_activations
     trainer = config.trainer
     assert (trainer.warmup_steps, trainer.lr, trainer.lr_at_16k, trainer.lr_width, trainer.decay_fraction) == (0, None, 2e-4, LRWidth.total, 0.2)
 
