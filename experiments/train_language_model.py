@@ -184,6 +184,8 @@ def main() -> None:
     model.eval()
     scored = rows(held_out, args.context, bos, np.random.default_rng(2).permutation(len(held_out) // args.context)[:8000])
     nats = held_out_loss(model, scored)
+    stdlib = encode(tokenizer, [d for d in held_out_documents if d.name.startswith("stdlib/")])
+    stdlib_nats = held_out_loss(model, rows(stdlib, args.context, bos, np.arange(len(stdlib) // args.context)))
     bits = {name: value / math.log(2) / bytes_per_token for name, value in {**base, "model": nats}.items()}
     samples = {}
     for prompt in ("def __init__(self, ", "import os\n", "class "):
@@ -195,7 +197,7 @@ def main() -> None:
     record = {
         "command": "python -m experiments.train_language_model", "arguments": {k: str(v) for k, v in vars(args).items() if k != "out"},
         "parameters": sum(p.numel() for p in model.parameters()), "tokens_seen": step * per_step, "training_stream_tokens": len(stream),
-        "held_out_tokens_scored": scored[:, 1:].numel(), "bytes_per_token": bytes_per_token, "held_out_nats": nats,
+        "held_out_tokens_scored": scored[:, 1:].numel(), "bytes_per_token": bytes_per_token, "held_out_nats": nats, "held_out_nats_standard_library": stdlib_nats,
         "held_out_bits_per_byte": bits, "samples": samples, "characters_by_package": dict(packages.most_common()), "log": log,
     }  # fmt: skip
     (args.out / "model" / "training.json").write_text(json.dumps(record, indent=1))
