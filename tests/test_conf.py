@@ -42,6 +42,11 @@ def test_every_choice_composes_and_comes_back_from_json(override):
     assert config_from_plain(config_to_plain(config)) == config
 
 
+def test_an_experiment_overrides_the_defaults_of_a_run():
+    assert composed("experiment=compare").baselines == [Baseline.flop_matched, Baseline.width_matched, Baseline.frozen_router]
+    assert composed().baselines == [Baseline.flop_matched, Baseline.frozen_router]
+
+
 def test_the_seed_reaches_the_stream():
     assert composed("seed=5").source.seed == 5 and composed("model=synthetic", "seed=5").source.seed == 5
     assert type(composed("model=synthetic").source) is SyntheticSource.Config
