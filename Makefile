@@ -6,10 +6,12 @@ EXPERTS ?= 8
 MODEL   ?= bundled
 ARGS    ?=
 
-# Which torch: a local wheel that pip knows of (PIP_FIND_LINKS) is taken; otherwise uv asks the driver and installs a CPU or a CUDA build.
+# Which torch: one in the environment that fits (2.10 to 2.13) stays; a local wheel that pip knows of (PIP_FIND_LINKS) is taken; otherwise uv asks
+# the driver and installs a CPU or a CUDA build.
 # TORCH=cpu or TORCH=cu128 chooses; TORCH= takes the package index's default build.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-TORCH ?= $(if $(UV_FIND_LINKS),,auto)
+present := $(wildcard $(VENV)/lib/python3*/site-packages/torch-2.1[0123].*)
+TORCH ?= $(if $(UV_FIND_LINKS)$(present),,auto)
 ifneq ($(TORCH),)
 export UV_TORCH_BACKEND := $(TORCH)
 endif
@@ -30,7 +32,8 @@ setup: $(VENV)/.installed  ## create the environment (every other target does it
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
-	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet -e '.[dev,notebook]' || \
+	@echo "installing into $(VENV)"
+	@VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet -e '.[dev,notebook]' || \
 	  { echo "set-up failed. If PyTorch's own package index cannot be reached, 'make setup TORCH=' takes the default index's build (large on Linux)."; exit 1; }
 	@touch $@
 

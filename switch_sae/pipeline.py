@@ -119,7 +119,7 @@ def _run(config: RunConfig, run: RunDir, checkpoint: Checkpoint | None, say: Cal
             run.discard()
             raise
         raise Interrupted(run, progress.step, signal.SIGINT) from None
-    except Exception:
+    except Exception:  # whatever it was goes on up: only the folder is seen to, and where to go on is said
         if new and not progress.training:
             run.discard()
         elif progress.training:
