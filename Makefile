@@ -18,10 +18,14 @@ endif
 # Threads that wait by sleeping: on a shared machine spinning ones cost 3 to 5 times.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+OLD_TRITON = 3.6.0
+# pytest's exit code 5, no test selected, is no failure: ARGS may select tests of the other run.
+INTERPRETED = TRITON_INTERPRET=1 $(PY) -m pytest -n 2 tests/interpreter $(ARGS) || [ $$? -eq 5 ]
+
 overrides = sae.num_experts=$(EXPERTS) $(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),source.model=$(MODEL)) $(if $(K),sae.k=$(K)) $(if $(TOKENS),tokens=$(TOKENS)) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare sweep evaluate notebook benchmark test check clean
+.PHONY: help setup train compare sweep evaluate notebook benchmark test kernels check clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -55,8 +59,19 @@ notebook: $(VENV)/.installed  ## execute the comparison notebook on your latest 
 benchmark: $(VENV)/.installed  ## time a training step against masked-dense and eai-sparsify, after checking that all agree
 	$(PY) -m experiments.benchmark --peers $(ARGS)
 
-test: $(VENV)/.installed  ## run the tests
+test: $(VENV)/.installed  ## run the tests, then the GPU kernels' in Triton's interpreter
 	$(PY) -m pytest -n 2 tests $(ARGS)
+	@if $(PY) -c 'import triton' 2>/dev/null; then $(INTERPRETED); else echo "no Triton on this platform: its kernels are not tested"; fi
+
+# The oldest supported Triton, beside the installed one.
+$(VENV)/triton-$(OLD_TRITON): $(VENV)/.installed
+	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet --target $@ --no-deps triton==$(OLD_TRITON)
+	@touch $@
+
+kernels: $(VENV)/triton-$(OLD_TRITON)  ## compile the GPU kernels without a GPU, for sm_90 and sm_80, on two releases of Triton; fail on register spills
+	$(PY) -m experiments.compile_kernels --check --target sm_90 sm_80
+	PYTHONPATH=$< $(PY) -m experiments.compile_kernels --check --target sm_90
+	PYTHONPATH=$< $(INTERPRETED)
 
 check: $(VENV)/.installed  ## formatting, lint, types
 	$(VENV)/bin/ruff format --check .

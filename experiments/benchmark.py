@@ -3,6 +3,8 @@
     python -m experiments.benchmark --peers              # about 3 minutes on 2 quiet cores, once eai-sparsify's environment is there
     python -m experiments.benchmark --quick              # small sizes, to see that it works; nothing is recorded
 
+On a machine with a CUDA device the same command runs `experiments.benchmark_gpu` instead, unless --cpu is given.
+
 A step is all that training does with one batch: forward, loss, backward, gradient projection, clipping, Adam, unit norm and dead-latent
 bookkeeping (`Trainer.step`; no latent is dead, so AuxK does not run). Activations are standard normal. Nothing is timed before all formulations are
 shown to compute the same function. Shapes: T tokens, D activation size, M latents, E experts, F = M / E, K active latents per token.
@@ -17,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ from torch import Tensor
 
 from experiments.benchmark_peers import Sparsify, cpu_model, peak_mb
 from switch_kernels import encode_topk_reference
+from switch_kernels.adam import Adam
+from switch_sae.engines import TorchEngine
 from switch_sae.models import Routing, SparseLatents, SwitchSAE, TopKSAE
 from switch_sae.runs import environment, write_atomically
 from switch_sae.training import Trainer, TrainerConfig, prepare
@@ -64,8 +68,8 @@ class MaskedDense(TopKSAE):
 
     def _encode(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None, None]:
         routing, dispatch = self.route(x_TD)
-        gate_T = None if routing is None else routing.gate_T
-        values_TK, indices_TK, _ = encode_topk_reference(x_TD, self.b_pre_D, gate_T, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k)
+        gate_TS = None if routing is None else routing.gate_TS
+        values_TK, indices_TK, _ = encode_topk_reference(x_TD, self.b_pre_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k)
         return SparseLatents(values_TK, indices_TK, self.num_latents), routing, None
 
     def _decode(self, latents: SparseLatents, by_latent: Any) -> Tensor:
@@ -99,7 +103,9 @@ def contender(name: str, num_experts: int, problem: Problem, x_TD: Tensor) -> St
         return lambda x_TD: torch.mm(x_TD, W_FD.T)[0, 0].item()
     trainer = Trainer(build_sae(problem, num_experts, x_TD, masked="masked" in name), TRAINER, total_steps=1_000_000, batch_size=problem.T)
     if name == "masked-dense":  # torch.optim.Adam as it comes
-        trainer.optimizer = torch.optim.Adam(trainer.parameters.values(), lr=trainer.schedule.peak)
+        engine = trainer.engine
+        assert isinstance(engine, TorchEngine)
+        engine.optimizer = Adam(engine.optimizer.parameters, engine.optimizer.unit_rows, fused=None)
     return lambda x_TD: sum(term.item() for term in trainer.step(x_TD).terms.values())
 
 
@@ -208,7 +214,7 @@ def memory(timings: list[Timing], threads: int, start_peer: Callable[[], Sparsif
                     peer.step()
                 peaks[t.key] = (peer.peak_mb() - peer.import_mb, peer.import_mb)
         elif not t.is_floor:
-            command = ("--peak-memory-of", t.name, "--experts", str(t.E), "--threads", str(threads))
+            command = ("--cpu", "--peak-memory-of", t.name, "--experts", str(t.E), "--threads", str(threads))
             done = subprocess.run((sys.executable, "-m", "experiments.benchmark", *command), stdout=subprocess.PIPE, check=True, text=True)
             total, imports = json.loads(done.stdout)
             peaks[t.key] = (total - imports, imports)
@@ -237,17 +243,32 @@ def table(timings: list[Timing], tokens: int, peaks: Peaks) -> str:
 
 def record(path: Path, timings: list[Timing], peaks: Peaks, threads: int) -> None:
     """Appends one row per contender to the CSV file at `path`."""
-    about = environment()
-    commit = (about["git_commit"] or "none")[:12] + ("+" if about["git_dirty"] else "")
-    run = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "cpu": cpu_model(), "threads": threads, "torch": torch.__version__}
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [*run, "name", "E", "median_ms", "min_ms", "ratio", "peak_mb"], lineterminator="\n")
-    if not path.is_file():
-        writer.writeheader()
+    run = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "cpu": cpu_model(), "threads": threads, "torch": torch.__version__}
+    rows = []
     for t in timings:
         times = {"median_ms": f"{t.median_ms:.2f}", "min_ms": f"{t.min_ms:.2f}", "ratio": "" if t.is_floor else f"{t.ratio:.2f}"}
-        writer.writerow({**run, "name": t.name, "E": t.E, **times, "peak_mb": f"{peaks[t.key][0]:.0f}" if t.key in peaks else ""})
-    write_atomically(path, (path.read_bytes() if path.is_file() else b"") + text.getvalue().encode())
+        rows.append({**run, "name": t.name, "E": t.E, **times, "peak_mb": f"{peaks[t.key][0]:.0f}" if t.key in peaks else ""})
+    append(path, rows)
+
+
+def commit() -> str:
+    """The checkout's commit, with a plus sign if files differ from it; "none" where there is no history."""
+    about = environment()
+    return (about["git_commit"] or "none")[:12] + ("+" if about["git_dirty"] else "")
+
+
+def append(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Adds rows of equal columns to the CSV file at `path`, whole or not at all. Raises ValueError where the file has other columns."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    before = path.read_bytes() if path.is_file() else b""
+    header = next(csv.reader(io.StringIO(before.decode())), list(rows[0]))
+    if header != list(rows[0]):
+        raise ValueError(f"{path} has the columns {header}, the new rows have {list(rows[0])}. Move the old table away.")
+    if not before:
+        writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, before + text.getvalue().encode())
 
 
 def peer_starter(threads: int) -> Callable[[], Sparsify]:
@@ -259,7 +280,12 @@ def peer_starter(threads: int) -> Callable[[], Sparsify]:
 
 
 def main() -> None:
+    if torch.cuda.is_available() and "--cpu" not in sys.argv[1:]:
+        from experiments import benchmark_gpu
+
+        return benchmark_gpu.main(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="time the CPU also where there is a CUDA device")
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 16, 32, 64], help="the first is also that of masked-dense")
     parser.add_argument("--repeats", type=int, default=15, help="rounds; every contender does one step in each")
     parser.add_argument("--threads", type=int, default=2)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
+from switch_kernels import Backend, Precision
 from switch_sae.activations import SOURCES
 from switch_sae.models import SwitchSAE
 from switch_sae.plain import from_plain, to_plain
@@ -60,6 +61,11 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     """auto takes a GPU where there is one."""
+    backend: Backend = Backend.auto
+    """Who computes training steps: auto takes Triton on a GPU that it can serve and PyTorch elsewhere, and prints why. Evaluation is PyTorch in
+    float32 always."""
+    precision: Precision = Precision.auto
+    """Operands of matrix products in training; weights, sums, router and losses are float32. auto: bf16 with Triton, float32 with PyTorch."""
     threads: int = 0
     """CPU threads for torch; 0 leaves torch's choice. A resume is exact only with the same number."""
     log_every: int = 20

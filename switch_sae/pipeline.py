@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switch_kernels import Execution, resolve
 from switch_sae.activations import ActivationSource, EvaluationSet, build_source
 from switch_sae.analysis.pca import PCABaseline, participation_ratio
 from switch_sae.config import Baseline, EvaluationConfig, RunConfig, config_from_plain, config_to_plain
@@ -140,7 +141,8 @@ def _train_and_evaluate(config: RunConfig, run: RunDir, checkpoint: Checkpoint |
     if config.threads:
         torch.set_num_threads(config.threads)
     device, reason = resolve_device(config.device)
-    say(f"device: {device} ({reason}), {torch.get_num_threads()} threads, backend: torch")
+    execution = resolve(config.backend, config.precision, device)
+    say(f"device: {device} ({reason}), {torch.get_num_threads()} threads; backend: {execution}")
     source = build_source(on_device(config.source, device), config.batch_size)
     try:
         calibration = calibration_rows(source, config.calibration_rows)
@@ -148,6 +150,7 @@ def _train_and_evaluate(config: RunConfig, run: RunDir, checkpoint: Checkpoint |
         for sae in members.values():
             prepare(sae, calibration, config.normalize_activations)
             sae.to(device)
+            sae.execution = execution
         trainers = {name: Trainer(sae, config.trainer, config.total_steps, config.batch_size) for name, sae in members.items()}
         _say_plan(config, trainers, source, say)
         run.forget_metrics_after(checkpoint.step if checkpoint else 0)
@@ -178,6 +181,7 @@ def _train_and_evaluate(config: RunConfig, run: RunDir, checkpoint: Checkpoint |
             raise Interrupted(run, trainers[main].steps_done, interruption.signal)
         say("evaluating")
         for name, sae in members.items():
+            sae.execution = Execution()  # scores are those that anyone who loads the SAE gets
             (run if name == main else run.member(name)).save_sae(sae, source.describe())
         results = evaluate_members(config, members, source, calibration)
         for name, trainer in trainers.items():
@@ -243,4 +247,5 @@ def _say_plan(config: RunConfig, trainers: dict[str, Trainer], source: Activatio
         say(
             f"  {name}: {sae.num_latents} latents ({experts}), k={sae.config.k}, {sae.flops().total:,} FLOPs per token; lr {schedule.peak:.2e}, "
             f"warm-up {schedule.warmup_steps} steps, decay over the last {schedule.decay_steps}, dead after {trainer.dead_after_tokens:,} tokens"
+            + (f"; {trainer.describe(config.batch_size)}" if sae.execution.is_triton else "")
         )

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_sae.models import SAEOutput, SparseAutoencoder
+from switch_kernels import Moments
+from switch_sae.engines import Engine, EngineSettings, Outcome, TorchEngine, TritonEngine
+from switch_sae.models import SparseAutoencoder
+from switch_sae.models.fused import FusedTraining
 from switch_sae.runs import Checkpoint
 
 
@@ -40,7 +43,9 @@ class TrainerConfig:
     decay_fraction: float = 0.2
     """The last part of the run, over which the rate falls linearly to 0."""
     clip: float = 1.0
-    """Greatest global gradient norm."""
+    """Greatest global norm of the whole gradient."""
+    moments: Moments = Moments.float32
+    """How Adam's moments are stored; bfloat16 needs the Triton backend."""
     dead_after_tokens: int | None = None
     """A latent that has not fired for so many tokens is dead; None is 10 million, or a tenth of a shorter run."""
 
@@ -81,21 +86,29 @@ class Schedule:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step saw. Nothing is computed until `numbers` is asked for, so that looking costs a step nothing and changes nothing."""
+    """What one step saw. Nothing is computed until `numbers` is asked for, so that looking costs a step nothing and changes nothing.
+
+    Valid until the next step of the same trainer, which may write where this reads.
+    """
 
     x_TD: Tensor
-    output: SAEOutput
-    terms: dict[str, Tensor]
-    grad_norm: Tensor
+    outcome: Outcome
     lr: float
-    dead_M: Tensor
-    seconds: float
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """Loss terms, already weighted."""
+        return self.outcome.terms
+
+    @property
+    def dead_M(self) -> Tensor:
+        return self.outcome.dead_M
 
     @torch.no_grad()
     def fvu(self) -> float:
         """Centred fraction of variance unexplained, of this batch."""
-        residual_TD = self.x_TD - self.output.recon_TD
-        return (residual_TD.pow(2).sum() / (self.x_TD - self.x_TD.mean(dim=0)).pow(2).sum()).item()
+        x_TD = self.x_TD.float() if self.x_TD.dtype == torch.bfloat16 else self.x_TD
+        return (self.outcome.squared_error() / (x_TD - x_TD.mean(dim=0)).pow(2).sum()).item()
 
     def dead_share(self) -> float:
         return self.dead_M.float().mean().item()
@@ -103,85 +116,73 @@ class StepResult:
     def numbers(self) -> dict[str, float]:
         """Plain numbers for a log: `loss`, each of its terms, batch FVU, L0, dead share, gradient norm, learning rate, experts' load."""
         row = {f"loss/{name}": term.item() for name, term in self.terms.items()}
-        row = {"loss": sum(row.values()), **row, "fvu": self.fvu(), "dead": self.dead_share(), "grad_norm": self.grad_norm.item(), "lr": self.lr}
-        row["l0"] = (self.output.latents.values_TK > 0).sum().item() / self.x_TD.shape[0]
-        if self.output.routing is not None:
-            load_E = torch.bincount(self.output.routing.expert_T, minlength=self.output.routing.probs_TE.shape[1]) / self.x_TD.shape[0]
+        grad_norm = self.outcome.grad_norm.item()
+        row = {"loss": sum(row.values()), **row, "fvu": self.fvu(), "dead": self.dead_share(), "grad_norm": grad_norm, "lr": self.lr}
+        row["l0"] = (self.outcome.values_TK > 0).sum().item() / self.x_TD.shape[0]
+        if self.outcome.load_E is not None:
+            load_E = self.outcome.load_E()
             row |= {"load/max": load_E.max().item(), "load/min": load_E.min().item()}
         return row
 
 
 class Trainer:
-    """Trains one SAE: Adam, clipping, decoder rows kept on the unit sphere, dead-latent bookkeeping."""
+    """Trains one SAE: learning rate, engine, dead-latent bookkeeping. How a step is computed is the engine's business (`sae.execution`)."""
 
     def __init__(self, sae: SparseAutoencoder, config: TrainerConfig, total_steps: int, batch_size: int) -> None:
         self.sae, self.config = sae, config
         self.schedule = Schedule.resolve(config, sae, total_steps)
         limit = config.dead_after_tokens
         self.dead_after_tokens = limit if limit is not None else min(10_000_000, total_steps * batch_size // 10)
-        self.parameters = {name: p for name, p in sae.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=self.schedule.peak, betas=(0.9, 0.999), fused=True)
         device = sae.decoder_weight().device
         self.tokens_since_fired_M = torch.zeros(sae.num_latents, dtype=torch.int64, device=device)
+        settings = EngineSettings(self.schedule, config.clip, self.dead_after_tokens, config.moments)
+        self.engine: Engine
+        if sae.execution.is_triton and isinstance(sae, FusedTraining):
+            self.engine = TritonEngine(sae, settings, self.tokens_since_fired_M)
+        else:
+            if config.moments is not Moments.float32:
+                raise ValueError(
+                    f"trainer.moments={config.moments.value} needs the Triton backend; this SAE trains with {sae.execution}. Use float32."
+                )
+            self.engine = TorchEngine(sae, settings, self.tokens_since_fired_M)
         self.steps_done = 0
-        self.seconds = 0.0
+        self._seconds = 0.0
+
+    def describe(self, batch_size: int) -> str:
+        """Which code computes a step, and why."""
+        return self.engine.describe(batch_size)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in steps; on a GPU the device's, for which this waits."""
+        self._seconds += self.engine.seconds()
+        return self._seconds
 
     def step(self, x_TD: Tensor) -> StepResult:
         """One optimiser step on one batch of raw activations: the only function that changes weights or counters.
 
-        Raises FloatingPointError, before anything has changed, when the loss is not finite.
+        Raises FloatingPointError, before anything has changed, when the loss is not finite (Triton: up to 64 steps later, still nothing has changed).
         """
         started = time.perf_counter()
-        sae, W_dec_MD = self.sae, self.sae.decoder_weight()
-        dead_M = self.tokens_since_fired_M >= self.dead_after_tokens
-        any_dead = bool(dead_M.any())
-        output = sae(x_TD)
-        terms = sae.loss_terms(x_TD, output, dead_M if any_dead else None)
-        loss = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.steps_done} ({ {k: v.item() for k, v in terms.items()} }). No weight was changed. "
-                "Look for NaN or huge values in the activations, or lower the learning rate: trainer.lr=..."
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         lr = self.schedule(self.steps_done)
-        with torch.no_grad():
-            # The part of a row's gradient along the row would only change its norm, which is projected out: Adam must not average it.
-            grad_MD = W_dec_MD.grad
-            assert grad_MD is not None
-            grad_MD.addcmul_(W_dec_MD, (grad_MD * W_dec_MD).sum(dim=1, keepdim=True), value=-1)
-            grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            W_dec_MD.div_(torch.linalg.vector_norm(W_dec_MD, dim=1, keepdim=True))
-            fired_M = output.latents.firing_counts() > 0
-            self.tokens_since_fired_M.add_(x_TD.shape[0]).masked_fill_(fired_M, 0)
+        outcome = self.engine.step(x_TD, self.steps_done)
         self.steps_done += 1
-        seconds = time.perf_counter() - started
-        self.seconds += seconds
-        terms = {name: term.detach() for name, term in terms.items()}
-        return StepResult(x_TD, output, terms, grad_norm, lr, dead_M, seconds)
+        if not self.engine.keeps_time:
+            self._seconds += time.perf_counter() - started
+        return StepResult(x_TD, outcome, lr)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, plain values) from which `load_state_dict` goes on bit for bit."""
+        """(tensors, plain values) from which `load_state_dict` goes on bit for bit. Raises FloatingPointError for a step that was not finite."""
         tensors = {f"sae/{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam/{name}/{key}"] = value
+        tensors |= self.engine.state()
         tensors["tokens_since_fired"] = self.tokens_since_fired_M
         return tensors, {"steps_done": self.steps_done, "seconds": self.seconds}
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        device = self.tokens_since_fired_M.device
         self.sae.load_state_dict({name.removeprefix("sae/"): t for name, t in tensors.items() if name.startswith("sae/")})
-        for name, parameter in self.parameters.items():
-            prefix = f"adam/{name}/"
-            saved = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            self.optimizer.state[parameter] = {key: t.to(device) for key, t in saved.items()} if saved else {}
-        self.tokens_since_fired_M = tensors["tokens_since_fired"].to(device)
-        self.steps_done, self.seconds = state["steps_done"], state["seconds"]
+        self.tokens_since_fired_M.copy_(tensors["tokens_since_fired"])
+        self.steps_done, self._seconds = state["steps_done"], state["seconds"]
+        self.engine.load({name: t for name, t in tensors.items() if not name.startswith("sae/")}, self.steps_done)
 
 
 @torch.no_grad()

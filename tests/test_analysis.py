@@ -214,7 +214,7 @@ class ByToken(nn.Module):
     def forward(self, x):
         token = x[:, 0].long()
         values, indices = torch.stack([x[:, 1], torch.zeros(len(x))], 1), torch.stack([token, torch.full_like(token, 9)], 1)
-        routing = Routing(token % 2, torch.ones(len(x)), nn.functional.one_hot(token % 2, 2).float())
+        routing = Routing(token[:, None] % 2, torch.ones(len(x), 1), nn.functional.one_hot(token % 2, 2).float())
         return SAEOutput(x, SparseLatents(values, indices, 10), routing)
 
     def flops(self):

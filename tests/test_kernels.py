@@ -13,6 +13,9 @@ SHAPES = [
     Shape(T=1, D=6, M=20, E=2, K=2),
     Shape(T=23, D=9, M=21, E=1, K=6),
     Shape(T=12, D=8, M=16, E=4, K=4),  # K == F: nothing is left to select
+    Shape(T=31, D=9, M=40, E=5, K=4, S=2),
+    Shape(T=31, D=9, M=40, E=5, K=6, S=3, joint=False),
+    Shape(T=17, D=6, M=32, E=4, K=4, S=2, routing="one"),
 ]
 SPECS = list(KERNELS.values())
 
@@ -126,11 +129,22 @@ def test_no_latent_order_is_made_where_no_gradient_is_wanted():
 
 
 def test_dispatch_gathers_and_scatters_back():
-    expert_T = torch.tensor([2, 0, 2, 3])
-    dispatch = Dispatch.from_experts(expert_T, 4)
-    assert dispatch.order_N.tolist() == [1, 0, 2, 3] and dispatch.offsets == (0, 1, 1, 3, 4) and dispatch.counts_E.tolist() == [1, 0, 2, 1]
+    expert_TS = torch.tensor([[2], [0], [2], [3]])
+    dispatch = Dispatch.from_experts(expert_TS, 4)
+    assert dispatch.order_N.tolist() == [1, 0, 2, 3] and dispatch.offsets == [0, 1, 1, 3, 4]
     x = torch.randn(4, 3)
     assert torch.equal(dispatch.scatter(dispatch.gather(x)), x)
-    assert torch.equal(dispatch.gather(x)[1:3], x[expert_T == 2])
-    with pytest.raises(ValueError, match="expert index 4 is out of range"):
-        Dispatch.from_experts(torch.tensor([0, 4]), 4)
+    assert torch.equal(dispatch.gather(x)[1:3], x[expert_TS[:, 0] == 2])
+    for wrong in (4, -1):
+        with pytest.raises(ValueError, match=f"expert index {wrong} is out of range"):
+            Dispatch.from_experts(torch.tensor([[0], [wrong]]), 4)
+
+
+def test_dispatch_of_several_experts_per_token_sorts_pairs():
+    expert_TS = torch.tensor([[1, 0], [1, 2]])
+    dispatch = Dispatch.from_experts(expert_TS, 3)
+    assert dispatch.order_N.tolist() == [1, 0, 2, 3] and dispatch.offsets == [0, 1, 3, 4]
+    x = torch.randn(2, 3)
+    assert torch.equal(dispatch.gather(x), x[[0, 0, 1, 1]])
+    pairs = torch.randn(4, 3)
+    assert torch.equal(dispatch.scatter(dispatch.gather_pairs(pairs)), pairs)

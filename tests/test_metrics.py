@@ -29,7 +29,7 @@ def example():
     inside = torch.stack([torch.randperm(M // E, generator=generator)[:K] for _ in range(T)])
     indices = expert[:, None] * (M // E) + inside
     values[indices == 5] = 0  # a dead latent
-    output = SAEOutput(recon, SparseLatents(values, indices, M), Routing(expert, probs.gather(1, expert[:, None])[:, 0], probs))
+    output = SAEOutput(recon, SparseLatents(values, indices, M), Routing(expert[:, None], probs.gather(1, expert[:, None]), probs))
     document = torch.arange(T) * DOCUMENTS // T
     return x, output, document
 
@@ -39,7 +39,7 @@ def part(output, rows):
     return SAEOutput(
         output.recon_TD[rows],
         SparseLatents(output.latents.values_TK[rows], output.latents.indices_TK[rows], M),
-        Routing(routing.expert_T[rows], routing.gate_T[rows], routing.probs_TE[rows]),
+        Routing(routing.expert_TS[rows], routing.gate_TS[rows], routing.probs_TE[rows]),
     )
 
 
@@ -99,7 +99,7 @@ def test_every_number_equals_explicit_loops():
     assert found["dense_latents_1pct"] == pytest.approx(mean(r > 0.01 for r in rate))
     assert found["dense_latents_10pct"] == pytest.approx(mean(r > 0.1 for r in rate))
 
-    experts, probs = output.routing.expert_T.tolist(), output.routing.probs_TE.double().tolist()
+    experts, probs = output.routing.expert_TS[:, 0].tolist(), output.routing.probs_TE.double().tolist()
     load = [experts.count(e) / T for e in range(E)]
     assert found["load_cv"] == pytest.approx(math.sqrt(mean((f - 1 / E) ** 2 for f in load)) * E, rel=1e-12)
     assert found["load_max"] == pytest.approx(max(load) * E, rel=1e-12)
@@ -115,7 +115,7 @@ def test_vectors_per_expert():
     metrics = run_all([slice(0, T)])
     _, output, _ = example()
     load = metrics["experts"].vectors()["expert_load"]
-    assert load == pytest.approx([(output.routing.expert_T == e).double().mean().item() for e in range(E)])
+    assert load == pytest.approx([(output.routing.expert_TS == e).double().mean().item() for e in range(E)])
     assert sum(metrics["experts"].vectors()["expert_probability"]) == pytest.approx(1)
     dense = output.latents.to_dense()
     dead = [float((dense[:, e * 4 : (e + 1) * 4] == 0).all(0).double().mean()) for e in range(E)]
@@ -189,7 +189,7 @@ def test_a_collapsed_router_has_the_extreme_scores():
     x, output, document = example()
     expert, probs = torch.zeros(T, dtype=torch.int64), torch.tensor([[1.0, 0.0, 0.0]]).expand(T, E)
     metric = METRICS["experts"](MetricSetup.of(x, DOCUMENTS, M, E))
-    metric.update(MetricBatch.of(x, SAEOutput(output.recon_TD, output.latents, Routing(expert, torch.ones(T), probs)), document))
+    metric.update(MetricBatch.of(x, SAEOutput(output.recon_TD, output.latents, Routing(expert[:, None], torch.ones(T, 1), probs)), document))
     found = metric.compute()
     assert found["load_balance"] == pytest.approx(E) and found["load_max"] == pytest.approx(E) and found["load_min_over_max"] == 0
     assert found["load_entropy"] == 0 and found["router_entropy"] == 0 and found["load_cv"] == pytest.approx(math.sqrt(E - 1))

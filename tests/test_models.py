@@ -161,19 +161,19 @@ def test_wrong_width_is_refused_with_the_rule(name):
         build(CONFIGS[name]).encode(torch.zeros(3, 5))
 
 
-@pytest.mark.parametrize("experts", [1, 4, 8])
-def test_outputs_and_gradients_equal_the_masked_dense_formulation(experts):
+@pytest.mark.parametrize(("experts", "slots", "joint"), [(1, 1, True), (4, 1, True), (8, 1, True), (4, 2, True), (4, 2, False), (4, 4, True)])
+def test_outputs_and_gradients_equal_the_masked_dense_formulation(experts, slots, joint):
     """The whole Switch SAE, router included, against the equations as published: every expert computed, then masked."""
-    config = SwitchSAE.Config(num_latents=48, k=4, num_experts=experts)
+    config = SwitchSAE.Config(num_latents=48, k=4, num_experts=experts, experts_per_token=slots, joint_topk=joint)
     sae, x = build(config, torch.float64), activations().double()
     terms = losses_of(sae, x)
     gradients = torch.autograd.grad(sum(terms.values()), list(sae.parameters()))
 
     scaled = x * sae.activation_scale
     probs = torch.softmax((scaled - sae.b_router_D) @ sae.W_router_ED.T, dim=1)
-    gate, expert = probs.max(dim=1)
+    gate, expert = probs.topk(slots, dim=1)
     _, dispatch = sae.route(scaled)
-    selection = encode_topk_reference(scaled, sae.b_pre_D, gate, sae.W_enc_MD, sae.b_enc_M, dispatch, 4)
+    selection = encode_topk_reference(scaled, sae.b_pre_D, gate, sae.W_enc_MD, sae.b_enc_M, dispatch, 4, joint)
     recon = sparse_decode_reference(selection.values_TK, selection.indices_TK, sae.W_dec_MD) + sae.b_pre_D
     loss = (scaled - recon).pow(2).sum(1).mean() + config.load_balance * D * load_balance_loss(expert, probs)
     expected = torch.autograd.grad(loss, list(sae.parameters()))
@@ -196,9 +196,25 @@ def test_one_expert_equals_topk_exactly_through_training():
     assert torch.equal(topk(activations()).recon_TD, switch(activations()).recon_TD)
 
 
+def test_auxk_with_two_experts_per_token_equals_the_dense_formula():
+    sae, x = build(SwitchSAE.Config(num_latents=48, k=4, num_experts=4, experts_per_token=2, auxk_latents=6), torch.float64), activations().double()
+    dead_M = torch.arange(48) % 3 == 0
+    output, scaled = sae(x), x * sae.activation_scale
+    residual = (scaled - output.recon_TD * sae.activation_scale).detach()
+    pre = (scaled - sae.b_pre_D) @ sae.W_enc_MD.T + sae.b_enc_M
+    recon = torch.zeros_like(scaled)
+    for slot in range(2):
+        expert, gate = output.routing.expert_TS[:, slot], output.routing.gate_TS[:, slot]
+        allowed = dead_M & (torch.arange(48) // 12 == expert[:, None])
+        top = pre.masked_fill(~allowed, float("-inf")).topk(3, dim=1)
+        recon += gate[:, None] * (torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()) @ sae.W_dec_MD)
+    expected = (residual - recon).pow(2).sum() / (residual - residual.mean(0)).pow(2).sum() / 32 * D
+    torch.testing.assert_close(sae.loss_terms(x, output, dead_M)["auxk"], expected)
+
+
 def test_experts_own_consecutive_latents():
     output = build(CONFIGS["switch"])(activations())
-    assert torch.equal(output.latents.indices_TK // 12, output.routing.expert_T[:, None].expand(-1, 4))
+    assert torch.equal(output.latents.indices_TK // 12, output.routing.expert_TS.expand(-1, 4))
 
 
 def test_router_and_centre_have_biases_of_their_own():
@@ -216,14 +232,14 @@ def test_a_frozen_router_stays_as_it_was():
     trainer = Trainer(sae, TrainerConfig(lr=1e-2), total_steps=3, batch_size=T)
     for step in range(3):
         trainer.step(activations(step))
-    assert torch.equal(before, sae.W_router_ED) and "W_router_ED" not in trainer.parameters
+    assert torch.equal(before, sae.W_router_ED) and "W_router_ED" not in trainer.engine.optimizer.parameters
 
 
 def test_load_balance_loss_is_1_when_balanced_and_e_when_collapsed():
     even = torch.full((8, 4), 0.25)
-    assert load_balance_loss(torch.arange(8) % 4, even).item() == pytest.approx(1)
+    assert load_balance_loss(torch.arange(8)[:, None] % 4, even).item() == pytest.approx(1)
     one_sided = torch.nn.functional.one_hot(torch.zeros(8, dtype=torch.int64), 4).float()
-    assert load_balance_loss(torch.zeros(8, dtype=torch.int64), one_sided).item() == pytest.approx(4)
+    assert load_balance_loss(torch.zeros(8, 1, dtype=torch.int64), one_sided).item() == pytest.approx(4)
 
 
 def test_the_paper_initialisation_is_that_of_a_linear_layer():
@@ -236,6 +252,8 @@ def test_the_paper_initialisation_is_that_of_a_linear_layer():
 def test_flops_are_counted_by_hand():
     flops = SwitchSAE(SwitchSAE.Config(num_latents=64, k=2, num_experts=4), 10).flops()
     assert (flops.router, flops.encode, flops.decode, flops.backward) == (2 * 10 * 4, 2 * 10 * 16, 2 * 10 * 2, 3 * 2 * 10 * 2 + 2 * 2 * 10 * 4)
+    two = SwitchSAE(SwitchSAE.Config(num_latents=64, k=2, num_experts=4, experts_per_token=2), 10).flops()
+    assert two.encode == 2 * flops.encode and (two.router, two.decode, two.backward) == (flops.router, flops.decode, flops.backward)
     dense = TopKSAE(TopKSAE.Config(num_latents=64, k=2), 10).flops()
     assert dense.router == 0 and dense.encode == 2 * 10 * 64
 
@@ -249,6 +267,8 @@ def test_flops_are_counted_by_hand():
         ({"k": 0}, "k=0 is too small"),
         ({"load_balance": -1.0}, "load_balance=-1.0 is negative"),
         ({"auxk": -1.0}, "auxk=-1.0 is negative"),
+        ({"num_experts": 4, "experts_per_token": 5}, "experts_per_token=5 must lie between 1 and num_experts=4"),
+        ({"k": 5, "experts_per_token": 2, "joint_topk": False}, "k=5 does not divide evenly among experts_per_token=2. Use k=4, or joint_topk=true"),
     ],
 )
 def test_impossible_configs_say_value_rule_and_fix(change, message):

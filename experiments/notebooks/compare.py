@@ -234,7 +234,7 @@ if isinstance(source, SyntheticSource):
         parts = {"all": truth.topic_G > -2, "common": truth.is_common_G, "topic": ~truth.is_common_G}
         scores = {part: recovery(decoder, truth.dictionary_GD[chosen], firing_counts=counts) for part, chosen in parts.items() if chosen.any()}
         routing = member_output.routing
-        nmi = "-" if routing is None else f"{normalized_mutual_information(routing.expert_T, topic_T):.2f}"
+        nmi = "-" if routing is None else f"{normalized_mutual_information(routing.expert_TS[:, 0], topic_T):.2f}"
         recalls = "   ".join(f"recall of {part} {score.recall:6.1%}" for part, score in scores.items())
         print(f"{name:15} MCC {scores['all'].mcc:.2f}   {recalls}   NMI of experts and topics {nmi}")
 else:

@@ -5,21 +5,32 @@ Imported as `switch_kernels`: `kernels/` is a source root, not a package (transf
 Shapes: T tokens in arrival order, N rows in expert order, D activation size, E experts, F latents per expert, M = E*F, K active latents.
 """
 
+from switch_kernels.backend import Backend, Execution, Moments, Precision, resolve
 from switch_kernels.decode import sparse_decode, sparse_decode_reference
 from switch_kernels.dispatch import Dispatch
 from switch_kernels.encode import Selection, encode_topk, encode_topk_reference
 from switch_kernels.latent_order import LatentOrder
+from switch_kernels.plan import GradientMode, Plan, Regime, choose_plan
 from switch_kernels.spec import KERNELS, KernelSpec, Shape
 
 __all__ = [
     "KERNELS",
+    "Backend",
     "Dispatch",
+    "Execution",
+    "GradientMode",
     "KernelSpec",
     "LatentOrder",
+    "Moments",
+    "Plan",
+    "Precision",
+    "Regime",
     "Selection",
     "Shape",
+    "choose_plan",
     "encode_topk",
     "encode_topk_reference",
+    "resolve",
     "sparse_decode",
     "sparse_decode_reference",
 ]

@@ -1,6 +1,7 @@
 """Sorting a batch by expert, once, so that every expert sees one contiguous slice of rows."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -8,52 +9,73 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dispatch:
-    """A batch in expert order. `scatter(gather(x)) == x`; made once per batch.
+    """The T*S (token, slot) pairs of a batch in expert order; S experts per token, usually 1. `scatter(gather(x)) == x`; made once per batch.
 
-    Worked example with E = 4 and expert_T = [2, 0, 2, 3] (expert 1 receives nothing, which is legal)::
+    Worked example with S = 1, E = 4 and expert_TS = [[2], [0], [2], [3]] (expert 1 receives nothing, which is legal)::
 
-        order_N   = [1, 0, 2, 3]        row n of the sorted batch is token order_N[n]; ties keep arrival order
-        counts_E  = [1, 0, 2, 1]
-        offsets   = [0, 1, 1, 3, 4]     expert e owns rows offsets[e] to offsets[e + 1] - 1
+        order_N   = [1, 0, 2, 3]        row n of the sorted batch is pair order_N[n]; ties keep arrival order
+        start_E1  = [0, 1, 1, 3, 4]     expert e owns rows start_E1[e] to start_E1[e + 1] - 1
+
+    Pair t * S + s is token t's slot s, so with S = 1 pairs are tokens.
     """
 
-    expert_T: Tensor
-    """The expert of each token, int64 in [0, E)."""
+    expert_TS: Tensor
+    """The experts of each token, int64 in [0, E)."""
     order_N: Tensor
-    """Token of each sorted row, int64."""
-    counts_E: Tensor
-    """Rows per expert, int64."""
-    offsets: tuple[int, ...]
-    """E + 1 row boundaries, on the host: the loop over experts needs them."""
-    is_identity: bool = False
-    """True with one expert: nothing moves, gather and scatter return their argument."""
+    """Pair of each sorted row, int64."""
+    start_E1: Tensor
+    """E + 1 row boundaries, int64."""
 
     @property
     def num_experts(self) -> int:
-        return len(self.offsets) - 1
+        return self.start_E1.shape[0] - 1
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return self.expert_TS.shape[1]
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """`start_E1` on the host, which a loop over experts needs."""
+        return self.start_E1.tolist()
+
+    @property
+    def is_identity(self) -> bool:
+        """True with one expert: nothing moves, gather and scatter return their argument."""
+        return self.num_experts == 1 and self.slots == 1
 
     @classmethod
-    def from_experts(cls, expert_T: Tensor, num_experts: int) -> "Dispatch":
-        """Stable sort of tokens by expert. Expert numbers must lie in [0, num_experts)."""
-        if num_experts == 1:
-            return cls.to_one_expert(expert_T.shape[0], expert_T.device)
-        counts_E = torch.bincount(expert_T, minlength=num_experts)
-        if counts_E.shape[0] != num_experts:
-            raise ValueError(f"expert index {counts_E.shape[0] - 1} is out of range: it must be below num_experts={num_experts}.")
-        order_N = torch.sort(expert_T, stable=True).indices
-        return cls(expert_T, order_N, counts_E, (0, *torch.cumsum(counts_E, 0).tolist()))
+    def from_experts(cls, expert_TS: Tensor, num_experts: int) -> "Dispatch":
+        """Stable sort of pairs by expert. Expert numbers must lie in [0, num_experts): ValueError on a CPU, where looking is free."""
+        if num_experts == 1 and expert_TS.shape[1] == 1:
+            return cls.to_one_expert(expert_TS.shape[0], expert_TS.device)
+        sorted_N, order_N = torch.sort(expert_TS.flatten(), stable=True)
+        start_E1 = torch.searchsorted(sorted_N, torch.arange(num_experts + 1, device=sorted_N.device))
+        if (
+            sorted_N.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and len(sorted_N)
+            and not 0 <= sorted_N[0] <= sorted_N[-1] < num_experts
+        ):
+            wrong = sorted_N[0] if sorted_N[0] < 0 else sorted_N[-1]
+            raise ValueError(f"expert index {int(wrong)} is out of range: it must be at least 0 and below num_experts={num_experts}.")
+        return cls(expert_TS, order_N, start_E1)
 
     @classmethod
     def to_one_expert(cls, num_tokens: int, device: torch.device | str = "cpu") -> "Dispatch":
         """All tokens to expert 0: the dispatch of a dense SAE."""
-        expert_T = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-        order_N = torch.arange(num_tokens, device=device)
-        return cls(expert_T, order_N, torch.tensor([num_tokens], device=device), (0, num_tokens), is_identity=True)
+        expert_TS = torch.zeros(num_tokens, 1, dtype=torch.int64, device=device)
+        return cls(expert_TS, torch.arange(num_tokens, device=device), torch.tensor([0, num_tokens], device=device))
 
     def gather(self, x_TX: Tensor) -> Tensor:
-        """Token order to expert order: x_TX[order_N]."""
-        return x_TX if self.is_identity else x_TX.index_select(0, self.order_N)
+        """Token order to expert order, [N, X]: row n is the token of pair order_N[n]."""
+        return x_TX if self.is_identity else x_TX.index_select(0, self.order_N if self.slots == 1 else self.order_N // self.slots)
+
+    def gather_pairs(self, x_RX: Tensor) -> Tensor:
+        """Pair order (row t * S + s) to expert order."""
+        return x_RX if self.is_identity else x_RX.index_select(0, self.order_N)
 
     def scatter(self, x_NX: Tensor) -> Tensor:
-        """Expert order back to token order."""
+        """Expert order back to pair order, [T * S, X]; with S = 1 that is token order."""
         return x_NX if self.is_identity else torch.empty_like(x_NX).index_copy_(0, self.order_N, x_NX)

@@ -15,14 +15,16 @@ from switch_kernels.encode import encode_topk, encode_topk_reference
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one problem. `routing` says how tokens fall on experts: `random`, `one` (all to the last expert) or `skip` (expert 0 empty)."""
+    """Sizes of one problem. `routing` says how tokens fall on experts: `random`, `one` (all to the last S experts) or `skip` (expert 0 empty)."""
 
     T: int
     D: int
     M: int
     E: int
     K: int
+    S: int = 1
     routing: str = "random"
+    joint: bool = True
 
     @property
     def F(self) -> int:
@@ -45,10 +47,13 @@ class KernelSpec:
 
 
 def _experts(shape: Shape, generator: torch.Generator) -> Tensor:
+    """[T, S], distinct within a token."""
+    liking_TE = torch.rand(shape.T, shape.E, generator=generator)
     if shape.routing == "one":
-        return torch.full((shape.T,), shape.E - 1)
-    first = 1 if shape.routing == "skip" and shape.E > 1 else 0
-    return torch.randint(first, shape.E, (shape.T,), generator=generator)
+        liking_TE = torch.arange(shape.E).expand(shape.T, -1)
+    elif shape.routing == "skip" and shape.E > shape.S:
+        liking_TE[:, 0] = -1
+    return liking_TE.topk(shape.S, dim=1).indices
 
 
 def _encode_inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
@@ -58,11 +63,12 @@ def _encode_inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator)
     return {
         "x_TD": normal(shape.T, shape.D).requires_grad_(),
         "b_pre_D": normal(shape.D).mul_(0.1).requires_grad_(),
-        "gate_T": torch.rand(shape.T, dtype=dtype, generator=generator).add_(0.1).requires_grad_(),
+        "gate_TS": torch.rand(shape.T, shape.S, dtype=dtype, generator=generator).add_(0.1).requires_grad_(),
         "W_enc_MD": F.normalize(normal(shape.M, shape.D), dim=1).requires_grad_(),
         "b_enc_M": normal(shape.M).mul_(0.1).requires_grad_(),
         "dispatch": Dispatch.from_experts(_experts(shape, generator), shape.E),
         "k": shape.K,
+        "joint": shape.joint,
     }
 
 
@@ -70,7 +76,7 @@ def _decode_inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator)
     inside_TK = torch.rand(shape.T, shape.F, generator=generator).topk(shape.K, dim=1).indices
     return {
         "values_TK": torch.rand(shape.T, shape.K, dtype=dtype, generator=generator).requires_grad_(),
-        "indices_TK": inside_TK + (_experts(shape, generator) * shape.F)[:, None],
+        "indices_TK": inside_TK + _experts(shape, generator)[:, :1] * shape.F,
         "W_dec_MD": F.normalize(torch.randn(shape.M, shape.D, dtype=dtype, generator=generator), dim=1).requires_grad_(),
     }
 
@@ -88,8 +94,8 @@ KERNELS: dict[str, KernelSpec] = {
             fast=lambda **inputs: _dense_selection(encode_topk(**inputs), inputs["W_enc_MD"].shape[0]),
             reference=lambda **inputs: _dense_selection(encode_topk_reference(**inputs), inputs["W_enc_MD"].shape[0]),
             make_inputs=_encode_inputs,
-            flops=lambda s: 2 * s.T * s.D * s.F,
-            bytes=lambda s: 4 * (s.T * s.D + min(s.T, s.E) * s.F * s.D + 3 * s.T * s.K),
+            flops=lambda s: 2 * s.T * s.S * s.D * s.F,
+            bytes=lambda s: 4 * (s.T * s.D + min(s.T * s.S, s.E) * s.F * s.D + 3 * s.T * s.K),
         ),
         KernelSpec(
             name="sparse_decode",

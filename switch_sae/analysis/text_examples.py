@@ -118,10 +118,11 @@ def expert_tokens(sae: Evaluable, evaluation_set: EvaluationSet, decode: Decode,
     for _, _, output in sae_outputs(sae, evaluation_set.x_TD):
         if output.routing is None:
             raise ValueError(f"the SAE says it has {sae.num_experts} experts, but its output has no routing. Return a Routing in SAEOutput.")
-        routed.append(output.routing.expert_T.cpu())
-    expert_T = torch.cat(routed)
+        routed.append(output.routing.expert_TS.cpu())
+    expert_TS = torch.cat(routed)
     token_ids, token_T = tokens_CS[keep_CS].unique(return_inverse=True)
-    count_VE = torch.bincount(token_T * sae.num_experts + expert_T, minlength=len(token_ids) * sae.num_experts).view(-1, sae.num_experts).double()
+    pair_R = (token_T[:, None] * sae.num_experts + expert_TS).flatten()
+    count_VE = torch.bincount(pair_R, minlength=len(token_ids) * sae.num_experts).view(-1, sae.num_experts).double()
     share_VE = count_VE / count_VE.sum(1, keepdim=True)
     load_E = count_VE.sum(0) / count_VE.sum()
     frequent_V = count_VE.sum(1) >= min_count

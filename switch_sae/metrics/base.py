@@ -71,7 +71,7 @@ class MetricBatch:
         latents, routing = output.latents, output.routing
         if routing is not None:
             check_finite("router probabilities", routing.probs_TE)
-            routing = Routing(routing.expert_T.cpu(), routing.gate_T.cpu(), routing.probs_TE.cpu())
+            routing = Routing(routing.expert_TS.cpu(), routing.gate_TS.cpu(), routing.probs_TE.cpu())
         latents = SparseLatents(latents.values_TK.cpu(), latents.indices_TK.cpu(), latents.num_latents)
         return cls(x_TD.cpu(), SAEOutput(output.recon_TD.cpu(), latents, routing), document_T.cpu())
 

@@ -10,7 +10,7 @@ from switch_sae.metrics.base import DocumentMetric, MetricBatch, MetricSetup
 
 
 class Experts(DocumentMetric[MetricBatch]):
-    """Load and confidence, from f_i = share of rows routed to expert i, P_i = mean probability of expert i, gate = max_i p_i.
+    """Load and confidence, from f_i = share of (row, slot) pairs routed to expert i, P_i = mean probability of expert i, gate = the chosen experts' probability.
 
     load_cv = std(f) / mean(f) over experts; load_max = E max f and load_min = E min f (1 is a fair share); load_min_over_max is 0 when an expert
     is idle; load_entropy = H(f) / log E, 1 when balanced; router_entropy = mean_t H(p_t) / log E, 0 when the router is certain;
@@ -29,17 +29,17 @@ class Experts(DocumentMetric[MetricBatch]):
             raise ValueError(f"the SAE says it has {self.setup.num_experts} experts, but its output has no routing. Return a Routing in SAEOutput.")
         probs_TE = routing.probs_TE.double()
         return {
-            "routed": F.one_hot(routing.expert_T, self.setup.num_experts),
+            "routed": F.one_hot(routing.expert_TS, self.setup.num_experts).sum(1),
             "probs": probs_TE,
             "entropy": torch.special.entr(probs_TE).sum(1),
-            "gate": routing.gate_T,
+            "gate": routing.gate_TS.sum(1),
+            "rows": torch.ones(len(probs_TE)),
         }
 
     def ratios(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         experts = self.setup.num_experts
-        rows_R1 = totals["routed"].sum(1, keepdim=True)
-        load_RE, probs_RE = totals["routed"] / rows_R1, totals["probs"] / rows_R1
-        rows_R = rows_R1[:, 0]
+        rows_R = totals["rows"]
+        load_RE, probs_RE = totals["routed"] / totals["routed"].sum(1, keepdim=True), totals["probs"] / rows_R[:, None]
         return {
             "load_cv": load_RE.std(1, correction=0) * experts,
             "load_max": load_RE.amax(1) * experts,
@@ -54,5 +54,5 @@ class Experts(DocumentMetric[MetricBatch]):
     def vectors(self) -> dict[str, list[float]]:
         """f_i and P_i."""
         totals = self.totals()
-        rows = totals["routed"].sum()
-        return {"expert_load": (totals["routed"][0] / rows).tolist(), "expert_probability": (totals["probs"][0] / rows).tolist()}
+        load, probability = totals["routed"][0] / totals["routed"].sum(), totals["probs"][0] / totals["rows"][0]
+        return {"expert_load": load.tolist(), "expert_probability": probability.tolist()}

@@ -1,6 +1,7 @@
 """The contract that every sparse autoencoder (SAE) keeps, and the values it passes around.
 
-Shapes: T tokens, D activation size (`d_in`), M latents (`d_sae`), E experts, F = M / E latents per expert, K active latents per token.
+Shapes: T tokens, D activation size (`d_in`), M latents (`d_sae`), E experts, F = M / E latents per expert, S experts per token, K active
+latents per token.
 """
 
 from abc import ABC, abstractmethod
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from switch_kernels import Execution
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class SparseLatents:
 class Routing:
     """What the router decided for one batch."""
 
-    expert_T: Tensor
-    """The chosen expert of each token, int64 in [0, E)."""
-    gate_T: Tensor
-    """Its probability."""
+    expert_TS: Tensor
+    """The S chosen experts of each token (S is 1 in the paper), likeliest first, int64 in [0, E)."""
+    gate_TS: Tensor
+    """Their probabilities."""
     probs_TE: Tensor
     """All probabilities: the softmax of the router's logits."""
 
@@ -90,6 +93,8 @@ class SparseAutoencoder(nn.Module, ABC):
     activation_scale: Tensor
     activations: dict[str, Any]
     """What it was trained on (`ActivationSource.describe`), for an SAE that was loaded; empty before."""
+    execution: Execution = Execution()
+    """Who computes, and in which precision: PyTorch in float32 unless it is set. Not saved: it changes rounding, not the function."""
 
     @abstractmethod
     def encode(self, x_TD: Tensor) -> SparseLatents:

@@ -9,14 +9,20 @@ def reconstruction_loss(residual_TD: Tensor) -> Tensor:
     return residual_TD.pow(2).sum(dim=1).mean()
 
 
-def load_balance_loss(expert_T: Tensor, probs_TE: Tensor) -> Tensor:
+def load_balance_loss(expert_TS: Tensor, probs_TE: Tensor) -> Tensor:
     """L_aux = E * sum_i f_i P_i; 1 when balanced, E when one expert takes all (Fedus et al., arXiv 2101.03961, eq. 4; arXiv 2410.08201).
 
-    f_i is the share of tokens routed to expert i and carries no gradient; P_i is the mean probability of expert i.
+    f_i is the share of (token, slot) pairs routed to expert i and carries no gradient; P_i is the mean probability of expert i.
     """
     num_experts = probs_TE.shape[1]
-    f_E = torch.bincount(expert_T, minlength=num_experts).to(probs_TE.dtype) / expert_T.shape[0]
-    return num_experts * torch.dot(f_E, probs_TE.mean(dim=0))
+    return num_experts * torch.dot(expert_shares(expert_TS, num_experts).to(probs_TE.dtype), probs_TE.mean(dim=0))
+
+
+def expert_shares(expert_TS: Tensor, num_experts: int) -> Tensor:
+    """[E] share of (token, slot) pairs that each expert receives; sums to 1."""
+    counts_E = torch.zeros(num_experts, device=expert_TS.device)
+    counts_E.scatter_add_(0, expert_TS.flatten().long(), torch.ones(expert_TS.numel(), device=expert_TS.device))
+    return counts_E / expert_TS.numel()
 
 
 def normalized_auxk_loss(residual_TD: Tensor, recon_TD: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switch_kernels import Dispatch, encode_topk, sparse_decode
-from switch_sae.models.base import Flops, Routing, SAEOutput, SparseAutoencoder, SparseLatents
+from switch_sae.models.base import Flops, Routing, SAEOutput, SparseLatents
+from switch_sae.models.fused import FusedTraining
 from switch_sae.models.losses import geometric_median, normalized_auxk_loss, reconstruction_loss
 
 
@@ -22,7 +23,7 @@ class EncoderInit(Enum):
     """torch.nn.Linear's default, uniform in +-1/sqrt(D): the paper's start."""
 
 
-class TopKSAE(SparseAutoencoder):
+class TopKSAE(FusedTraining):
     """z = TopK(ReLU(W_enc (x - b_pre) + b_enc)), recon = W_dec z + b_pre, W_dec's rows on the unit sphere."""
 
     @dataclass
@@ -49,6 +50,8 @@ class TopKSAE(SparseAutoencoder):
                 _at_least("auxk_latents", self.auxk_latents, 1)
 
     num_experts = 1
+    experts_per_token = 1
+    joint_topk = True
 
     def __init__(self, config: "TopKSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -90,7 +93,8 @@ class TopKSAE(SparseAutoencoder):
         """Backward: gradients of values and W_dec (2DK each) and of W_enc (2DK), on selected rows only; AuxK, which runs only on dead latents, is left out."""
         per_row = 2 * self.d_in
         k = self.config.k
-        return Flops(router=0, encode=per_row * self.num_latents // self.num_experts, decode=per_row * k, backward=3 * per_row * k)
+        encode = per_row * self.experts_per_token * self.num_latents // self.num_experts
+        return Flops(router=0, encode=encode, decode=per_row * k, backward=3 * per_row * k)
 
     def decoder_weight(self) -> nn.Parameter:
         return self.W_dec_MD
@@ -112,20 +116,23 @@ class TopKSAE(SparseAutoencoder):
 
     def _encode(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None, Any]:
         routing, dispatch = self.route(x_TD)
-        gate_T = None if routing is None else routing.gate_T
-        values_TK, indices_TK, by_latent = encode_topk(x_TD, self.b_pre_D, gate_T, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k)
+        gate_TS = None if routing is None else routing.gate_TS
+        values_TK, indices_TK, by_latent = encode_topk(
+            x_TD, self.b_pre_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k, self.joint_topk, self.execution
+        )
         return SparseLatents(values_TK, indices_TK, self.num_latents), routing, by_latent
 
     def _decode(self, latents: SparseLatents, by_latent: Any) -> Tensor:
-        return (sparse_decode(latents.values_TK, latents.indices_TK, self.W_dec_MD, by_latent) + self.b_pre_D) / self.activation_scale
+        recon_TD = sparse_decode(latents.values_TK, latents.indices_TK, self.W_dec_MD, by_latent, self.execution)
+        return (recon_TD + self.b_pre_D) / self.activation_scale
 
     def _auxk(self, x_TD: Tensor, residual_TD: Tensor, routing: Routing | None, dead_M: Tensor) -> Tensor:
-        """Reconstructs each token's residual from the dead latents of its own expert: cost grows with the number of dead latents, not with M.
+        """Reconstructs each token's residual from the dead latents of its own experts: cost grows with the number of dead latents, not with M.
 
         Gradients reach the dead rows of W_enc, b_enc and W_dec and nothing else: gate, centre and residual are held fixed.
         """
         dispatch = (
-            Dispatch.to_one_expert(x_TD.shape[0], x_TD.device) if routing is None else Dispatch.from_experts(routing.expert_T, self.num_experts)
+            Dispatch.to_one_expert(x_TD.shape[0], x_TD.device) if routing is None else Dispatch.from_experts(routing.expert_TS, self.num_experts)
         )
         dead_latents = dead_M.nonzero()[:, 0]
         dead_per_expert = dead_M.view(self.num_experts, -1).sum(dim=1).tolist()
@@ -133,7 +140,8 @@ class TopKSAE(SparseAutoencoder):
         W_enc = self.W_enc_MD.index_select(0, dead_latents).split(dead_per_expert)
         W_dec = self.W_dec_MD.index_select(0, dead_latents).split(dead_per_expert)
         b_enc = None if self.b_enc_M is None else self.b_enc_M.index_select(0, dead_latents).split(dead_per_expert)
-        gate_N = None if routing is None else dispatch.gather(routing.gate_T.detach())
+        gate_N = None if routing is None else dispatch.gather_pairs(routing.gate_TS.detach().flatten())
+        auxk_latents = self.auxk_latents()
         recon = []
         for e, dead in enumerate(dead_per_expert):
             rows = slice(dispatch.offsets[e], dispatch.offsets[e + 1])
@@ -141,10 +149,15 @@ class TopKSAE(SparseAutoencoder):
                 recon.append(torch.zeros_like(x_ND[rows]))
                 continue
             pre = F.linear(x_ND[rows], W_enc[e], None if b_enc is None else b_enc[e])
-            values, indices = pre.topk(min(self.config.auxk_latents or max(1, self.d_in // 2), dead), dim=1, sorted=False)
+            values, indices = pre.topk(min(auxk_latents, dead), dim=1, sorted=False)
             latents = torch.zeros_like(pre).scatter(1, indices, values.relu())
             recon.append(latents @ W_dec[e] if gate_N is None else (latents @ W_dec[e]) * gate_N[rows, None])
-        return normalized_auxk_loss(dispatch.gather(residual_TD), torch.cat(recon))
+        recon_TSD = dispatch.scatter(torch.cat(recon)).view(x_TD.shape[0], self.experts_per_token, self.d_in)
+        return normalized_auxk_loss(residual_TD, recon_TSD.sum(dim=1))
+
+    def auxk_latents(self) -> int:
+        """Dead latents that each of a token's experts may use for AuxK."""
+        return max(1, (self.config.auxk_latents or max(1, self.d_in // 2)) // self.experts_per_token)
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -1,0 +1,83 @@
+"""`switch_kernels.adam.Adam` for Triton: one pass over weights and moments, fused with the gradients where they are recomputed."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from switch_kernels.adam import BETAS
+from switch_kernels.backend import Dot
+from switch_kernels.gpu import pairs, update
+from switch_kernels.gpu.inference import operand
+from switch_kernels.gpu.step import Gradients
+from switch_kernels.gpu.update import MatrixState
+
+MATRICES = ("W_enc_MD", "W_dec_MD")
+
+
+class FusedAdam:
+    """Adam on the parameters of a TopK or Switch SAE: same order of operations and same state as `Adam`, all of it on the device.
+
+    Weights, moments and the operands that matrix products read change in place, so a CUDA graph may hold their addresses. A gradient whose norm is
+    not finite changes nothing.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], dot: Dot, moments: torch.dtype = torch.float32) -> None:
+        self.parameters, self.dot = dict(parameters), dot
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, p in self.parameters.items():
+            dtype = moments if name in MATRICES else torch.float32
+            self.moments[name] = torch.zeros_like(p, dtype=dtype), torch.zeros_like(p, dtype=dtype)
+        self.operands = {name: operand(self.parameters[name], dot) for name in MATRICES}
+        self.steps_taken = 0
+
+    @torch.no_grad()
+    def refresh_operands(self) -> None:
+        """After weights were changed from outside."""
+        for name, copy in self.operands.items():
+            if copy.data_ptr() != self.parameters[name].data_ptr():
+                copy.copy_(operand(self.parameters[name], self.dot))
+
+    def hyper(self, step: int, lr: float, clip: float) -> list[float]:
+        """What the kernels need to know of step number `step`, counted from 0: lr, betas, bias corrections, clip."""
+        beta1, beta2 = BETAS
+        return [lr, beta1, beta2, 1 / (1 - beta1 ** (step + 1)), 1 / (1 - beta2 ** (step + 1)), clip]
+
+    @torch.no_grad()
+    def step(self, gradients: Gradients, hyper: Tensor, seed: Tensor) -> Tensor:
+        """One step with `hyper` on the device (float32 [6]) and `seed` (int32, another each step); returns the norm before clipping."""
+        square = gradients.total_square
+        enc, dec = (self._matrix(name) for name in MATRICES)
+        if gradients.recipe is not None:
+            pairs.update_from_pairs_(gradients.recipe, dec, enc, hyper, square, seed)
+        else:
+            assert gradients.W_enc_MD is not None and gradients.W_dec_MD is not None
+            update.update_rows_(enc, gradients.W_enc_MD, hyper, square, seed)
+            update.update_rows_(dec, gradients.W_dec_MD, hyper, square, seed)
+        for name, gradient in gradients.small.items():
+            update.update_flat_(self.parameters[name].detach(), *self.moments[name], gradient, hyper, square)
+        return square.sqrt()
+
+    def _matrix(self, name: str) -> MatrixState:
+        weight, copy = self.parameters[name].detach(), self.operands[name]
+        is_master = copy.data_ptr() == weight.data_ptr()
+        return MatrixState(weight, *self.moments[name], None if is_master else copy, unit_norm=name == "W_dec_MD")
+
+    def state(self) -> dict[str, Tensor]:
+        """As `Adam.state`, moments in the precision they are kept in."""
+        if self.steps_taken == 0:
+            return {}
+        tensors: dict[str, Tensor] = {}
+        for name, (exp_avg, exp_avg_sq) in self.moments.items():
+            tensors |= {f"{name}/step": torch.tensor(float(self.steps_taken)), f"{name}/exp_avg": exp_avg, f"{name}/exp_avg_sq": exp_avg_sq}
+        return tensors
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Moments of a run that has not stepped yet are zero."""
+        for name, (exp_avg, exp_avg_sq) in self.moments.items():
+            for moment, key in ((exp_avg, "exp_avg"), (exp_avg_sq, "exp_avg_sq")):
+                saved = state.get(f"{name}/{key}")
+                moment.zero_() if saved is None else moment.copy_(saved)
+            if f"{name}/step" in state:
+                self.steps_taken = int(state[f"{name}/step"])
+        self.refresh_operands()

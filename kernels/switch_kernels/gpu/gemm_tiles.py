@@ -1,0 +1,115 @@
+"""Tiles of the matrix products: one pure function of the problem's shape, never tuned at run time, so a shape always gives the same bits.
+
+The letters of a tile: BM rows of the output, BN columns of the output, BK elements of the sum per step.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from switch_kernels.gpu.launch import ALIGN, cdiv, interpreted, next_power_of_2
+
+Product = Literal["encode", "latent_gradients", "decode_loss", "decode_rows", "weight_gradient"]
+Capability = tuple[int, int]
+
+DOT_PRECISION = {"bf16": "tf32", "tf32": "tf32", "ieee": "ieee"}
+"""What tl.dot is told in each precision: bf16, operands bfloat16 (tl.dot then ignores it); tf32, float32 operands that the tensor cores round to 10
+bits of mantissa; ieee, float32 as it is. Sums are float32 in all of them."""
+
+_assumed: Capability | None = None
+
+
+class Tile(NamedTuple):
+    """Sizes of one program's work and the compiler's two options."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+def operand_dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def choose_tile(product: Product, rows_per_expert: int, F: int, D: int, precision: str, capability: Capability = (9, 0)) -> Tile:
+    """The tile for a product over experts of about `rows_per_expert` rows each.
+
+    Large tiles save traffic between L2 and the tensor cores (one of 128 x 256 moves 3/4 of what two of 128 x 128 do); tiles of 64 rows waste none on
+    experts that have few; two programs on a multiprocessor hide each other's epilogue, which is why only products with a light epilogue or a long sum
+    get 128 x 256. float32 operands are twice as wide, and "ieee" products run on the ordinary cores, from registers: their tiles are small so that
+    nothing spills.
+    """
+    few_rows = rows_per_expert <= 3 * ALIGN
+    if interpreted():
+        tile = Tile(64 if few_rows else 128, 32, 32, 4, 1)
+    elif precision == "ieee":
+        tile = Tile(64, 32 if product == "decode_loss" else 64, 16, 4, 3)
+    elif precision == "tf32":
+        tile = Tile(64, 64, 32, 4, 3) if few_rows or product == "weight_gradient" else Tile(128, 128, 32, 8, 3)
+    elif capability < (9, 0):
+        tile = Tile(64, 128, 32, 4, 4) if few_rows and product != "weight_gradient" else Tile(128, 128, 32, 8, 4)
+    elif product == "weight_gradient":
+        tile = Tile(128, 256 if rows_per_expert >= 1024 else 128, 64, 8, 3)
+    elif few_rows:
+        tile = Tile(64, 128, 64, 4, 3)
+    else:
+        tile = Tile(128, 256 if product in ("encode", "latent_gradients") and F >= 512 else 128, 64, 8, 3)
+    if product == "weight_gradient":
+        return tile._replace(BM=_at_most(tile.BM, F), BN=_at_most(tile.BN, D))
+    return tile._replace(BN=_at_most(tile.BN, F if product in ("encode", "latent_gradients") else D))
+
+
+def _at_most(size: int, needed: int) -> int:
+    """A tile's side cut down to what the matrix fills, but not below 32."""
+    return min(size, max(32, next_power_of_2(needed)))
+
+
+def row_tiles(num_rows: int, num_experts: int, BM: int) -> int:
+    """How many tiles of BM rows cover all experts, each with tiles of its own, whatever their sizes: see `gemm.find_rows`."""
+    return cdiv(num_rows + (num_experts + 1) * (BM - ALIGN), BM)
+
+
+def capability_of(tensor: Tensor) -> Capability:
+    """The compute capability that kernels for `tensor` are built for: its device's, or what `compiling_for` says, or 9.0."""
+    if _assumed is not None:
+        return _assumed
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
+@contextmanager
+def compiling_for(capability: Capability) -> Iterator[None]:
+    """Inside the block, tiles are chosen for `capability`, whatever the device: for compilation without it."""
+    global _assumed
+    before, _assumed = _assumed, capability
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def has_descriptors(capability: Capability) -> bool:
+    """Whether tiles are moved by the hardware's bulk copies, from descriptors made on the host."""
+    return capability >= (9, 0)
+
+
+def source(tensor: Tensor, block: list[int], descriptors: bool) -> TensorDescriptor | Tensor:
+    """What a kernel is given to load tiles of `block` from: a descriptor, or the tensor, from which it makes its own (`gemm.tiles_of_rows`)."""
+    return TensorDescriptor.from_tensor(tensor, block) if descriptors else tensor
+
+
+def check_operands(precision: str, **operands: Tensor) -> None:
+    """Raises ValueError for an operand of another dtype than the precision's, or one whose rows are not contiguous and 16-byte aligned."""
+    if precision not in DOT_PRECISION:
+        raise ValueError(f"precision {precision!r} is unknown: it must be one of {', '.join(DOT_PRECISION)}.")
+    dtype = operand_dtype(precision)
+    for name, operand in operands.items():
+        if operand.dtype != dtype:
+            raise ValueError(f"{name} is {operand.dtype}, but precision {precision!r} takes {dtype}: cast it first.")
+        if not operand.is_contiguous() or operand.shape[-1] % 8:
+            raise ValueError(f"{name} {tuple(operand.shape)} must be contiguous with rows padded to a multiple of 8 elements.")

@@ -1,0 +1,290 @@
+"""One training step of a TopK or Switch SAE up to its gradients: router, dispatch, encoding, selection, decoding, losses, backward.
+
+No device data is read on the host and no shape depends on it, so the step can be captured in a CUDA graph; the same bits come out every time.
+Loss: mean_t ||x - recon||^2 + balance * E * sum_i f_i P_i + auxk, with x scaled by `scale` (Mudide et al., arXiv 2410.08201; AuxK: Gao et al., 2406.04093).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from switch_kernels.backend import Dot
+from switch_kernels.gpu import gemm, gemm_decode, gemm_weights, pairs, sparse, update
+from switch_kernels.gpu.dispatch import count_experts, gather_rows, sort_pairs
+from switch_kernels.gpu.extra import Extra
+from switch_kernels.gpu.launch import round_up
+from switch_kernels.gpu.route import Routed, route, route_backward
+from switch_kernels.gpu.scatter import scatter_latents
+from switch_kernels.gpu.topk import group_of, keep_topk_, select_jointly, select_rows
+from switch_kernels.plan import GradientMode, Plan, Regime
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An SAE's parameters as the kernels read them."""
+
+    W_enc_MD: Tensor
+    """[M, Dp] in the operands' dtype, Dp = D rounded up to 8, pad columns 0."""
+    W_dec_MD: Tensor
+    """Likewise."""
+    b_enc_M: Tensor | None
+    b_pre_D: Tensor
+    W_router_ED: Tensor | None = None
+    b_router_D: Tensor | None = None
+    """No router: one expert takes all, with gate 1."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What does not change from step to step."""
+
+    num_experts: int
+    slots: int
+    k: int
+    joint: bool
+    balance: float
+    """alpha * D, or 0."""
+    train_router: bool
+    dot: Dot
+    plan: Plan
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dot == "bf16" else torch.float32
+
+
+@dataclass(frozen=True)
+class DeadLatents:
+    """The latents that AuxK should revive, as tensors of fixed shape: A per expert, padded."""
+
+    latent_B: Tensor
+    """int64 [E * A] global indices by expert; padding repeats some latent."""
+    is_padding_B: Tensor
+    """bool [E * A]."""
+    slot_M: Tensor
+    """int32 [M]: position in latent_B, -1 for latents that live."""
+    k: int
+    """How many of an expert's dead latents reconstruct one token's residual."""
+    coefficient: float
+    """auxk * D."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of all parameters; those of the weight matrices as buffers or as a recipe (`GradientMode`)."""
+
+    W_enc_MD: Tensor | None
+    W_dec_MD: Tensor | None
+    recipe: pairs.LatentGradients | None
+    small: dict[str, Tensor]
+    """By parameter name: b_enc_M, b_pre_D, W_router_ED, b_router_D as far as they are trained."""
+    total_square: Tensor
+    """float32 []: squared norm of the whole gradient."""
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """What a step computed. All tensors live on the device."""
+
+    terms: dict[str, Tensor]
+    gradients: Gradients
+    squared_error: Tensor
+    """sum_t ||x - recon||^2 of scaled activations."""
+    values_TK: Tensor
+    """Before the gate."""
+    indices_TK: Tensor
+    pairs_E: Tensor | None
+    """(token, slot) pairs per expert; None without a router."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch in expert order, and what was selected of it."""
+
+    x_TD: Tensor
+    scale: Tensor
+    gate_TS: Tensor | None
+    expert_TS: Tensor
+    order_N: Tensor
+    row_R: Tensor
+    start_E1: Tensor
+    rows_ND: Tensor
+    """x * scale - b_pre in the operands' dtype; rows of padding are 0."""
+    values_TK: Tensor
+    indices_TK: Tensor
+    slot_TK: Tensor | None
+    latents_per_expert: int
+
+    @property
+    def grad_scale(self) -> float:
+        """d(mean_t ||e_t||^2)/de_t = grad_scale * e_t."""
+        return 2 / self.x_TD.shape[0]
+
+
+@dataclass(frozen=True)
+class _WeightGradients:
+    W_enc_MD: Tensor | None
+    W_dec_MD: Tensor | None
+    recipe: pairs.LatentGradients | None
+    bias_M: Tensor
+    square: Tensor
+    """Squared norm of the gradients of both matrices."""
+
+
+def training_step(x_TD: Tensor, scale: Tensor, weights: Weights, settings: Settings, dead: DeadLatents | None = None) -> StepTensors:
+    """Losses and gradients of one batch of raw activations x_TD (float32 or bfloat16, contiguous). `dead` switches AuxK on."""
+    s, tokens, D = settings, x_TD.shape[0], x_TD.shape[1]
+    x32_TD = x_TD.float()
+    routed = raw_TE = shift_E = None
+    if weights.W_router_ED is not None:
+        assert weights.b_router_D is not None
+        raw_TE, shift_E = x32_TD @ weights.W_router_ED.T, weights.W_router_ED @ weights.b_router_D
+        routed = route(raw_TE, scale, shift_E, s.slots)
+    batch = _select(x_TD, scale, weights, s, routed)
+    decoded = (_Dense if s.plan.regime is Regime.dense else _Sparse)(batch, weights, s)
+    terms = {"mse": decoded.squared_error / tokens}
+    small: dict[str, Tensor] = {}
+    if routed is not None:
+        assert weights.W_router_ED is not None and weights.b_router_D is not None and raw_TE is not None and shift_E is not None
+        load_E, probability_E = routed.counts_BE.sum(0) / routed.expert_TS.numel(), routed.prob_sums_BE.sum(0) / tokens
+        if s.balance > 0:
+            terms["load_balance"] = s.balance * s.num_experts * torch.dot(load_E, probability_E)
+        if s.train_router:
+            assert decoded.grad_gate_TS is not None
+            grad_prob_E = load_E * (s.balance * s.num_experts / tokens)
+            grad_TE = route_backward(raw_TE, scale, shift_E, routed.lse_T, routed.expert_TS, decoded.grad_gate_TS, grad_prob_E)
+            sums_E = grad_TE.sum(0)
+            small["W_router_ED"] = torch.addr(scale * (grad_TE.T @ x32_TD), sums_E, weights.b_router_D, alpha=-1)
+            small["b_router_D"] = -(sums_E @ weights.W_router_ED)
+    extra_enc = extra_dec = auxk_bias_M = None
+    if dead is not None:
+        terms["auxk"], extra_enc, extra_dec, auxk_bias_M = _auxk(batch, weights, s, dead, decoded.residual())
+    grads = decoded.weight_gradients(extra_enc, extra_dec)
+    small["b_pre_D"] = decoded.column_sums_D - update.weighted_row_sum(grads.bias_M, weights.W_enc_MD, D)
+    if weights.b_enc_M is not None:
+        small["b_enc_M"] = grads.bias_M if auxk_bias_M is None else grads.bias_M + auxk_bias_M
+    total_square = grads.square + torch.stack(torch._foreach_norm(list(small.values()))).square().sum()
+    return StepTensors(
+        terms, Gradients(grads.W_enc_MD, grads.W_dec_MD, grads.recipe, small, total_square), decoded.squared_error,
+        batch.values_TK, batch.indices_TK, None if routed is None else routed.counts_BE.sum(0),
+    )  # fmt: skip
+
+
+def _select(x_TD: Tensor, scale: Tensor, weights: Weights, s: Settings, routed: Routed | None) -> _Batch:
+    """Dispatch, encode, select."""
+    tokens, num_latents = x_TD.shape[0], weights.W_enc_MD.shape[0]
+    F = num_latents // s.num_experts
+    if routed is None:
+        expert_TS, gate_TS = torch.zeros(tokens, 1, dtype=torch.int32, device=x_TD.device), None
+        counts_BE = count_experts(expert_TS, 1)
+    else:
+        expert_TS, gate_TS, counts_BE = routed.expert_TS, routed.gate_TS, routed.counts_BE
+    in_order = sort_pairs(expert_TS, counts_BE, s.num_experts)
+    order_N, row_R, start_E1 = in_order.order_N, in_order.row_R, in_order.start_E1
+    rows_ND = gather_rows(x_TD, scale, weights.b_pre_D, order_N, s.slots, s.operand_dtype)
+    group = group_of(F, s.k)
+    pre_NF, group_max_NG = gemm.encode(rows_ND, weights.W_enc_MD, weights.b_enc_M, start_E1, F, group, s.dot)
+    values_RK, indices_RK = select_rows(pre_NF, group_max_NG, F, group, expert_TS, row_R, s.k if s.joint else s.k // s.slots)
+    slot_TK = None
+    if s.slots > 1 and s.joint:
+        assert gate_TS is not None
+        values_TK, indices_TK, slot_TK = select_jointly(values_RK, indices_RK, gate_TS, s.k)
+    else:
+        values_TK, indices_TK = values_RK.view(tokens, s.k), indices_RK.view(tokens, s.k)
+    return _Batch(x_TD, scale, gate_TS, expert_TS, order_N, row_R, start_E1, rows_ND, values_TK, indices_TK, slot_TK, F)
+
+
+class _Dense:
+    """Decoding and gradients through masked dense latents z_NF and grouped matrix products."""
+
+    def __init__(self, batch: _Batch, weights: Weights, s: Settings) -> None:
+        self.batch, self.s, D = batch, s, batch.x_TD.shape[1]
+        F, start_E1 = batch.latents_per_expert, batch.start_E1
+        self.z_NF = scatter_latents(
+            batch.values_TK, batch.indices_TK, batch.slot_TK, batch.expert_TS, batch.row_R, batch.rows_ND.shape[0], F, round_up(F, 8)
+        )
+        target = (batch.x_TD, batch.scale, weights.b_pre_D, batch.grad_scale)
+        if s.slots == 1:
+            gate_R = None if batch.gate_TS is None else batch.gate_TS.view(-1)
+            loss = gemm_decode.decode_loss(self.z_NF, weights.W_dec_MD, start_E1, F, batch.order_N, gate_R, *target, s.dot)
+        else:
+            assert batch.gate_TS is not None
+            y_ND = gemm_decode.decode_rows(self.z_NF, weights.W_dec_MD, start_E1, F, D, s.dot)
+            loss = gemm_decode.combine_slots(y_ND, batch.row_R, s.slots, batch.gate_TS, *target, s.operand_dtype)
+        self.loss, self.squared_error, self.column_sums_D = loss, loss.square_parts.sum(), loss.column_sums.sum(0)
+        self.dz_NF, gate_parts_NP = gemm.latent_gradients(loss.grad_rows_ND, weights.W_dec_MD, self.z_NF, start_E1, F, s.dot)
+        self.grad_gate_TS = None
+        if batch.gate_TS is not None:  # the rows carry the gate: sum_j z_j <gate * g, W_j> / gate
+            self.grad_gate_TS = gate_parts_NP.sum(1).index_select(0, batch.row_R).view_as(batch.gate_TS) / batch.gate_TS
+
+    def residual(self) -> Tensor:
+        """x - recon of scaled activations, float32 [T, D], from the gradient rows of each token's first slot."""
+        batch, D = self.batch, self.batch.x_TD.shape[1]
+        rows_TD = self.loss.grad_rows_ND.index_select(0, batch.row_R[:: self.s.slots])[:, :D].float()
+        if batch.gate_TS is not None:
+            rows_TD = rows_TD / batch.gate_TS[:, :1]
+        return rows_TD / -batch.grad_scale
+
+    def weight_gradients(self, extra_enc: Extra | None, extra_dec: Extra | None) -> _WeightGradients:
+        batch, s = self.batch, self.s
+        F, D = batch.latents_per_expert, batch.x_TD.shape[1]
+        dec = gemm_weights.weight_gradient(self.z_NF, self.loss.grad_rows_ND, batch.start_E1, F, D, s.dot, s.operand_dtype, extra_dec)
+        enc = gemm_weights.weight_gradient(self.dz_NF, batch.rows_ND, batch.start_E1, F, D, s.dot, s.operand_dtype, extra_enc, column_sums=True)
+        assert enc.column_sums_M is not None
+        return _WeightGradients(enc.grad_MD, dec.grad_MD, None, enc.column_sums_M, enc.square_parts.sum() + dec.square_parts.sum())
+
+
+class _Sparse:
+    """Decoding by gathering K rows per token, weight gradients latent by latent."""
+
+    def __init__(self, batch: _Batch, weights: Weights, s: Settings) -> None:
+        self.batch, self.s, self.num_latents = batch, s, weights.W_dec_MD.shape[0]
+        self.loss = sparse.decode_loss(
+            batch.values_TK, batch.indices_TK, batch.slot_TK, batch.gate_TS, weights.W_dec_MD, batch.x_TD.shape[1], weights.b_pre_D,
+            batch.x_TD, batch.scale, batch.grad_scale, batch.order_N if s.slots == 1 else None,
+        )  # fmt: skip
+        self.squared_error, self.grad_gate_TS = self.loss.loss_T.sum(), self.loss.grad_gate_TS
+        self.column_sums_D = self.loss.grad_TD[:, : batch.x_TD.shape[1]].sum(0, dtype=torch.float32)
+
+    def residual(self) -> Tensor:
+        """As `_Dense.residual`."""
+        return self.loss.grad_TD[:, : self.batch.x_TD.shape[1]].float() / -self.batch.grad_scale
+
+    def weight_gradients(self, extra_enc: Extra | None, extra_dec: Extra | None) -> _WeightGradients:
+        batch, s = self.batch, self.s
+        recomputed = s.plan.gradients is GradientMode.recomputed
+        grads = pairs.latent_gradients(
+            pairs.pairs_by_latent(batch.indices_TK, self.num_latents), self.loss, batch.rows_ND, batch.row_R, batch.slot_TK, s.slots, s.k,
+            batch.x_TD.shape[1], None if recomputed else s.operand_dtype, extra_dec, extra_enc,
+        )  # fmt: skip
+        return _WeightGradients(grads.encoder_MD, grads.decoder_MD, grads if recomputed else None, grads.bias_M, grads.square_parts.sum())
+
+
+def _auxk(batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, residual_TD: Tensor) -> tuple[Tensor, Extra, Extra, Tensor]:
+    """(loss term, extra gradients of W_enc, of W_dec, of b_enc as [M]): the residual of each token from the dead latents of its own experts.
+
+    coefficient * sum_t ||e_t - e^_t||^2 / sum_t ||e_t - mean(e)||^2 with the residual e, gates and centre held fixed: the dense regime once more,
+    over the dead rows alone.
+    """
+    tokens, D = residual_TD.shape
+    A = dead.latent_B.shape[0] // s.num_experts
+    W_enc_BD, W_dec_BD = weights.W_enc_MD.index_select(0, dead.latent_B), weights.W_dec_MD.index_select(0, dead.latent_B)
+    b_enc_M = weights.b_enc_M if weights.b_enc_M is not None else torch.zeros(weights.W_enc_MD.shape[0], device=residual_TD.device)
+    b_enc_B = b_enc_M.index_select(0, dead.latent_B).masked_fill(dead.is_padding_B, float("-inf"))
+    shape = (batch.start_E1, A)
+    z_NA, _ = gemm.encode(batch.rows_ND, W_enc_BD, b_enc_B, *shape, group_of(A, 1), s.dot)
+    keep_topk_(z_NA, A, min(dead.k, A))
+    y_ND = gemm_decode.decode_rows(z_NA, W_dec_BD, *shape, D, s.dot)
+    gate_TS = batch.gate_TS if batch.gate_TS is not None else torch.ones(tokens, 1, device=residual_TD.device)
+    nowhere_D, unit = torch.zeros(D, device=residual_TD.device), torch.ones((), device=residual_TD.device)
+    loss = gemm_decode.combine_slots(y_ND, batch.row_R, s.slots, gate_TS, residual_TD, unit, nowhere_D, 1.0, s.operand_dtype)
+    variance = (residual_TD - residual_TD.mean(0)).square().sum()
+    factor = torch.where(variance > 0, dead.coefficient / variance, 0.0)
+    dz_NA, _ = gemm.latent_gradients(loss.grad_rows_ND, W_dec_BD, z_NA, *shape, s.dot)
+    dec = gemm_weights.weight_gradient(z_NA, loss.grad_rows_ND, *shape, D, s.dot, torch.float32)
+    enc = gemm_weights.weight_gradient(dz_NA, batch.rows_ND, *shape, D, s.dot, torch.float32, column_sums=True)
+    assert enc.column_sums_M is not None
+    twice = 2 * factor
+    bias_M = torch.where(dead.slot_M >= 0, (enc.column_sums_M * twice).index_select(0, dead.slot_M.clamp(min=0)), 0.0)
+    return factor * loss.square_parts.sum(), Extra(dead.slot_M, enc.grad_MD * twice), Extra(dead.slot_M, dec.grad_MD * twice), bias_M

@@ -1,0 +1,251 @@
+"""How one training step is computed: by autograd on any device (`TorchEngine`), or by fused Triton kernels on a GPU (`TritonEngine`)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from switch_kernels import Moments
+from switch_kernels.adam import Adam
+from switch_sae.models import SparseAutoencoder
+from switch_sae.models.losses import expert_shares
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step saw, on the device; valid until the next step."""
+
+    terms: dict[str, Tensor]
+    grad_norm: Tensor
+    dead_M: Tensor
+    """bool [M]: the latents that counted as dead."""
+    squared_error: Callable[[], Tensor]
+    """sum_t ||x - recon||^2 in units of the raw activations; computed when asked for."""
+    values_TK: Tensor
+    load_E: Callable[[], Tensor] | None
+    """Experts' shares of the batch; None without a router."""
+
+
+class Engine(Protocol):
+    """Computes steps of one SAE and applies them. It changes weights, optimiser state and `tokens_since_fired_M`, and nothing else."""
+
+    def describe(self, batch_size: int) -> str: ...
+    def step(self, x_TD: Tensor, step: int) -> Outcome: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load(self, state: dict[str, Tensor], step: int) -> None: ...
+    def seconds(self) -> float: ...
+
+    keeps_time: bool
+    """Whether `seconds` knows the steps' time; otherwise the caller's clock does."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What both engines need of a trainer."""
+
+    lr: Callable[[int], float]
+    """Learning rate by step."""
+    clip: float
+    dead_after_tokens: int
+    moments: Moments = Moments.float32
+
+
+def trainable(sae: SparseAutoencoder) -> dict[str, Tensor]:
+    return {name: p for name, p in sae.named_parameters() if p.requires_grad}
+
+
+def not_finite(step: int, terms: dict[str, Tensor]) -> FloatingPointError:
+    shown = {name: term.item() for name, term in terms.items()}
+    return FloatingPointError(
+        f"the loss is {sum(shown.values())} at step {step} ({shown}). No weight was changed. "
+        "Look for NaN or huge values in the activations, or lower the learning rate: trainer.lr=..."
+    )
+
+
+class TorchEngine:
+    """Forward, loss terms, autograd, `Adam`. Looks for dead latents and for a loss that is not finite at every step."""
+
+    keeps_time = False
+
+    def __init__(self, sae: SparseAutoencoder, settings: EngineSettings, tokens_since_fired_M: Tensor) -> None:
+        self.sae, self.settings, self.tokens_since_fired_M = sae, settings, tokens_since_fired_M
+        name_of = {id(p): name for name, p in sae.named_parameters()}
+        self.optimizer = Adam(trainable(sae), unit_rows=name_of[id(sae.decoder_weight())])
+
+    def describe(self, batch_size: int) -> str:
+        return str(self.sae.execution)
+
+    def step(self, x_TD: Tensor, step: int) -> Outcome:
+        sae = self.sae
+        dead_M = self.tokens_since_fired_M >= self.settings.dead_after_tokens
+        output = sae(x_TD)
+        terms = sae.loss_terms(x_TD, output, dead_M if bool(dead_M.any()) else None)
+        loss = torch.stack(list(terms.values())).sum()
+        if not torch.isfinite(loss):
+            raise not_finite(step, terms)
+        parameters = self.optimizer.parameters
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        grad_norm = self.optimizer.step(dict(zip(parameters, gradients, strict=True)), self.settings.lr(step), self.settings.clip)
+        with torch.no_grad():
+            fired_M = output.latents.firing_counts() > 0
+            self.tokens_since_fired_M.add_(x_TD.shape[0]).masked_fill_(fired_M, 0)
+        recon_TD, routing = output.recon_TD.detach(), output.routing
+        load_E = (lambda: expert_shares(routing.expert_TS, routing.probs_TE.shape[1])) if routing is not None else None
+        return Outcome(
+            {name: term.detach() for name, term in terms.items()}, grad_norm, dead_M, lambda: (x_TD - recon_TD).pow(2).sum(),
+            output.latents.values_TK.detach(), load_E,
+        )  # fmt: skip
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"adam/{key}": tensor for key, tensor in self.optimizer.state().items()}
+
+    def load(self, state: dict[str, Tensor], step: int) -> None:
+        self.optimizer.load({key.removeprefix("adam/"): tensor for key, tensor in state.items() if key.startswith("adam/")})
+
+    def seconds(self) -> float:
+        return 0.0
+
+
+class TritonEngine:
+    """`training_step` and `FusedAdam` of switch_kernels, replayed as a CUDA graph: no step waits for the device.
+
+    The device is read once every `INTERVAL` steps: which latents are dead, and whether any step's gradient was not finite (such a step changes no
+    weight; FloatingPointError follows at the next reading). The hyperparameters of the steps between are uploaded then too. Results are bitwise
+    reproducible; a resumed run equals an uninterrupted one.
+    """
+
+    INTERVAL = 64
+    EAGER_STEPS = 2  # before a graph is captured: kernels compile and libraries allocate their workspaces
+
+    def __init__(self, sae: Any, settings: EngineSettings, tokens_since_fired_M: Tensor) -> None:
+        from switch_kernels.gpu.adam import FusedAdam
+
+        self.sae, self.settings, self.tokens_since_fired_M = sae, settings, tokens_since_fired_M
+        self.device = tokens_since_fired_M.device
+        self.keeps_time = self.device.type == "cuda"
+        moments = torch.bfloat16 if settings.moments is Moments.bfloat16 else torch.float32
+        self.optimizer = FusedAdam(trainable(sae), sae.execution.dot, moments)
+        self.hyper_IH = torch.zeros(self.INTERVAL, 6, device=self.device)
+        self.position, self.seed = (torch.zeros(1, dtype=dtype, device=self.device) for dtype in (torch.int64, torch.int32))
+        self.worst_square = torch.zeros((), device=self.device)
+        self.dead_M = torch.zeros(sae.num_latents, dtype=torch.bool, device=self.device)
+        self.dead: Any = None
+        self.next_reading = 0
+        self.graphs: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+        self.eager_steps: dict[tuple[Any, ...], int] = {}
+        self.events: list[tuple[Any, Any]] = []
+        self.elapsed = 0.0
+        self.x_TD: Tensor | None = None
+
+    def describe(self, batch_size: int) -> str:
+        return f"{self.sae.execution}; {self.sae.plan(batch_size)}"
+
+    @torch.no_grad()
+    def step(self, x_TD: Tensor, step: int) -> Outcome:
+        if step >= self.next_reading:
+            self._read(step)
+        if self.keeps_time:
+            self.events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self.events[-1][0].record()
+        if self.x_TD is None or self.x_TD.shape != x_TD.shape or self.x_TD.dtype != x_TD.dtype:
+            self.x_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+            self.graphs.clear()
+        self.x_TD.copy_(x_TD)
+        computed, grad_norm = self._replay() if self.keeps_time else self._compute()
+        if self.keeps_time:
+            self.events[-1][1].record()
+        self.optimizer.steps_taken = step + 1
+        scale = self.sae.activation_scale
+        pairs_E = computed.pairs_E
+        return Outcome(
+            computed.terms, grad_norm, self.dead_M, lambda: computed.squared_error / scale.square(), computed.values_TK,
+            (lambda: pairs_E / pairs_E.sum()) if pairs_E is not None else None,
+        )  # fmt: skip
+
+    def _compute(self) -> tuple[Any, Tensor]:
+        """All device work of one step, on buffers that stay where they are."""
+        from switch_kernels.gpu.topk import mark_fired_
+
+        assert self.x_TD is not None
+        computed = self.sae.training_step(self.x_TD, self.optimizer.operands, self.dead)
+        hyper = self.hyper_IH.index_select(0, self.position)[0]
+        grad_norm = self.optimizer.step(computed.gradients, hyper, self.seed)
+        mark_fired_(self.tokens_since_fired_M, computed.values_TK, computed.indices_TK, self.x_TD.shape[0])
+        self.worst_square.copy_(torch.maximum(self.worst_square, computed.gradients.total_square))  # keeps NaN
+        self.position.add_(1)
+        self.seed.add_(1)
+        return computed, grad_norm
+
+    def _replay(self) -> tuple[Any, Tensor]:
+        """Runs `_compute` eagerly at first, then captures it once for every number of dead latents (rounded up), and replays."""
+        assert self.x_TD is not None
+        key = (None if self.dead is None else self.dead.latent_B.shape[0],)
+        if key not in self.graphs:
+            done = self.eager_steps.get(key, 0)
+            if done < self.EAGER_STEPS:
+                self.eager_steps[key] = done + 1
+                return self._compute()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may be fetching activations
+                captured = self._compute()
+            self.graphs[key] = (graph, captured)
+        graph, captured = self.graphs[key]
+        graph.replay()
+        return captured
+
+    def _read(self, step: int) -> None:
+        """The one place that waits for the device."""
+        self.check()
+        self._read_clock()
+        self.dead_M.copy_(self.tokens_since_fired_M >= self.settings.dead_after_tokens)
+        self._start_interval(step)
+
+    def _start_interval(self, step: int) -> None:
+        """Hyperparameters and dead latents of the steps up to the next multiple of `INTERVAL`."""
+        self.next_reading = step - step % self.INTERVAL + self.INTERVAL
+        rows = [self.optimizer.hyper(n, self.settings.lr(n), self.settings.clip) for n in range(step, self.next_reading)]
+        self.hyper_IH[: len(rows)].copy_(torch.tensor(rows))
+        self.position.zero_()
+        self.seed.fill_(step)
+        # A dead set of another size has tensors of another shape, and graphs of its own; of the same size it is written where the graph reads it.
+        fresh = self.sae.dead_latents(self.dead_M)
+        if fresh is not None and self.dead is not None and fresh.latent_B.shape == self.dead.latent_B.shape:
+            for name in ("latent_B", "is_padding_B", "slot_M"):
+                getattr(self.dead, name).copy_(getattr(fresh, name))
+        else:
+            self.graphs = {key: graph for key, graph in self.graphs.items() if key == (None,)}
+            self.dead = fresh
+
+    def check(self) -> None:
+        if not math.isfinite(self.worst_square.item()):
+            raise FloatingPointError(
+                f"the gradient was not finite at a step before step {self.optimizer.steps_taken}. No weight was changed at such a step. "
+                "Look for NaN or huge values in the activations, or lower the learning rate: trainer.lr=..."
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        self.check()
+        return {"dead": self.dead_M, **{f"adam/{key}": tensor for key, tensor in self.optimizer.state().items()}}
+
+    def load(self, state: dict[str, Tensor], step: int) -> None:
+        self.optimizer.load({key.removeprefix("adam/"): tensor for key, tensor in state.items() if key.startswith("adam/")})
+        if "dead" in state and step % self.INTERVAL:
+            self.dead_M.copy_(state["dead"])
+            self._start_interval(step)
+        else:
+            self.next_reading = step
+
+    def seconds(self) -> float:
+        """Device time of the steps since it was last asked for; waits for them."""
+        self._read_clock()
+        elapsed, self.elapsed = self.elapsed, 0.0
+        return elapsed
+
+    def _read_clock(self) -> None:
+        if self.events:
+            self.events[-1][1].synchronize()
+            self.elapsed += sum(start.elapsed_time(end) for start, end in self.events) / 1e3
+            self.events.clear()

@@ -1,0 +1,69 @@
+"""The training step of TopK and Switch SAEs as fused Triton kernels: the same losses and gradients as autograd through `loss_terms`."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from switch_kernels import Plan, Regime, choose_plan
+from switch_sae.models.base import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from switch_kernels.gpu.step import DeadLatents, StepTensors
+
+
+class FusedTraining(SparseAutoencoder):
+    """For SAEs that select k latents among those of the experts of each token, with the reconstruction, load-balance and AuxK losses."""
+
+    W_enc_MD: nn.Parameter
+    W_dec_MD: nn.Parameter
+    b_enc_M: nn.Parameter | None
+    b_pre_D: nn.Parameter
+    experts_per_token: int
+    joint_topk: bool
+    regime: Regime | None = None
+    """Overrides the planner's choice."""
+
+    def auxk_latents(self) -> int:
+        raise NotImplementedError
+
+    def plan(self, tokens: int) -> Plan:
+        """How the kernels will compute a batch of so many tokens, and why."""
+        return choose_plan(tokens, self.num_latents, self.num_experts, self.config.k, self.experts_per_token, self.regime)
+
+    def training_step(self, x_TD: Tensor, operands: Mapping[str, Tensor], dead: "DeadLatents | None") -> "StepTensors":
+        """Losses and gradients of raw activations. `operands` are W_enc_MD and W_dec_MD as `FusedAdam` keeps them for the kernels."""
+        from switch_kernels.gpu.step import Settings, Weights, training_step
+
+        balance, train_router = getattr(self.config, "load_balance", 0.0) * self.d_in, getattr(self.config, "train_router", False)
+        router: dict[str, Any] = {name: getattr(self, name, None) for name in ("W_router_ED", "b_router_D")}
+        weights = Weights(operands["W_enc_MD"], operands["W_dec_MD"], self.b_enc_M, self.b_pre_D, **router)
+        settings = Settings(
+            self.num_experts, self.experts_per_token, self.config.k, self.joint_topk, balance, train_router, self.execution.dot,
+            self.plan(x_TD.shape[0]),
+        )  # fmt: skip
+        return training_step(x_TD, self.activation_scale, weights, settings, dead)
+
+    def dead_latents(self, dead_M: Tensor) -> "DeadLatents | None":
+        """What AuxK needs of the dead latents; None if there are none. Reads the device: not for use inside a captured step.
+
+        Each expert's dead latents are padded to the same power of two, at least 64, so that shapes seldom change.
+        """
+        from switch_kernels.gpu.step import DeadLatents
+
+        counts_E = dead_M.view(self.num_experts, -1).sum(dim=1)
+        most = int(counts_E.max())
+        if most == 0 or self.config.auxk == 0:
+            return None
+        width = max(64, 1 << (most - 1).bit_length())
+        dead_B = dead_M.nonzero()[:, 0]
+        expert_B = dead_B // (self.num_latents // self.num_experts)
+        place_B = expert_B * width + torch.arange(len(dead_B), device=dead_M.device) - (torch.cumsum(counts_E, 0) - counts_E)[expert_B]
+        latent_B = torch.zeros(self.num_experts * width, dtype=torch.int64, device=dead_M.device)
+        latent_B[place_B] = dead_B
+        is_padding_B = torch.ones_like(latent_B, dtype=torch.bool)
+        is_padding_B[place_B] = False
+        slot_M = torch.full((self.num_latents,), -1, dtype=torch.int32, device=dead_M.device)
+        slot_M[dead_B] = place_B.int()
+        return DeadLatents(latent_B, is_padding_B, slot_M, self.auxk_latents(), self.config.auxk * self.d_in)

@@ -1,0 +1,205 @@
+"""Selections against torch.sort, which is stable: every tie must go to the lowest index."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from switch_kernels.gpu import topk
+from switch_kernels.gpu.launch import cdiv, next_power_of_2, round_up
+from switch_kernels.gpu.topk import group_of, keep_topk_, mark_fired_, select_jointly, select_rows
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def _values(rows: int, F: int, dtype: torch.dtype, kind: str) -> Tensor:
+    """[rows, Fp]: normal; `ties` of few levels, zeros included; `negative`; pad columns are NaN."""
+    generator = torch.Generator().manual_seed(rows * 1000 + F)
+    z = torch.randn(rows, F, generator=generator)
+    if kind == "ties":
+        z = (z * 2).round().abs() * z.sign()
+        z = torch.where(z == 0, 0.0, z)
+    if kind == "negative":
+        z = -z.abs() - 0.1
+        z[:, ::7] *= -1
+    padded = torch.full((rows, round_up(F, 8)), float("nan"))
+    padded[:, :F] = z
+    return padded.to(dtype)
+
+
+def _group_max(pre_NF: Tensor, F: int, group: int) -> Tensor:
+    groups = cdiv(F, group)
+    padded = pre_NF.new_full((len(pre_NF), groups * group), float("-inf"))
+    padded[:, :F] = pre_NF[:, :F]
+    return padded.view(len(pre_NF), groups, group).amax(2)
+
+
+def _expected(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = z.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], indices[:, :k]
+
+
+def _check_rows(R: int, F: int, k: int, group: int, dtype: torch.dtype, kind: str) -> None:
+    N = R + 3
+    pre_NF = _values(N, F, dtype, kind)
+    generator = torch.Generator().manual_seed(R)
+    row_R = torch.randperm(N, generator=generator)[:R].int()
+    expert_TS = torch.randint(0, 5, (R, 1), generator=generator, dtype=torch.int32)
+    arguments = (pre_NF, _group_max(pre_NF, F, group), F, group, expert_TS, row_R, k)
+    values_RK, indices_RK = select_rows(*arguments)
+    values, indices = _expected(pre_NF[row_R.long(), :F], k)
+    assert values_RK.dtype == dtype and indices_RK.dtype == torch.int32
+    assert torch.equal(values_RK, values.clamp(min=0))
+    assert torch.equal(indices_RK.long(), indices + expert_TS.long() * F)
+    assert all(torch.equal(a, b) for a, b in zip((values_RK, indices_RK), select_rows(*arguments), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "negative"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("F", "k"), [(1, 1), (5, 5), (33, 1), (33, 33), (50, 3), (64, 8), (129, 12), (300, 32), (300, 256), (1000, 7), (1024, 32)])
+def test_select_rows_is_exact(F: int, k: int, dtype: torch.dtype, kind: str, poisoned_memory: None) -> None:
+    _check_rows(6, F, k, group_of(F, k), dtype, kind)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+@pytest.mark.parametrize("group", [1, 2, 4, 16, 32])
+def test_any_group_gives_the_same_answer(group: int, kind: str, poisoned_memory: None) -> None:
+    for dtype in DTYPES:
+        _check_rows(4, 333, 5, group, dtype, kind)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 2])
+def test_long_rows_are_streamed(group: int, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk, "NARROW_KEYS", 64)
+    monkeypatch.setattr(topk, "WIDE_KEYS", 32)
+    _check_rows(4, 1001, 7, group, dtype, kind)
+
+
+@pytest.mark.parametrize("group", [1, 64])
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+def test_rows_of_more_than_65536_columns(kind: str, group: int) -> None:
+    _check_rows(1, 70_001, 20, group, torch.bfloat16, kind)
+    _check_rows(1, 70_001, 20, group, torch.float32, kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_and_nan_stay_visible(dtype: torch.dtype) -> None:
+    pre_NF = torch.full((1, 64), -1.0)
+    pre_NF[0, 9], pre_NF[0, 20], pre_NF[0, 30], pre_NF[0, 40] = float("nan"), float("inf"), float("-inf"), 2.0
+    pre_NF = pre_NF.to(dtype)
+    values_RK, indices_RK = select_rows(pre_NF, pre_NF, 64, 1, torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), 4)
+    assert indices_RK.tolist() == [[9, 20, 40, 0]]
+    torch.testing.assert_close(values_RK.float(), torch.tensor([[float("nan"), float("inf"), 2.0, 0.0]]), equal_nan=True)
+
+
+def test_group_of_leaves_enough_groups() -> None:
+    for F in (1, 7, 33, 256, 1000, 1024, 4096, 16384, 131072, 1 << 20):
+        for k in (1, 3, 32, 33, 64, 256):
+            group = group_of(F, k)
+            assert group == next_power_of_2(group)
+            assert group == 1 or cdiv(F, group) >= next_power_of_2(k)
+            keys = next_power_of_2(cdiv(F, group)) + (next_power_of_2(k) * group if group > 1 else 0)
+            assert keys <= max(2, next_power_of_2(F))
+    assert [group_of(F, 32) for F in (128, 256, 1024, 4096, 16384, 131072)] == [1, 4, 8, 16, 32, 64]
+
+
+def test_select_rows_says_what_is_wrong() -> None:
+    pre_NF, zero = torch.zeros(1, 8), torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="k=9 must lie between 1 and the number of latents per expert, 8"):
+        select_rows(pre_NF, pre_NF, 8, 1, zero, zero[0], 9)
+    with pytest.raises(ValueError, match="group=4 leaves 2 groups of 8 latents; k=3 needs at least 4"):
+        select_rows(pre_NF, pre_NF[:, :2], 8, 4, zero, zero[0], 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "slots", "per_slot", "k"), [(1, 1, 1, 1), (7, 2, 5, 5), (7, 2, 8, 16), (5, 3, 20, 12), (3, 4, 32, 32)])
+def test_select_jointly_ranks_by_gate_times_value(T: int, slots: int, per_slot: int, k: int, dtype: torch.dtype, poisoned_memory: None) -> None:
+    generator = torch.Generator().manual_seed(k)
+    values_RK = torch.randint(0, 4, (T * slots, per_slot), generator=generator).to(dtype)  # zeros and ties
+    indices_RK = torch.randint(0, 9999, (T * slots, per_slot), generator=generator, dtype=torch.int32)
+    gate_TS = torch.tensor([0.5, 0.25, 0.125, 0.125])[:slots].repeat(T, 1)
+    values_TK, indices_TK, slot_TK = select_jointly(values_RK, indices_RK, gate_TS, k)
+    candidates = values_RK.view(T, slots * per_slot)
+    _, best = _expected(candidates.float() * gate_TS.repeat_interleave(per_slot, 1), k)
+    assert torch.equal(values_TK, candidates.gather(1, best))
+    assert torch.equal(indices_TK, indices_RK.view(T, -1).gather(1, best))
+    assert torch.equal(slot_TK.long(), best // per_slot)
+    again = select_jointly(values_RK, indices_RK, gate_TS, k)
+    assert all(torch.equal(a, b) for a, b in zip((values_TK, indices_TK, slot_TK), again, strict=True))
+
+
+def test_select_jointly_says_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="k=7 must lie between 1 and the candidates of a token, 2 slots x 3"):
+        select_jointly(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32), torch.ones(1, 2), 7)
+
+
+def _check_keep(F: int, k: int, dtype: torch.dtype, kind: str, rows: int = 5) -> None:
+    z_NF = _values(rows, F, dtype, kind)
+    values, indices = _expected(z_NF[:, :F], k)
+    expected_NF = torch.zeros_like(z_NF).scatter(1, indices, values.clamp(min=0))
+    keep_topk_(z_NF, F, k)
+    assert torch.equal(z_NF, expected_NF)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("kind", ["normal", "ties", "negative"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("F", "k"), [(1, 1), (5, 5), (33, 7), (129, 48), (1000, 384)])
+def test_keep_topk_is_exact(F: int, k: int, dtype: torch.dtype, kind: str, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if streamed:
+        monkeypatch.setattr(topk, "RESIDENT", 0)
+    _check_keep(F, k, dtype, kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+def test_keep_topk_streams_wide_rows(kind: str, dtype: torch.dtype) -> None:
+    _check_keep(20_001, 384, dtype, kind, rows=2)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_keep_topk_zeroes_padding_rows(streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if streamed:
+        monkeypatch.setattr(topk, "RESIDENT", 0)
+    z_NF = _values(6, 20, torch.float32, "normal")
+    expected_NF = z_NF.clone()
+    keep_topk_(expected_NF, 20, 4)
+    order_N = torch.tensor([3, -1, 0, 1, 2, -1], dtype=torch.int32)
+    expected_NF[order_N < 0] = 0
+    z_NF[order_N < 0] = float("nan")
+    keep_topk_(z_NF, 20, 4, order_N)
+    assert torch.equal(z_NF, expected_NF)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keep_topk_keeps_nan_and_infinity(dtype: torch.dtype, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if streamed:
+        monkeypatch.setattr(topk, "RESIDENT", 0)
+    z_NF = torch.tensor([[1.0, float("nan"), 3.0, -0.0, float("-inf"), float("inf"), 2.0, 0.0]]).to(dtype)
+    keep_topk_(z_NF, 8, 3)
+    torch.testing.assert_close(z_NF.float(), torch.tensor([[0, float("nan"), 3.0, 0, 0, float("inf"), 0, 0]]), equal_nan=True)
+
+
+def test_keep_topk_says_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="k=9 must lie between 1 and the number of latents per expert, 8"):
+        keep_topk_(torch.zeros(1, 8), 8, 9)
+    with pytest.raises(ValueError, match="F=2088968 latents per expert: keep_topk_ counts at most 2088960 of them"):
+        keep_topk_(torch.empty(1, 2088968, device="meta"), 2088968, 9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mark_fired_resets_latents_with_a_positive_value(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    T, k, M = 300, 5, 97
+    values_TK = torch.rand(T, k, generator=generator).sub(0.7).clamp(min=0).to(dtype)
+    indices_TK = torch.randint(0, M, (T, k), generator=generator, dtype=torch.int32)
+    indices_TK[:, 0], values_TK[:, 0] = M - 1, 0
+    indices_TK[:, 1:] %= M - 3
+    tokens_since_M = torch.randint(0, 1 << 40, (M,), generator=generator)
+    expected_M = tokens_since_M + T
+    expected_M[indices_TK[values_TK > 0].long()] = 0
+    mark_fired_(tokens_since_M, values_TK, indices_TK, T)
+    assert torch.equal(tokens_since_M, expected_M)
+    assert expected_M[-3:].gt(0).all() and expected_M.eq(0).any()
