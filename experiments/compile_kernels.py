@@ -145,7 +145,7 @@ def nvidia_figures(kernel: Any, target: Target) -> dict[str, Any]:
         binary.flush()
         tool = partial(subprocess.run, capture_output=True, text=True, check=True)
         usage = tool([TOOLS / "cuobjdump", "-res-usage", binary.name]).stdout
-        assembly = tool([TOOLS / "nvdisasm", "-c", binary.name]).stdout
+        assembly = tool([TOOLS / "nvdisasm", "-c", "-ndf", binary.name]).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", assembly)
     counts = {name: sum(bool(re.fullmatch(pattern, op)) for op in instructions) for name, pattern in NVIDIA_INSTRUCTIONS.items()}
@@ -223,6 +223,8 @@ def main() -> None:
         with compiling_for(target.capability):
             jobs = collect(CASES)
         jobs = [job for job in jobs if args.only in job.case or args.only in job.launch.kernel.__name__]
+        if not jobs:
+            parser.error(f"--only {args.only!r} matches no case and no kernel.")
         print(f"triton {triton.__version__}, {name}: {len(jobs)} kernels", flush=True)
         label_of = {id(job): label for job, label in zip(jobs, labels(jobs), strict=True)}
         header: list[str] = []

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from switch_kernels.backend import Dot
 from switch_kernels.dispatch import Dispatch
 from switch_kernels.gpu import inference, topk
 from switch_kernels.gpu.adam import FusedAdam
@@ -28,7 +29,7 @@ class Problem:
     T: int = 8192
     S: int = 1
     joint: bool = True
-    dot: str = "bf16"
+    dot: Dot = "bf16"
     moments: torch.dtype = torch.float32
     x_dtype: torch.dtype = torch.float32
     dead_per_expert: int = 0
@@ -51,7 +52,8 @@ def train(p: Problem) -> None:
     if p.E > 1:
         parameters |= {"W_router_ED": meta(p.E, p.D), "b_router_D": meta(p.D)}
     adam = FusedAdam(parameters, p.dot, p.moments)
-    weights = Weights(**{"b_enc_M": None, **parameters, **adam.operands})
+    others = [parameters.get(name) for name in ("b_enc_M", "W_router_ED", "b_router_D")]
+    weights = Weights(adam.operands["W_enc_MD"], adam.operands["W_dec_MD"], others[0], parameters["b_pre_D"], *others[1:])
     plan = choose_plan(p.T, p.M, p.E, p.K, p.S)
     settings = Settings(p.E, p.S, p.K, p.joint, balance=3.0, train_router=p.E > 1, dot=p.dot, plan=plan)
     dead = None

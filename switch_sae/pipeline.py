@@ -74,11 +74,11 @@ def baseline_config(switch: SwitchSAE.Config, baseline: Baseline) -> TopKSAE.Con
     """The control that differs from `switch` in one thing."""
     if baseline is Baseline.frozen_router:
         return replace(switch, train_router=False)
-    # Per token a Switch SAE spends 2D(F + E) forward and 4DE backward on encoder and router, a dense one 2DM: F + 3E dense latents cost the same.
+    # Per token a Switch SAE spends 2D(SF + E) forward and 4DE backward on encoder and router, a dense one 2DM: SF + 3E dense latents cost the same.
     width = (
         switch.num_latents
         if baseline is Baseline.width_matched
-        else switch.latents_per_expert + (3 * switch.num_experts if switch.train_router else switch.num_experts)
+        else switch.experts_per_token * switch.latents_per_expert + (3 * switch.num_experts if switch.train_router else switch.num_experts)
     )
     shared = {name: getattr(switch, name) for name in ("k", "encoder_bias", "encoder_init", "auxk", "auxk_latents")}
     return TopKSAE.Config(num_latents=width, **shared)

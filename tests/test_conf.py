@@ -95,8 +95,8 @@ def test_mistakes_are_refused_before_anything_runs(overrides, error, message):
 
 def test_flop_matched_dense_sae_costs_the_same_per_token():
     switch = SwitchSAE.Config(num_latents=512, k=8, num_experts=8)
-    for trained in (True, False):
-        switch.train_router = trained
+    for trained, slots in ((True, 1), (False, 1), (True, 3)):
+        switch.train_router, switch.experts_per_token = trained, slots
         dense = baseline_config(switch, Baseline.flop_matched)
         assert TopKSAE(dense, 32).flops().total == SwitchSAE(switch, 32).flops().total
     assert baseline_config(switch, Baseline.width_matched).num_latents == 512

@@ -25,6 +25,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+UINT16 = np.dtype(np.uint16)
 BF16_NAN = np.uint16(0x7FC0)
 ROUND_TO_ZERO = interpreter._ir.ROUNDING_MODE.RTZ
 
@@ -46,8 +47,8 @@ def _patch_language_once() -> None:
     interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
 
 
-def _is_bf16(*handles: TensorHandle) -> bool:
-    return any(handle.dtype.scalar == tl.bfloat16 for handle in handles)
+def _is_bf16(handle: TensorHandle) -> bool:
+    return handle.data.dtype == UINT16 and handle.dtype.scalar == tl.bfloat16
 
 
 def _widened(handle: TensorHandle) -> TensorHandle:
@@ -83,7 +84,7 @@ def _right_bfloat16() -> None:
         return create_fp_to_fp(self, src, dst_type, rounding)
 
     def refuse(*handles: TensorHandle) -> None:
-        if _is_bf16(*handles):
+        if any(map(_is_bf16, handles)):
             raise TypeError("arithmetic on bfloat16: the interpreter would compute on its bits. Cast to float32 right after the load.")
 
     def binary(self: Any, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:

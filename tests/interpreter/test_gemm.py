@@ -21,7 +21,7 @@ ROUTINGS = {
     "all tokens to one expert": ([0, 150, 0], 64, 7),
     "one token": ([0, 1], 7, 32),
     "one expert": ([300], 72, 40),
-    "large tiles, ragged": ([400, 0, 10, 250], 33, 64),
+    "large tiles, ragged": ([260, 0, 10, 250], 33, 64),
 }
 
 

@@ -35,7 +35,7 @@ class FusedAdam:
     def refresh_operands(self) -> None:
         """After weights were changed from outside."""
         for name, copy in self.operands.items():
-            if copy.data_ptr() != self.parameters[name].data_ptr():
+            if self._is_copy(name):
                 copy.copy_(operand(self.parameters[name], self.dot))
 
     def hyper(self, step: int, lr: float, clip: float) -> list[float]:
@@ -59,9 +59,14 @@ class FusedAdam:
         return square.sqrt()
 
     def _matrix(self, name: str) -> MatrixState:
-        weight, copy = self.parameters[name].detach(), self.operands[name]
-        is_master = copy.data_ptr() == weight.data_ptr()
-        return MatrixState(weight, *self.moments[name], None if is_master else copy, unit_norm=name == "W_dec_MD")
+        exp_avg, exp_avg_sq = self.moments[name]
+        copy = self.operands[name] if self._is_copy(name) else None
+        return MatrixState(self.parameters[name].detach(), exp_avg, exp_avg_sq, copy, unit_norm=name == "W_dec_MD")
+
+    def _is_copy(self, name: str) -> bool:
+        """Float32 operands whose rows need no padding are the master weights themselves."""
+        copy, weight = self.operands[name], self.parameters[name]
+        return copy.dtype != weight.dtype or copy.shape != weight.shape
 
     def state(self) -> dict[str, Tensor]:
         """As `Adam.state`, moments in the precision they are kept in."""

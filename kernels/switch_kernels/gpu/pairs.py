@@ -21,8 +21,8 @@ from switch_kernels.gpu.update import MatrixState, RowTiling, check_state, state
 
 CHUNK = 128
 """Pairs that one program adds before a latent's segment is split."""
-UNROLL = 4
-"""Rows in flight per program; the numbers of the next ones are loaded behind them."""
+ROW_BYTES = 8
+"""Bytes of gathered rows in flight, per column: 4 rows of bfloat16 or 2 of float32, which fit the registers."""
 
 
 @dataclass(frozen=True)
@@ -203,5 +203,5 @@ def _sum_constants(sums: RowSums, K: int) -> dict[str, int | bool]:
         "HAS_EXTRA": sums.extra is not None,
         "HAS_EXTRA_BIAS": sums.extra is not None and sums.extra.bias_A is not None,
         "CHUNK": CHUNK,
-        "UNROLL": UNROLL,
+        "UNROLL": ROW_BYTES // sums.table.element_size(),
     }

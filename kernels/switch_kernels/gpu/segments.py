@@ -7,7 +7,7 @@ are loaded behind them, so that a lone long segment waits for memory once per st
 import triton
 import triton.language as tl
 
-from switch_kernels.gpu.update import appended, is_finite, row_products, update_rows_in_registers
+from switch_kernels.gpu.update import appended, is_finite, row_product, update_row_in_registers
 
 
 @triton.jit
@@ -274,7 +274,7 @@ def gradient_rows(
         UNROLL,
     )
     column = tl.arange(0, WIDTH)[None, :]
-    tl.store(squares + j + tl.arange(0, 1)[:, None], row_products(sums, sums, CHUNKS))
+    tl.store(squares + j + tl.arange(0, 1)[:, None], row_product(sums, sums, CHUNKS))
     if STORE_TOTAL:
         tl.store(totals + j, total)
     if STORE:
@@ -311,7 +311,6 @@ def update_latents(
     HAS_EXTRA_BIAS: tl.constexpr,
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
-    M: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -350,8 +349,8 @@ def update_latents(
         CHUNK,
         UNROLL,
     )
-    update_rows_in_registers(
-        j + tl.arange(0, 1).to(tl.int64),
+    update_row_in_registers(
+        j,
         sums,
         weight,
         exp_avg,
@@ -360,7 +359,6 @@ def update_latents(
         hyper,
         total_square,
         seed,
-        M,
         D,
         DP,
         WIDTH,

@@ -93,8 +93,8 @@ def stochastic_bfloat16(x, random):
 
 
 @triton.jit
-def row_products(a, b, CHUNKS: tl.constexpr):
-    """<a, b> of each row, [R, 1], of two tuples of tiles [R, WIDTH]; summed over chunks before over lanes, which takes shuffles."""
+def row_product(a, b, CHUNKS: tl.constexpr):
+    """<a, b> as a tile [1, 1], of two tuples of tiles [1, WIDTH]; summed over chunks before over lanes, which takes shuffles."""
     products = a[0] * b[0]
     for n in tl.static_range(1, CHUNKS):
         products += a[n] * b[n]
@@ -102,8 +102,8 @@ def row_products(a, b, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def update_rows_in_registers(
-    rows,
+def update_row_in_registers(
+    j,
     grads,
     weight,
     exp_avg,
@@ -112,7 +112,6 @@ def update_rows_in_registers(
     hyper,
     total_square,
     seed,
-    M: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -121,47 +120,43 @@ def update_rows_in_registers(
     HAS_OPERAND: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """The whole update of rows [R] (int64) from their unclipped gradients, a tuple of float32 tiles [R, WIDTH]. All loads go out before any store."""
+    """The whole update of row j (int64) from its unclipped gradient, a tuple of float32 tiles [1, WIDTH]. All loads go out before any store."""
     lr, beta1, beta2, correction1, correction2, scale = load_hyper(hyper, total_square)
-    column = tl.arange(0, WIDTH)
-    live = (rows < M)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
     weights = ()
     averages = ()
     squares = ()
     for n in tl.static_range(CHUNKS):
-        mask = live & (n * WIDTH + column < D)[None, :]
-        offsets = rows[:, None] * D + (n * WIDTH + column)[None, :]
-        weights = appended(weights, tl.load(weight + offsets, mask=mask, other=0.0, eviction_policy="evict_first"))
-        averages = appended(averages, tl.load(exp_avg + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32))
-        squares = appended(squares, tl.load(exp_avg_sq + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32))
+        c = n * WIDTH + column
+        weights = appended(weights, tl.load(weight + j * D + c, mask=c < D, other=0.0, eviction_policy="evict_first"))
+        averages = appended(averages, tl.load(exp_avg + j * D + c, mask=c < D, other=0.0, eviction_policy="evict_first").to(tl.float32))
+        squares = appended(squares, tl.load(exp_avg_sq + j * D + c, mask=c < D, other=0.0, eviction_policy="evict_first").to(tl.float32))
     if UNIT_NORM:
-        along = row_products(grads, weights, CHUNKS)
+        along = row_product(grads, weights, CHUNKS)
     updated = ()
     for n in tl.static_range(CHUNKS):
-        mask = live & (n * WIDTH + column < D)[None, :]
-        offsets = rows[:, None] * D + (n * WIDTH + column)[None, :]
+        c = n * WIDTH + column
         g = grads[n]
         if UNIT_NORM:
             g = g - along * weights[n]
         w, average, square = adam_step(weights[n], g * scale, averages[n], squares[n], lr, beta1, beta2, correction1, correction2)
         updated = appended(updated, w)
-        tl.store(exp_avg + offsets, average.to(exp_avg.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+        tl.store(exp_avg + j * D + c, average.to(exp_avg.dtype.element_ty), mask=c < D, eviction_policy="evict_first")
         if STOCHASTIC:
             if n % 4 == 0:  # one Philox call makes four words: enough for four chunks
-                counter = (rows.to(tl.int32) * ((CHUNKS + 3) // 4) + n // 4)[:, None] * WIDTH + column[None, :]
-                words = tl.randint4x(tl.load(seed), counter)
+                words = tl.randint4x(tl.load(seed), (j.to(tl.int32) * ((CHUNKS + 3) // 4) + n // 4) * WIDTH + column)
             square = stochastic_bfloat16(square, words[n % 4])
-        tl.store(exp_avg_sq + offsets, square, mask=mask, eviction_policy="evict_first")
+        tl.store(exp_avg_sq + j * D + c, square, mask=c < D, eviction_policy="evict_first")
     if UNIT_NORM:
-        inverse = 1.0 / tl.sqrt(tl.maximum(row_products(updated, updated, CHUNKS), MIN_SQUARE))
+        inverse = 1.0 / tl.sqrt(tl.maximum(row_product(updated, updated, CHUNKS), MIN_SQUARE))
     for n in tl.static_range(CHUNKS):
         c = n * WIDTH + column
         w = updated[n]
         if UNIT_NORM:
             w = w * inverse
-        tl.store(weight + rows[:, None] * D + c[None, :], w, mask=live & (c < D)[None, :], eviction_policy="evict_first")
+        tl.store(weight + j * D + c, w, mask=c < D, eviction_policy="evict_first")
         if HAS_OPERAND:  # columns past D are zero in every tile, and so in the copy
-            tl.store(operand + rows[:, None] * DP + c[None, :], w.to(operand.dtype.element_ty), mask=live & (c < DP)[None, :])
+            tl.store(operand + j * DP + c, w.to(operand.dtype.element_ty), mask=c < DP)
 
 
 @triton.jit
@@ -174,27 +169,25 @@ def _update_rows(
     hyper,
     total_square,
     seed,
-    M: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
-    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     UNIT_NORM: tl.constexpr,
     HAS_OPERAND: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
+    """One program per row: a single warp up to 1024 columns, and as many rows in flight as warps fit."""
     if is_finite(total_square) == 0:
         return
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
+    j = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)[None, :]
     grads = ()
     for n in tl.static_range(CHUNKS):
-        mask = (rows < M)[:, None] & (n * WIDTH + column < D)[None, :]
-        offsets = rows[:, None] * D + (n * WIDTH + column)[None, :]
-        grads = appended(grads, tl.load(grad + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32))
-    update_rows_in_registers(
-        rows,
+        c = n * WIDTH + column
+        grads = appended(grads, tl.load(grad + j * D + c, mask=c < D, other=0.0, eviction_policy="evict_first").to(tl.float32))
+    update_row_in_registers(
+        j,
         grads,
         weight,
         exp_avg,
@@ -203,7 +196,6 @@ def _update_rows(
         hyper,
         total_square,
         seed,
-        M,
         D,
         DP,
         WIDTH,
@@ -226,15 +218,13 @@ def update_rows_(state: MatrixState, grad_MD: Tensor, hyper: Tensor, total_squar
     if grad_MD.shape != state.weight_MD.shape or not grad_MD.is_contiguous():
         raise ValueError(f"the gradient has shape {tuple(grad_MD.shape)}: it must be contiguous and have the weight's, {(M, D)}.")
     tiling = RowTiling.of(D)
-    rows = max(1, 4 // tiling.warps)  # a warp a row, four warps a program
     launch(
         _update_rows,
-        (cdiv(M, rows),),
+        (M,),
         grad_MD,
         *state_arguments(state, hyper, total_square, step_seed),
-        ROWS=rows,
-        num_warps=max(4, tiling.warps),
         **state_constants(state, tiling),
+        num_warps=tiling.warps,
     )
 
 
@@ -251,16 +241,15 @@ def check_state(state: MatrixState, step_seed: Tensor | None) -> None:
 
 
 def state_arguments(state: MatrixState, hyper: Tensor, total_square: Tensor, step_seed: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors that `update_rows_in_registers` takes; where one is absent another stands in, which the kernel does not touch."""
+    """The tensors that `update_row_in_registers` takes; where one is absent another stands in, which the kernel does not touch."""
     operand = state.operand_MD if state.operand_MD is not None else state.weight_MD
     return state.weight_MD, state.exp_avg, state.exp_avg_sq, operand, hyper, total_square, step_seed if step_seed is not None else hyper
 
 
 def state_constants(state: MatrixState, tiling: RowTiling) -> dict[str, int | bool]:
     """The compile-time constants that go with `state_arguments`."""
-    M, D = state.weight_MD.shape
+    D = state.weight_MD.shape[1]
     return {
-        "M": M,
         "D": D,
         "DP": D if state.operand_MD is None else state.operand_MD.stride(0),
         "WIDTH": tiling.width,
