@@ -141,6 +141,8 @@ def _train_and_evaluate(config: RunConfig, run: RunDir, checkpoint: Checkpoint |
     if config.threads:
         torch.set_num_threads(config.threads)
     device, reason = resolve_device(config.device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # graphs and kernels go to the current device
     execution = resolve(config.backend, config.precision, device)
     say(f"device: {device} ({reason}), {torch.get_num_threads()} threads; backend: {execution}")
     source = build_source(on_device(config.source, device), config.batch_size)
