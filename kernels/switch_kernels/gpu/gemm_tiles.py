@@ -52,7 +52,7 @@ def choose_tile(product: Product, rows_per_expert: int, F: int, D: int, precisio
         tile = Tile(64, 32 if product == "decode_loss" else 64, 16, 4, 3)
     elif precision == "tf32":
         tile = Tile(64, 64, 32, 4, 3) if few_rows or product == "weight_gradient" else Tile(128, 128, 32, 8, 3)
-    elif capability < (9, 0):
+    elif not has_descriptors(capability):
         tile = Tile(64, 128, 32, 4, 4) if few_rows and product != "weight_gradient" else Tile(128, 128, 32, 8, 4)
     elif product == "weight_gradient":
         tile = Tile(128, 256 if rows_per_expert >= 1024 else 128, 64, 8, 3)
@@ -94,8 +94,11 @@ def compiling_for(capability: Capability) -> Iterator[None]:
 
 
 def has_descriptors(capability: Capability) -> bool:
-    """Whether tiles are moved by the hardware's bulk copies, from descriptors made on the host."""
-    return capability >= (9, 0)
+    """Whether tiles are large and moved by the hardware's bulk copies, from descriptors made on the host: NVIDIA's Hopper and data-centre Blackwell.
+
+    Others, older (8.x), smaller (12.x: 99 KiB of shared memory) or AMD's (9.4), get tiles that fit them and loads that they have.
+    """
+    return capability[0] == 10 or (9, 0) <= capability < (9, 4)
 
 
 def source(tensor: Tensor, block: list[int], descriptors: bool) -> TensorDescriptor | Tensor:
