@@ -1,6 +1,7 @@
 """The rooms of DESIGN.md: who may import whom, what stays lazy, and that the README's file map tells the truth."""
 
 import ast
+import importlib.util
 import itertools
 import re
 import subprocess
@@ -170,7 +171,8 @@ print(sorted((set(sys.modules) - before) & set({LAZY})))
 
 
 def test_every_module_can_be_imported_where_the_optional_packages_are_missing():
-    names = [dotted(path) for path in modules()]
+    no_triton = importlib.util.find_spec("triton") is None  # as on macOS, where nothing imports its kernels
+    names = [name for path in modules() if not ((name := dotted(path)).startswith("switch_kernels.gpu") and no_triton)]
     blocked = [name for name in LAZY if name != "tqdm"]  # the progress bar needs it
     out = python(
         f"""

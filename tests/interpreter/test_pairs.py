@@ -74,11 +74,11 @@ def make_problem(
     return Problem(chance_TM.topk(K).indices.int(), loss, rows_ND, row_R, slot_TK, M, D, S)
 
 
-def make_extra(M: int, D: int, bias: bool, seed: int) -> Extra:
+def make_extra(M: int, D: int, seed: int) -> Extra:
     generator = torch.Generator().manual_seed(seed)
     slot_M = torch.full((M,), -1, dtype=torch.int32)
     slot_M[torch.randperm(M, generator=generator)[:3]] = torch.tensor([2, 0, 1], dtype=torch.int32)
-    return Extra(slot_M, torch.randn(3, D, generator=generator), torch.randn(3, generator=generator) if bias else None)
+    return Extra(slot_M, torch.randn(3, D, generator=generator))
 
 
 def added(extra: Extra, rows: Tensor) -> Tensor:
@@ -94,8 +94,6 @@ def check(problem: Problem, out: torch.dtype | None, extra_dec: Extra | None = N
         decoder_MD = decoder_MD + added(extra_dec, extra_dec.rows_AD)
     if extra_enc is not None:
         encoder_MD = encoder_MD + added(extra_enc, extra_enc.rows_AD)
-        if extra_enc.bias_A is not None:
-            bias_M = bias_M + added(extra_enc, extra_enc.bias_A)
     close = {"atol": 1e-5, "rtol": 1e-5}
     torch.testing.assert_close(found.bias_M.double(), bias_M, **close)
     squares = torch.stack([decoder_MD, encoder_MD]).square().sum(2)
@@ -150,9 +148,8 @@ def test_one_latent_owns_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_extra_rows_are_added_before_squares_are_taken() -> None:
     problem = make_problem(9, 33, 8, 2)
-    for bias in (False, True):
-        check(problem, torch.float32, make_extra(8, 33, False, 1), make_extra(8, 33, bias, 2))
-    check(problem, None, None, make_extra(8, 33, True, 3))
+    check(problem, torch.float32, make_extra(8, 33, 1), make_extra(8, 33, 2))
+    check(problem, None, None, make_extra(8, 33, 3))
 
 
 def states(M: int, D: int, moments: torch.dtype) -> list[MatrixState]:
@@ -174,7 +171,7 @@ def test_the_second_pass_updates_as_from_stored_gradients(D: int, S: int, extra:
     monkeypatch.setattr(pairs_module, "CHUNK", 8)
     M = 8
     problem = make_problem(18, D, M, 2, S, hot=1)
-    extras = (make_extra(M, D, False, 1), make_extra(M, D, True, 2)) if extra else (None, None)
+    extras = (make_extra(M, D, 1), make_extra(M, D, 2)) if extra else (None, None)
     seed = torch.tensor([7], dtype=torch.int32)
     stored, recomputed = problem.run(torch.float32, *extras), problem.run(None, *extras)
     assert torch.equal(stored.square_parts, recomputed.square_parts) and torch.equal(stored.bias_M, recomputed.bias_M)

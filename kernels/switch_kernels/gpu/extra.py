@@ -7,11 +7,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Extra:
-    """Row slot_M[j] of `rows_AD` is added to the gradient of latent j, and bias_A likewise to its bias gradient; slot -1 adds nothing."""
+    """Row slot_M[j] of `rows_AD` is added to the gradient of latent j, slot -1 adds nothing."""
 
     slot_M: Tensor
     """int32 [M]."""
     rows_AD: Tensor
     """float32 [A, D]."""
-    bias_A: Tensor | None = None
-    """float32 [A]."""

@@ -61,7 +61,6 @@ def _weight_gradient_kernel(
     start_E1,
     slot_M,
     extra_AD,
-    extra_A,
     grad_MD,
     square_parts,
     column_sums_M,
@@ -102,13 +101,8 @@ def _weight_gradient_kernel(
         total = tl.zeros((BK, BM), tl.float32)
         for r in range(begin, stop, BK):
             total += left.load([r, f_tile * BM]).to(tl.float32)
-        sums = tl.sum(total, axis=0)
         j = f_tile * BM + tl.arange(0, BM)
-        latent = expert * F + j
-        if extra_A is not None:
-            slot = tl.load(slot_M + latent, mask=j < F, other=-1)
-            sums += tl.load(extra_A + slot, mask=slot >= 0, other=0.0)
-        tl.store(column_sums_M + latent, sums, mask=j < F)
+        tl.store(column_sums_M + expert * F + j, tl.sum(total, axis=0), mask=j < F)
 
 
 def weight_gradient(
@@ -145,7 +139,6 @@ def weight_gradient(
         start_E1,
         extra.slot_M if extra else None,
         extra.rows_AD if extra else None,
-        extra.bias_A if extra else None,
         grad_MD,
         square_parts,
         column_sums_M,

@@ -189,8 +189,7 @@ def _table_arguments(sums: RowSums) -> tuple[Tensor, ...]:
 
 def _sum_arguments(pairs: LatentPairs, sums: RowSums) -> tuple[Tensor, ...]:
     extra = sums.extra
-    none = sums.chunk_weights
-    of_extra = (extra.slot_M, extra.rows_AD, extra.bias_A if extra.bias_A is not None else none) if extra is not None else (none,) * 3
+    of_extra = (extra.slot_M, extra.rows_AD) if extra is not None else (sums.chunk_weights,) * 2
     return pairs.start_M1, pairs.pair_P, *_table_arguments(sums), sums.chunk_sums, sums.chunk_weights, *of_extra
 
 
@@ -201,7 +200,6 @@ def _sum_constants(sums: RowSums, K: int) -> dict[str, int | bool]:
         "BY_ROW": sums.row_R is not None,
         "HAS_SLOT": sums.slot_TK is not None,
         "HAS_EXTRA": sums.extra is not None,
-        "HAS_EXTRA_BIAS": sums.extra is not None and sums.extra.bias_A is not None,
         "CHUNK": CHUNK,
         "UNROLL": ROW_BYTES // sums.table.element_size(),
     }

@@ -166,7 +166,6 @@ def _sum_segment(
     chunk_weights,
     extra_slot,
     extra_rows,
-    extra_bias,
     D: tl.constexpr,
     DP: tl.constexpr,
     K: tl.constexpr,
@@ -174,7 +173,6 @@ def _sum_segment(
     BY_ROW: tl.constexpr,
     HAS_SLOT: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
-    HAS_EXTRA_BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -208,9 +206,6 @@ def _sum_segment(
             mask = (tl.zeros((1, WIDTH), tl.int32) + slot >= 0) & (n * WIDTH + column < D)
             added = appended(added, sums[n] + tl.load(extra_rows + slot.to(tl.int64) * D + n * WIDTH + column, mask=mask, other=0.0))
         sums = added
-        if HAS_EXTRA_BIAS:  # noqa: SIM102 (decided when compiled, the other when run)
-            if slot >= 0:
-                total += tl.load(extra_bias + slot)
     return sums, total
 
 
@@ -226,7 +221,6 @@ def gradient_rows(
     chunk_weights,
     extra_slot,
     extra_rows,
-    extra_bias,
     grad,
     squares,
     totals,
@@ -237,7 +231,6 @@ def gradient_rows(
     BY_ROW: tl.constexpr,
     HAS_SLOT: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
-    HAS_EXTRA_BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -259,7 +252,6 @@ def gradient_rows(
         chunk_weights,
         extra_slot,
         extra_rows,
-        extra_bias,
         D,
         DP,
         K,
@@ -267,7 +259,6 @@ def gradient_rows(
         BY_ROW,
         HAS_SLOT,
         HAS_EXTRA,
-        HAS_EXTRA_BIAS,
         WIDTH,
         CHUNKS,
         CHUNK,
@@ -294,7 +285,6 @@ def update_latents(
     chunk_weights,
     extra_slot,
     extra_rows,
-    extra_bias,
     weight,
     exp_avg,
     exp_avg_sq,
@@ -308,7 +298,6 @@ def update_latents(
     BY_ROW: tl.constexpr,
     HAS_SLOT: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
-    HAS_EXTRA_BIAS: tl.constexpr,
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
     D: tl.constexpr,
@@ -335,7 +324,6 @@ def update_latents(
         chunk_weights,
         extra_slot,
         extra_rows,
-        extra_bias,
         D,
         TABLE_DP,
         K,
@@ -343,7 +331,6 @@ def update_latents(
         BY_ROW,
         HAS_SLOT,
         HAS_EXTRA,
-        HAS_EXTRA_BIAS,
         WIDTH,
         CHUNKS,
         CHUNK,
