@@ -8,6 +8,7 @@ from torch import Tensor
 
 from switch_kernels.backend import Dot, Execution
 from switch_kernels.latent_order import LatentOrder
+from switch_kernels.operator import operator
 
 _TORCH = Execution()
 
@@ -23,7 +24,7 @@ def sparse_decode(
     return _sparse_decode(values_TK, indices_TK, W_dec_MD, *order, execution.dot if execution.is_triton else "torch")
 
 
-@torch.library.custom_op("switch_kernels::sparse_decode", mutates_args=())
+@operator
 def _sparse_decode(
     values_TK: Tensor, indices_TK: Tensor, W_dec_MD: Tensor, pair_P: Tensor | None, token_P: Tensor | None, start_M: Tensor | None, engine: str
 ) -> Tensor:
@@ -34,12 +35,12 @@ def _sparse_decode(
     return decode(values_TK, indices_TK, W_dec_MD, cast(Dot, engine))
 
 
-@_sparse_decode.register_fake
+@torch.library.register_fake("switch_kernels::sparse_decode")
 def _(values_TK, indices_TK, W_dec_MD, pair_P, token_P, start_M, engine):
     return W_dec_MD.new_empty(values_TK.shape[0], W_dec_MD.shape[1])
 
 
-@torch.library.custom_op("switch_kernels::sparse_decode_backward", mutates_args=())
+@operator
 def _sparse_decode_backward(
     grad_TD: Tensor,
     values_TK: Tensor,
@@ -72,7 +73,7 @@ def _sparse_decode_backward(
     return grads
 
 
-@_sparse_decode_backward.register_fake
+@torch.library.register_fake("switch_kernels::sparse_decode_backward")
 def _(grad_TD, values_TK, indices_TK, W_dec_MD, pair_P, token_P, start_M, needs):
     return [W_dec_MD.new_empty(shape if needed else (0,)) for shape, needed in zip((values_TK.shape, W_dec_MD.shape), needs, strict=True)]
 
@@ -87,7 +88,7 @@ def _backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
     return grad_values_TK if needs[0] else None, None, grad_W_dec_MD if needs[1] else None, None, None, None, None
 
 
-_sparse_decode.register_autograd(_backward, setup_context=_keep_for_backward)
+torch.library.register_autograd("switch_kernels::sparse_decode", _backward, setup_context=_keep_for_backward)
 
 
 def sparse_decode_reference(

@@ -9,6 +9,7 @@ from torch import Tensor
 from switch_kernels.backend import Dot, Execution
 from switch_kernels.dispatch import Dispatch
 from switch_kernels.latent_order import LatentOrder
+from switch_kernels.operator import operator
 
 _TORCH = Execution()
 
@@ -50,7 +51,7 @@ def encode_topk(
     return Selection(values_TK, indices_TK, LatentOrder(*by_latent) if order else None)
 
 
-@torch.library.custom_op("switch_kernels::encode_topk", mutates_args=())
+@operator
 def _encode_topk(
     x_TD: Tensor,
     b_pre_D: Tensor,
@@ -115,7 +116,7 @@ def _per_latent(gate_TS: Tensor, slot_TK: Tensor) -> Tensor:
     return gate_TS.gather(1, slot_TK) if len(slot_TK) else gate_TS
 
 
-@_encode_topk.register_fake
+@torch.library.register_fake("switch_kernels::encode_topk")
 def _(x_TD, b_pre_D, gate_TS, W_enc_MD, b_enc_M, expert_TS, order_N, start_E1, k, joint, order, engine):
     tokens, slots = expert_TS.shape
     values_TK = x_TD.new_empty(tokens, k)
@@ -126,7 +127,7 @@ def _(x_TD, b_pre_D, gate_TS, W_enc_MD, b_enc_M, expert_TS, order_N, start_E1, k
     return values_TK, indices_TK, torch.empty_like(values_TK), slot_TK, x_TD.new_empty(x_TD.shape), *by_latent
 
 
-@torch.library.custom_op("switch_kernels::encode_topk_backward", mutates_args=())
+@operator
 def _encode_topk_backward(
     grad_values_TK: Tensor,
     gate_TS: Tensor | None,
@@ -163,7 +164,7 @@ def _encode_topk_backward(
     return grads
 
 
-@_encode_topk_backward.register_fake
+@torch.library.register_fake("switch_kernels::encode_topk_backward")
 def _(grad_values_TK, gate_TS, W_enc_MD, active_TK, indices_TK, slot_TK, centred_TD, pair_P, token_P, start_M, needs):
     shapes = (centred_TD.shape, centred_TD.shape[1:], None if gate_TS is None else gate_TS.shape, W_enc_MD.shape, W_enc_MD.shape[:1])
     return [W_enc_MD.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True)]
@@ -185,7 +186,7 @@ def _backward(ctx: Any, grad_values_TK: Tensor | None, *_: Any) -> tuple[Tensor 
     return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *(None,) * (len(ctx.needs_input_grad) - 5)
 
 
-_encode_topk.register_autograd(_backward, setup_context=_keep_for_backward)
+torch.library.register_autograd("switch_kernels::encode_topk", _backward, setup_context=_keep_for_backward)
 
 
 def encode_topk_reference(
