@@ -68,9 +68,9 @@ $(VENV)/triton-$(OLD_TRITON): $(VENV)/.installed
 	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet --target $@ --no-deps triton==$(OLD_TRITON)
 	@touch $@
 
-kernels: $(VENV)/triton-$(OLD_TRITON)  ## compile the GPU kernels without a GPU, for sm_90 and sm_80, on two releases of Triton; fail on register spills
+kernels: $(VENV)/triton-$(OLD_TRITON)  ## compile the GPU kernels without a GPU, for sm_90, sm_80 and gfx942, on two releases of Triton; fail on spills
 	$(PY) -m experiments.compile_kernels --check --target sm_90
-	$(PY) -m experiments.compile_kernels --check --target sm_80 --only M=32768
+	$(PY) -m experiments.compile_kernels --check --target sm_80 gfx942 --only M=32768
 	PYTHONPATH=$< $(PY) -m experiments.compile_kernels --check --target sm_90
 	PYTHONPATH=$< $(INTERPRETED)
 
