@@ -48,6 +48,7 @@ class EngineSettings:
 
     lr: Callable[[int], float]
     """Learning rate by step."""
+    total_steps: int
     clip: float
     dead_after_tokens: int
     moments: Moments = Moments.float32
@@ -73,13 +74,15 @@ class TorchEngine:
     def __init__(self, sae: SparseAutoencoder, settings: EngineSettings, tokens_since_fired_M: Tensor) -> None:
         self.sae, self.settings, self.tokens_since_fired_M = sae, settings, tokens_since_fired_M
         name_of = {id(p): name for name, p in sae.named_parameters()}
-        self.optimizer = Adam(trainable(sae), unit_rows=name_of[id(sae.decoder_weight())])
+        unit_rows = name_of[id(sae.decoder_weight())] if sae.recipe.unit_decoder else None
+        self.optimizer = Adam(trainable(sae), unit_rows, betas=sae.recipe.betas)
 
     def describe(self, batch_size: int) -> str:
         return str(self.sae.execution)
 
     def step(self, x_TD: Tensor, step: int) -> Outcome:
         sae = self.sae
+        sae.begin_step(step, self.settings.total_steps)
         dead_M = self.tokens_since_fired_M >= self.settings.dead_after_tokens
         output = sae(x_TD)
         terms = sae.loss_terms(x_TD, output, dead_M if bool(dead_M.any()) else None)
@@ -90,6 +93,7 @@ class TorchEngine:
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         grad_norm = self.optimizer.step(dict(zip(parameters, gradients, strict=True)), self.settings.lr(step), self.settings.clip)
         with torch.no_grad():
+            sae.end_step(output)
             fired_M = output.latents.firing_counts() > 0
             self.tokens_since_fired_M.add_(x_TD.shape[0]).masked_fill_(fired_M, 0)
         recon_TD, routing = output.recon_TD.detach(), output.routing
@@ -134,8 +138,8 @@ class TritonEngine:
         self.dead_M = torch.zeros(sae.num_latents, dtype=torch.bool, device=self.device)
         self.dead: Any = None
         self.next_reading = 0
-        self.graphs: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-        self.eager_steps: dict[tuple[Any, ...], int] = {}
+        self.graphs: dict[int, tuple[Any, Any]] = {}
+        self.eager_steps: dict[int, int] = {}
         self.events: list[tuple[Any, Any]] = []
         self.elapsed = 0.0
         self.x_TD: Tensor | None = None
@@ -153,6 +157,7 @@ class TritonEngine:
         if self.x_TD is None or self.x_TD.shape != x_TD.shape or self.x_TD.dtype != x_TD.dtype:
             self.x_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
             self.graphs.clear()
+            self.eager_steps.clear()
         self.x_TD.copy_(x_TD)
         computed, grad_norm = self._replay() if self.keeps_time else self._compute()
         if self.keeps_time:
@@ -182,7 +187,7 @@ class TritonEngine:
     def _replay(self) -> tuple[Any, Tensor]:
         """Runs `_compute` eagerly at first, then captures it once for every number of dead latents (rounded up), and replays."""
         assert self.x_TD is not None
-        key = (None if self.dead is None else self.dead.latent_B.shape[0],)
+        key = 0 if self.dead is None else self.dead.latent_B.shape[0]
         if key not in self.graphs:
             done = self.eager_steps.get(key, 0)
             if done < self.EAGER_STEPS:
@@ -216,7 +221,7 @@ class TritonEngine:
             for name in ("latent_B", "is_padding_B", "slot_M"):
                 getattr(self.dead, name).copy_(getattr(fresh, name))
         else:
-            self.graphs = {key: graph for key, graph in self.graphs.items() if key == (None,)}
+            self.graphs = {key: graph for key, graph in self.graphs.items() if key == 0}
             self.dead = fresh
 
     def check(self) -> None:

@@ -34,12 +34,12 @@ class TrainerConfig:
     """How one SAE is optimised. Defaults are those that TopK training has converged on (Gao et al. 2406.04093; sparsify; dictionary_learning)."""
 
     lr: float | None = None
-    """Peak learning rate; None is lr_at_16k / sqrt(width / 2^14)."""
+    """Peak learning rate; None is the architecture's published one, and where it has none lr_at_16k / sqrt(width / 2^14)."""
     lr_at_16k: float = 2e-4
     """The automatic rule's rate for 2^14 latents."""
     lr_width: LRWidth = LRWidth.total
     warmup_steps: int | None = None
-    """Linear warm-up; None is 1000, or 5 % of a run shorter than 20,000 steps."""
+    """Linear warm-up; None is the architecture's published one, else 1000, or 5 % of a run shorter than 20,000 steps."""
     decay_fraction: float = 0.2
     """The last part of the run, over which the rate falls linearly to 0."""
     clip: float = 1.0
@@ -74,8 +74,8 @@ class Schedule:
     @classmethod
     def resolve(cls, config: TrainerConfig, sae: SparseAutoencoder, total_steps: int) -> "Schedule":
         width = sae.num_latents // (sae.num_experts if config.lr_width is LRWidth.expert else 1)
-        peak = config.lr if config.lr is not None else config.lr_at_16k / math.sqrt(width / 2**14)
-        warmup = config.warmup_steps if config.warmup_steps is not None else min(1000, total_steps // 20)
+        peak = next(lr for lr in (config.lr, sae.recipe.lr, config.lr_at_16k / math.sqrt(width / 2**14)) if lr is not None)
+        warmup = next(steps for steps in (config.warmup_steps, sae.recipe.warmup_steps, min(1000, total_steps // 20)) if steps is not None)
         return cls(peak, warmup, round(config.decay_fraction * total_steps), total_steps)
 
     def __call__(self, step: int) -> float:
@@ -135,9 +135,9 @@ class Trainer:
         self.dead_after_tokens = limit if limit is not None else min(10_000_000, total_steps * batch_size // 10)
         device = sae.decoder_weight().device
         self.tokens_since_fired_M = torch.zeros(sae.num_latents, dtype=torch.int64, device=device)
-        settings = EngineSettings(self.schedule, config.clip, self.dead_after_tokens, config.moments)
+        settings = EngineSettings(self.schedule, total_steps, config.clip, self.dead_after_tokens, config.moments)
         self.engine: Engine
-        if sae.execution.is_triton and isinstance(sae, FusedTraining):
+        if sae.execution.is_triton and isinstance(sae, FusedTraining) and sae.can_fuse:
             self.engine = TritonEngine(sae, settings, self.tokens_since_fired_M)
         else:
             if config.moments is not Moments.float32:

@@ -13,12 +13,15 @@ class Adam:
     """Adam (Kingma & Ba, arXiv 1412.6980) on a CPU or any device that PyTorch serves; `switch_kernels.gpu.adam.FusedAdam` is its Triton twin.
 
     In order: gradients of all parameters are scaled to a global norm of at most `clip`; rows of `unit_rows` lose the part of their gradient along
-    the row, which would only change the norm that is projected out; Adam; rows of `unit_rows` return to the unit sphere. Weights change in place.
+    the row, which would only change the norm that is projected out; Adam; rows of `unit_rows` return to the unit sphere. With `unit_rows` None all
+    rows are free. Weights change in place.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], unit_rows: str, fused: bool | None = True) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], unit_rows: str | None, fused: bool | None = True, betas: tuple[float, float] = BETAS
+    ) -> None:
         self.parameters, self.unit_rows = dict(parameters), unit_rows
-        self.torch_adam = torch.optim.Adam(self.parameters.values(), lr=0.0, betas=BETAS, eps=EPS, fused=fused)
+        self.torch_adam = torch.optim.Adam(self.parameters.values(), lr=0.0, betas=betas, eps=EPS, fused=fused)
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], lr: float, clip: float) -> Tensor:
@@ -26,13 +29,14 @@ class Adam:
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), clip)
-        W_MD = self.parameters[self.unit_rows]
-        grad_MD = gradients[self.unit_rows]
-        grad_MD.addcmul_(W_MD, (grad_MD * W_MD).sum(dim=1, keepdim=True), value=-1)
+        if self.unit_rows is not None:
+            W_MD, grad_MD = self.parameters[self.unit_rows], gradients[self.unit_rows]
+            grad_MD.addcmul_(W_MD, (grad_MD * W_MD).sum(dim=1, keepdim=True), value=-1)
         for group in self.torch_adam.param_groups:
             group["lr"] = lr
         self.torch_adam.step()
-        W_MD.div_(torch.linalg.vector_norm(W_MD, dim=1, keepdim=True))
+        if self.unit_rows is not None:
+            W_MD.div_(torch.linalg.vector_norm(W_MD, dim=1, keepdim=True))
         for parameter in self.parameters.values():
             parameter.grad = None
         return norm

@@ -12,6 +12,10 @@ Dot = Literal["bf16", "tf32", "ieee"]
 """How Triton kernels multiply: bfloat16 operands, float32 operands through TF32, or full float32."""
 
 
+def operand_dtype(dot: str) -> torch.dtype:
+    return torch.bfloat16 if dot == "bf16" else torch.float32
+
+
 class Backend(Enum):
     """Who computes."""
 
@@ -55,10 +59,6 @@ class Execution:
     def dot(self) -> Dot:
         """The name that the kernels give the precision: bf16, tf32, or ieee for full float32."""
         return "ieee" if self.precision is Precision.float32 else cast(Dot, self.precision.value)
-
-    @property
-    def operand_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision is Precision.bf16 else torch.float32
 
     def __str__(self) -> str:
         return f"{self.backend.value}, {self.precision.value} operands ({self.reason})"

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from switch_sae.models.base import Routing, SAEOutput, SparseLatents
+from switch_sae.models.base import Routing, SAEOutput
 
 OUTLIER_FACTOR = 10.0
 """A row is an outlier when its norm exceeds this many median norms: such as position 0 of GPT-2, which alone makes up most of the variance."""
@@ -72,8 +72,7 @@ class MetricBatch:
         if routing is not None:
             check_finite("router probabilities", routing.probs_TE)
             routing = Routing(routing.expert_TS.cpu(), routing.gate_TS.cpu(), routing.probs_TE.cpu())
-        latents = SparseLatents(latents.values_TK.cpu(), latents.indices_TK.cpu(), latents.num_latents)
-        return cls(x_TD.cpu(), SAEOutput(output.recon_TD.cpu(), latents, routing), document_T.cpu())
+        return cls(x_TD.cpu(), SAEOutput(output.recon_TD.cpu(), latents.cpu(), routing), document_T.cpu())
 
     @cached_property
     def residual_sq_T(self) -> Tensor:

@@ -5,7 +5,7 @@ latents per token.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,27 @@ class SparseLatents:
         counts_M = torch.zeros(self.num_latents, dtype=torch.float32, device=self.values_TK.device)
         return counts_M.scatter_add_(0, self.indices_TK.flatten(), (self.values_TK > 0).float().flatten())
 
+    def cpu(self) -> "SparseLatents":
+        return replace(self, values_TK=self.values_TK.cpu(), indices_TK=self.indices_TK.cpu())
+
+
+class DenseLatents(SparseLatents):
+    """All M latents of every token, K = M: what an SAE without a fixed number of active latents gives. Most values are 0; indices take no memory."""
+
+    @classmethod
+    def of(cls, dense_TM: Tensor) -> "DenseLatents":
+        """From latents as [T, M], >= 0."""
+        return cls(dense_TM, torch.arange(dense_TM.shape[1], device=dense_TM.device).expand_as(dense_TM), dense_TM.shape[1])
+
+    def to_dense(self) -> Tensor:
+        return self.values_TK
+
+    def firing_counts(self) -> Tensor:
+        return (self.values_TK > 0).sum(dim=0).float()
+
+    def cpu(self) -> "DenseLatents":
+        return DenseLatents.of(self.values_TK.cpu())
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -46,7 +67,7 @@ class Routing:
     expert_TS: Tensor
     """The S chosen experts of each token (S is 1 in the paper), likeliest first, int64 in [0, E)."""
     gate_TS: Tensor
-    """Their probabilities."""
+    """What multiplies their latents: their probabilities, or 1 with a hard gate."""
     probs_TE: Tensor
     """All probabilities: the softmax of the router's logits."""
 
@@ -80,6 +101,20 @@ class Flops:
         return self.forward + self.backward
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How an architecture's authors optimise it, where that differs from what the trainer does by default. `TrainerConfig` overrides rate and warm-up."""
+
+    lr: float | None = None
+    """Peak learning rate; None is the trainer's rule by width."""
+    warmup_steps: int | None = None
+    """None is the trainer's."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's."""
+    unit_decoder: bool = True
+    """Whether decoder rows are kept on the unit sphere; False where the loss weighs latents by their rows' norms instead."""
+
+
 class SparseAutoencoder(nn.Module, ABC):
     """x_TD -> SparseLatents -> recon_TD. Takes and returns raw activations; `activation_scale` is applied inside.
 
@@ -90,6 +125,7 @@ class SparseAutoencoder(nn.Module, ABC):
     d_in: int
     num_latents: int
     num_experts: int
+    recipe: Recipe = Recipe()
     activation_scale: Tensor
     activations: dict[str, Any]
     """What it was trained on (`ActivationSource.describe`), for an SAE that was loaded; empty before."""
@@ -111,6 +147,17 @@ class SparseAutoencoder(nn.Module, ABC):
     def loss_terms(self, x_TD: Tensor, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         """Scalar loss terms by name, already weighted: the trainer adds them up. `dead_M` marks latents that AuxK should revive."""
 
+    @property
+    def k(self) -> int | None:
+        """Active latents per token by construction (at most, or on average); None where training finds their number."""
+        return None
+
+    def begin_step(self, step: int, total_steps: int) -> None:  # noqa: B027 - most architectures have no schedule of their own
+        """Called before training step `step` (from 0): where coefficients that rise over the run are set, from these two numbers alone."""
+
+    def end_step(self, output: SAEOutput) -> None:  # noqa: B027 - most architectures keep no statistics
+        """Called after a training step, without gradients, with what its forward pass gave: where running statistics are kept, in buffers."""
+
     @abstractmethod
     def initialize(self, x_TD: Tensor) -> None:
         """Sets the data-dependent start (biases) from one large batch of raw activations."""
@@ -121,7 +168,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     @abstractmethod
     def decoder_weight(self) -> nn.Parameter:
-        """W_dec_MD: the rows that stay on the unit sphere."""
+        """W_dec_MD, whose rows stay on the unit sphere if `recipe.unit_decoder`."""
 
     @abstractmethod
     def fold_activation_scale(self) -> None:

@@ -1,5 +1,6 @@
 """The training step of TopK and Switch SAEs as fused Triton kernels: the same losses and gradients as autograd through `loss_terms`."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,18 @@ class FusedTraining(SparseAutoencoder):
     b_pre_D: nn.Parameter
     experts_per_token: int
     joint_topk: bool
+    can_fuse: bool = True
+    """False for variants that the kernels do not know; they train by autograd."""
     regime: Regime | None = None
     """Overrides the planner's choice."""
 
+    @abstractmethod
     def auxk_latents(self) -> int:
-        raise NotImplementedError
+        """Dead latents that each of a token's experts may use for AuxK."""
+
+    def fused_router(self) -> dict[str, Any]:
+        """The router's part of `Weights` and `Settings`; without one all tokens go to one expert."""
+        return {"W_router_ED": None, "b_router_D": None, "balance": 0.0, "train_router": False}
 
     def plan(self, tokens: int) -> Plan:
         """How the kernels will compute a batch of so many tokens, and why."""
@@ -36,11 +44,10 @@ class FusedTraining(SparseAutoencoder):
         """Losses and gradients of raw activations. `operands` are W_enc_MD and W_dec_MD as `FusedAdam` keeps them for the kernels."""
         from switch_kernels.gpu.step import Settings, Weights, training_step
 
-        balance, train_router = getattr(self.config, "load_balance", 0.0) * self.d_in, getattr(self.config, "train_router", False)
-        router: dict[str, Any] = {name: getattr(self, name, None) for name in ("W_router_ED", "b_router_D")}
-        weights = Weights(operands["W_enc_MD"], operands["W_dec_MD"], self.b_enc_M, self.b_pre_D, **router)
+        router = self.fused_router()
+        weights = Weights(operands["W_enc_MD"], operands["W_dec_MD"], self.b_enc_M, self.b_pre_D, router["W_router_ED"], router["b_router_D"])
         settings = Settings(
-            self.num_experts, self.experts_per_token, self.config.k, self.joint_topk, balance, train_router, self.execution.dot,
+            self.num_experts, self.experts_per_token, self.config.k, self.joint_topk, router["balance"], router["train_router"], self.execution.dot,
             self.plan(x_TD.shape[0]),
         )  # fmt: skip
         return training_step(x_TD, self.activation_scale, weights, settings, dead)

@@ -1,6 +1,8 @@
 """`SwitchSAE`: a router sends every activation to one expert SAE (Mudide et al., arXiv 2410.08201), or to several."""
 
 from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,15 @@ from switch_kernels import Dispatch
 from switch_sae.models.base import Flops, Routing, SAEOutput
 from switch_sae.models.losses import geometric_median, load_balance_loss
 from switch_sae.models.topk import TopKSAE, _at_least
+
+
+class Gate(Enum):
+    """What multiplies the latents of the routed expert."""
+
+    probability = "probability"
+    """The router's probability, as in the paper: through it the router learns from the reconstruction."""
+    hard = "hard"
+    """1, the paper's ablation: no gradient of the reconstruction reaches the router."""
 
 
 class SwitchSAE(TopKSAE):
@@ -27,6 +38,7 @@ class SwitchSAE(TopKSAE):
         """S: how many experts compute each token, 1 in the paper. The cost of encoding grows with it and nothing else does."""
         joint_topk: bool = True
         """With several experts per token: the k largest gated latents of all of them together, or k / S of each."""
+        gate: Gate = Gate.probability
         load_balance: float = 0.1
         """Coefficient alpha of the load-balance loss, which adds alpha * D * E * sum_i f_i P_i. With scaled activations (mean squared norm D)
         it does not depend on the model; the paper's alpha=3 on unscaled activations equals 3 * activation_scale^2 here."""
@@ -58,6 +70,10 @@ class SwitchSAE(TopKSAE):
                 )
             if self.load_balance < 0:
                 raise ValueError(f"load_balance={self.load_balance} is negative. Use 0 to switch it off.")
+            if self.gate is Gate.hard and self.train_router and self.load_balance == 0:
+                raise ValueError(
+                    "gate=hard with load_balance=0 leaves nothing that could train the router. Use train_router=false, or load_balance above 0."
+                )
 
         @property
         def latents_per_expert(self) -> int:
@@ -70,6 +86,7 @@ class SwitchSAE(TopKSAE):
         super().__init__(config, d_in, generator)
         self.num_experts = config.num_experts
         self.experts_per_token, self.joint_topk = config.experts_per_token, config.joint_topk
+        self.can_fuse = config.gate is Gate.probability
         init_ED = (torch.rand(config.num_experts, d_in, generator=generator) * 2 - 1) / d_in**0.5
         self.W_router_ED = nn.Parameter(init_ED, requires_grad=config.train_router)
         self.b_router_D = nn.Parameter(torch.zeros(d_in), requires_grad=config.train_router)
@@ -86,7 +103,14 @@ class SwitchSAE(TopKSAE):
             gate_TS, expert_TS = probs_TE.max(dim=1, keepdim=True)
         else:
             gate_TS, expert_TS = probs_TE.topk(self.experts_per_token, dim=1)
+        if self.config.gate is Gate.hard:
+            gate_TS = torch.ones_like(gate_TS)
         return Routing(expert_TS, gate_TS, probs_TE), Dispatch.from_experts(expert_TS, self.num_experts)
+
+    def fused_router(self) -> dict[str, Any]:
+        config = self.config
+        router = {"W_router_ED": self.W_router_ED, "b_router_D": self.b_router_D}
+        return router | {"balance": config.load_balance * self.d_in, "train_router": config.train_router}
 
     def loss_terms(self, x_TD: Tensor, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss_terms(x_TD, output, dead_M)

@@ -65,6 +65,10 @@ class TopKSAE(FusedTraining):
         self.b_pre_D = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("activation_scale", torch.tensor(1.0))
 
+    @property
+    def k(self) -> int:
+        return self.config.k
+
     def initialize(self, x_TD: Tensor) -> None:
         self.b_pre_D.data.copy_(geometric_median(x_TD * self.activation_scale))
 

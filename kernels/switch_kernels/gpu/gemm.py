@@ -11,16 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from switch_kernels.gpu.gemm_tiles import (
-    DOT_PRECISION,
-    capability_of,
-    check_operands,
-    choose_tile,
-    has_descriptors,
-    row_tiles,
-    source,
-)
-from switch_kernels.gpu.launch import ALIGN, cdiv, launch, next_power_of_2, round_up
+from switch_kernels.gpu.gemm_tiles import check_operands, grouped, source
+from switch_kernels.gpu.launch import cdiv, launch, round_up
 
 
 class LatentGradients(NamedTuple):
@@ -193,13 +185,9 @@ def encode(rows_ND: Tensor, W_MD: Tensor, b_M: Tensor | None, start_E1: Tensor, 
     check_operands(precision, rows_ND=rows_ND, W_MD=W_MD)
     num_rows, DP = rows_ND.shape
     E, FP = start_E1.shape[0] - 1, round_up(F, 8)
-    capability = capability_of(rows_ND)
-    tile = choose_tile("encode", num_rows // E, F, DP, precision, capability)
-    tile = tile._replace(BN=max(tile.BN, group))
+    tile, descriptors, num_row_tiles, constants = grouped("encode", rows_ND, start_E1, F, DP, precision, group)
     pre_NF = rows_ND.new_empty(num_rows, FP)
     group_max_NG = pre_NF[:, :F] if group == 1 else rows_ND.new_empty(num_rows, cdiv(F, group))
-    descriptors = has_descriptors(capability)
-    num_row_tiles = row_tiles(num_rows, E, tile.BM)
     launch(
         _encode_kernel,
         (num_row_tiles * cdiv(F, tile.BN),),
@@ -214,13 +202,8 @@ def encode(rows_ND: Tensor, W_MD: Tensor, b_M: Tensor | None, start_E1: Tensor, 
         DP=DP,
         F=F,
         FP=FP,
-        E=E,
-        EP=next_power_of_2(E + 1),
         GROUP=group,
-        ALIGN=ALIGN,
-        DESCRIPTORS=descriptors,
-        PRECISION=DOT_PRECISION[precision],
-        **tile._asdict(),
+        **constants,
     )
     return pre_NF, group_max_NG
 
@@ -273,12 +256,9 @@ def latent_gradients(grad_rows_ND: Tensor, W_dec_MD: Tensor, z_NF: Tensor, start
     check_operands(precision, grad_rows_ND=grad_rows_ND, W_dec_MD=W_dec_MD, z_NF=z_NF)
     num_rows, DP = grad_rows_ND.shape
     E, FP = start_E1.shape[0] - 1, z_NF.shape[1]
-    capability = capability_of(grad_rows_ND)
-    tile = choose_tile("latent_gradients", num_rows // E, F, DP, precision, capability)
+    tile, descriptors, num_row_tiles, constants = grouped("latent_gradients", grad_rows_ND, start_E1, F, DP, precision)
     dz_NF = torch.empty_like(z_NF)
     gate_parts_NP = torch.empty(num_rows, cdiv(F, tile.BN), dtype=torch.float32, device=z_NF.device)
-    descriptors = has_descriptors(capability)
-    num_row_tiles = row_tiles(num_rows, E, tile.BM)
     launch(
         _latent_gradients_kernel,
         (num_row_tiles * cdiv(F, tile.BN),),
@@ -293,11 +273,6 @@ def latent_gradients(grad_rows_ND: Tensor, W_dec_MD: Tensor, z_NF: Tensor, start
         DP=DP,
         F=F,
         FP=FP,
-        E=E,
-        EP=next_power_of_2(E + 1),
-        ALIGN=ALIGN,
-        DESCRIPTORS=descriptors,
-        PRECISION=DOT_PRECISION[precision],
-        **tile._asdict(),
+        **constants,
     )
     return LatentGradients(dz_NF, gate_parts_NP)

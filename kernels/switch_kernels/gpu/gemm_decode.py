@@ -8,16 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from switch_kernels.gpu.gemm import find_rows, find_tile, halves, latents_of, load_latents, store_tile, tiles_of_rows
-from switch_kernels.gpu.gemm_tiles import (
-    DOT_PRECISION,
-    capability_of,
-    check_operands,
-    choose_tile,
-    has_descriptors,
-    row_tiles,
-    source,
-)
-from switch_kernels.gpu.launch import ALIGN, cdiv, interpreted, launch, next_power_of_2
+from switch_kernels.gpu.gemm_tiles import check_operands, grouped, source
+from switch_kernels.gpu.launch import cdiv, interpreted, launch, next_power_of_2
 
 
 class RowLoss(NamedTuple):
@@ -191,13 +183,11 @@ def decode_loss(
     check_operands(precision, z_NF=z_NF, W_MD=W_MD)
     num_rows, FP = z_NF.shape
     D, DP, E = x_TD.shape[1], W_MD.shape[1], start_E1.shape[0] - 1
-    capability = capability_of(z_NF)
-    tile = choose_tile("decode_loss", num_rows // E, F, D, precision, capability)
-    num_row_tiles, column_tiles = row_tiles(num_rows, E, tile.BM), cdiv(D, tile.BN)
+    tile, descriptors, num_row_tiles, constants = grouped("decode_loss", z_NF, start_E1, F, D, precision)
+    column_tiles = cdiv(D, tile.BN)
     grad_rows_ND = z_NF.new_empty(num_rows, DP)
     square_parts = torch.empty(num_row_tiles, column_tiles, 4, dtype=torch.float32, device=z_NF.device)
     column_sums = torch.empty(num_row_tiles, D, dtype=torch.float32, device=z_NF.device)
-    descriptors = has_descriptors(capability)
     launch(
         _decode_loss_kernel,
         (num_row_tiles * column_tiles,),
@@ -219,12 +209,7 @@ def decode_loss(
         DP=DP,
         F=F,
         FP=FP,
-        E=E,
-        EP=next_power_of_2(E + 1),
-        ALIGN=ALIGN,
-        DESCRIPTORS=descriptors,
-        PRECISION=DOT_PRECISION[precision],
-        **tile._asdict(),
+        **constants,
     )
     return RowLoss(grad_rows_ND, square_parts, column_sums)
 
@@ -266,11 +251,8 @@ def decode_rows(z_NF: Tensor, W_MD: Tensor, start_E1: Tensor, F: int, D: int, pr
     check_operands(precision, z_NF=z_NF, W_MD=W_MD)
     num_rows, FP = z_NF.shape
     DP, E = W_MD.shape[1], start_E1.shape[0] - 1
-    capability = capability_of(z_NF)
-    tile = choose_tile("decode_rows", num_rows // E, F, D, precision, capability)
-    num_row_tiles = row_tiles(num_rows, E, tile.BM)
+    tile, descriptors, num_row_tiles, constants = grouped("decode_rows", z_NF, start_E1, F, D, precision)
     y_ND = torch.empty(num_rows, DP, dtype=torch.float32, device=z_NF.device)
-    descriptors = has_descriptors(capability)
     launch(
         _decode_rows_kernel,
         (num_row_tiles * cdiv(D, tile.BN),),
@@ -284,12 +266,7 @@ def decode_rows(z_NF: Tensor, W_MD: Tensor, start_E1: Tensor, F: int, D: int, pr
         DP=DP,
         F=F,
         FP=FP,
-        E=E,
-        EP=next_power_of_2(E + 1),
-        ALIGN=ALIGN,
-        DESCRIPTORS=descriptors,
-        PRECISION=DOT_PRECISION[precision],
-        **tile._asdict(),
+        **constants,
     )
     return y_ND
 

@@ -5,12 +5,13 @@ The letters of a tile: BM rows of the output, BN columns of the output, BK eleme
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from switch_kernels.backend import operand_dtype
 from switch_kernels.gpu.launch import ALIGN, cdiv, interpreted, next_power_of_2
 
 Product = Literal["encode", "latent_gradients", "decode_loss", "decode_rows", "weight_gradient"]
@@ -31,10 +32,6 @@ class Tile(NamedTuple):
     BK: int
     num_warps: int
     num_stages: int
-
-
-def operand_dtype(precision: str) -> torch.dtype:
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def choose_tile(product: Product, rows_per_expert: int, F: int, D: int, precision: str, capability: Capability = (9, 0)) -> Tile:
@@ -104,6 +101,26 @@ def has_descriptors(capability: Capability) -> bool:
 def source(tensor: Tensor, block: list[int], descriptors: bool) -> TensorDescriptor | Tensor:
     """What a kernel is given to load tiles of `block` from: a descriptor, or the tensor, from which it makes its own (`gemm.tiles_of_rows`)."""
     return TensorDescriptor.from_tensor(tensor, block) if descriptors else tensor
+
+
+class Grouped(NamedTuple):
+    """How a product over rows in expert order is cut into programs."""
+
+    tile: Tile
+    descriptors: bool
+    num_row_tiles: int
+    constants: dict[str, Any]
+    """The compile-time constants that all such kernels share."""
+
+
+def grouped(product: Product, rows: Tensor, start_E1: Tensor, F: int, D: int, precision: str, group: int = 1) -> Grouped:
+    """The cut of `product` for `rows` [N, .] of E experts, with tiles of at least `group` columns."""
+    num_rows, E, capability = rows.shape[0], start_E1.shape[0] - 1, capability_of(rows)
+    tile = choose_tile(product, num_rows // E, F, D, precision, capability)
+    tile = tile._replace(BN=max(tile.BN, group))
+    descriptors = has_descriptors(capability)
+    constants = {"E": E, "EP": next_power_of_2(E + 1), "ALIGN": ALIGN, "DESCRIPTORS": descriptors, "PRECISION": DOT_PRECISION[precision]}
+    return Grouped(tile, descriptors, row_tiles(num_rows, E, tile.BM), constants | tile._asdict())
 
 
 def check_operands(precision: str, **operands: Tensor) -> None:

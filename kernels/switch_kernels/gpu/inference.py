@@ -4,16 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_kernels.backend import Dot
+from switch_kernels.backend import Dot, operand_dtype
 from switch_kernels.dispatch import Dispatch
-from switch_kernels.gpu import gemm, sparse, topk
-from switch_kernels.gpu.dispatch import count_experts, gather_rows, sort_pairs
+from switch_kernels.gpu import sparse
+from switch_kernels.gpu.dispatch import count_experts
+from switch_kernels.gpu.encode import encode_pairs
 from switch_kernels.gpu.launch import round_up
 
 
 def operand(W_MD: Tensor, engine: Dot) -> Tensor:
     """W_MD as the kernels read it: in the operands' dtype, rows padded with zeros to a multiple of 8. Copies unless nothing has to change."""
-    W_MD = W_MD.detach().to(torch.bfloat16 if engine == "bf16" else torch.float32)
+    W_MD = W_MD.detach().to(operand_dtype(engine))
     pad = round_up(W_MD.shape[1], 8) - W_MD.shape[1]
     return F.pad(W_MD, (0, pad)) if pad else W_MD.contiguous()
 
@@ -22,16 +23,13 @@ def select_rows(centred_TD: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor | None, di
     """The k largest pre-activations of each (token, slot) pair after ReLU, float32 [T * S, k], and their global indices, int64."""
     _check(centred_TD, W_enc_MD)
     expert_TS = dispatch.expert_TS.int()
-    experts, width = dispatch.num_experts, W_enc_MD.shape[0] // dispatch.num_experts
-    in_order = sort_pairs(expert_TS, count_experts(expert_TS, experts), experts)
-    dtype = torch.bfloat16 if engine == "bf16" else torch.float32
     unit, nowhere_D = torch.ones((), device=centred_TD.device), torch.zeros(centred_TD.shape[1], device=centred_TD.device)
-    rows_ND = gather_rows(centred_TD.contiguous(), unit, nowhere_D, in_order.order_N, dispatch.slots, dtype)
-    group = topk.group_of(width, k)
     b_enc_M = None if b_enc_M is None else b_enc_M.contiguous()
-    pre_NF, group_max_NG = gemm.encode(rows_ND, operand(W_enc_MD, engine), b_enc_M, in_order.start_E1, width, group, engine)
-    values_RK, indices_RK = topk.select_rows(pre_NF, group_max_NG, width, group, expert_TS, in_order.row_R, k)
-    return values_RK.float(), indices_RK.long()
+    experts = dispatch.num_experts
+    found = encode_pairs(
+        centred_TD.contiguous(), unit, nowhere_D, expert_TS, count_experts(expert_TS, experts), operand(W_enc_MD, engine), b_enc_M, experts, k, engine
+    )
+    return found.values_RK.float(), found.indices_RK.long()
 
 
 def decode(values_TK: Tensor, indices_TK: Tensor, W_dec_MD: Tensor, engine: Dot) -> Tensor:

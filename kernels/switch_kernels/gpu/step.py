@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switch_kernels.backend import Dot
+from switch_kernels.backend import Dot, operand_dtype
 from switch_kernels.gpu import gemm, gemm_decode, gemm_weights, pairs, sparse, update
-from switch_kernels.gpu.dispatch import count_experts, gather_rows, sort_pairs
+from switch_kernels.gpu.dispatch import count_experts
+from switch_kernels.gpu.encode import encode_pairs
 from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.launch import round_up
 from switch_kernels.gpu.route import Routed, route, route_backward
 from switch_kernels.gpu.scatter import scatter_latents
-from switch_kernels.gpu.topk import group_of, keep_topk_, select_jointly, select_rows
+from switch_kernels.gpu.topk import group_of, keep_topk_, select_jointly
 from switch_kernels.plan import GradientMode, Plan, Regime
 
 
@@ -51,7 +52,7 @@ class Settings:
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.dot == "bf16" else torch.float32
+        return operand_dtype(self.dot)
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ class _Batch:
     order_N: Tensor
     row_R: Tensor
     start_E1: Tensor
+    counts_E: Tensor
     rows_ND: Tensor
-    """x * scale - b_pre in the operands' dtype; rows of padding are 0."""
     values_TK: Tensor
     indices_TK: Tensor
     slot_TK: Tensor | None
@@ -147,7 +148,7 @@ def training_step(x_TD: Tensor, scale: Tensor, weights: Weights, settings: Setti
     small: dict[str, Tensor] = {}
     if routed is not None:
         assert weights.W_router_ED is not None and weights.b_router_D is not None and raw_TE is not None and shift_E is not None
-        load_E, probability_E = routed.counts_BE.sum(0) / routed.expert_TS.numel(), routed.prob_sums_BE.sum(0) / tokens
+        load_E, probability_E = batch.counts_E / routed.expert_TS.numel(), routed.prob_sums_BE.sum(0) / tokens
         if s.balance > 0:
             terms["load_balance"] = s.balance * s.num_experts * torch.dot(load_E, probability_E)
         if s.train_router:
@@ -167,32 +168,32 @@ def training_step(x_TD: Tensor, scale: Tensor, weights: Weights, settings: Setti
     total_square = grads.square + torch.stack(torch._foreach_norm(list(small.values()))).square().sum()
     return StepTensors(
         terms, Gradients(grads.W_enc_MD, grads.W_dec_MD, grads.recipe, small, total_square), decoded.squared_error,
-        batch.values_TK, batch.indices_TK, None if routed is None else routed.counts_BE.sum(0),
+        batch.values_TK, batch.indices_TK, None if routed is None else batch.counts_E,
     )  # fmt: skip
 
 
 def _select(x_TD: Tensor, scale: Tensor, weights: Weights, s: Settings, routed: Routed | None) -> _Batch:
     """Dispatch, encode, select."""
-    tokens, num_latents = x_TD.shape[0], weights.W_enc_MD.shape[0]
-    F = num_latents // s.num_experts
+    tokens, F = x_TD.shape[0], weights.W_enc_MD.shape[0] // s.num_experts
     if routed is None:
         expert_TS, gate_TS = torch.zeros(tokens, 1, dtype=torch.int32, device=x_TD.device), None
         counts_BE = count_experts(expert_TS, 1)
     else:
         expert_TS, gate_TS, counts_BE = routed.expert_TS, routed.gate_TS, routed.counts_BE
-    in_order = sort_pairs(expert_TS, counts_BE, s.num_experts)
-    order_N, row_R, start_E1 = in_order.order_N, in_order.row_R, in_order.start_E1
-    rows_ND = gather_rows(x_TD, scale, weights.b_pre_D, order_N, s.slots, s.operand_dtype)
-    group = group_of(F, s.k)
-    pre_NF, group_max_NG = gemm.encode(rows_ND, weights.W_enc_MD, weights.b_enc_M, start_E1, F, group, s.dot)
-    values_RK, indices_RK = select_rows(pre_NF, group_max_NG, F, group, expert_TS, row_R, s.k if s.joint else s.k // s.slots)
+    k = s.k if s.joint else s.k // s.slots
+    found = encode_pairs(x_TD, scale, weights.b_pre_D, expert_TS, counts_BE, weights.W_enc_MD, weights.b_enc_M, s.num_experts, k, s.dot)
+    values_RK, indices_RK = found.values_RK, found.indices_RK
     slot_TK = None
     if s.slots > 1 and s.joint:
         assert gate_TS is not None
         values_TK, indices_TK, slot_TK = select_jointly(values_RK, indices_RK, gate_TS, s.k)
     else:
         values_TK, indices_TK = values_RK.view(tokens, s.k), indices_RK.view(tokens, s.k)
-    return _Batch(x_TD, scale, gate_TS, expert_TS, order_N, row_R, start_E1, rows_ND, values_TK, indices_TK, slot_TK, F)
+    in_order = found.in_order
+    return _Batch(
+        x_TD, scale, gate_TS, expert_TS, in_order.order_N, in_order.row_R, in_order.start_E1, in_order.counts_E, found.rows_ND,
+        values_TK, indices_TK, slot_TK, F,
+    )  # fmt: skip
 
 
 class _Dense:
@@ -274,7 +275,7 @@ def _auxk(batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, resid
     b_enc_B = b_enc_M.index_select(0, dead.latent_B).masked_fill(dead.is_padding_B, float("-inf"))
     shape = (batch.start_E1, A)
     z_NA, _ = gemm.encode(batch.rows_ND, W_enc_BD, b_enc_B, *shape, group_of(A, 1), s.dot)
-    keep_topk_(z_NA, A, min(dead.k, A))
+    keep_topk_(z_NA, A, min(dead.k, A), batch.order_N)
     y_ND = gemm_decode.decode_rows(z_NA, W_dec_BD, *shape, D, s.dot)
     gate_TS = batch.gate_TS if batch.gate_TS is not None else torch.ones(tokens, 1, device=residual_TD.device)
     nowhere_D, unit = torch.zeros(D, device=residual_TD.device), torch.ones((), device=residual_TD.device)
