@@ -152,10 +152,10 @@ class SparseAutoencoder(nn.Module, ABC):
         """Active latents per token by construction (at most, or on average); None where training finds their number."""
         return None
 
-    def begin_step(self, step: int, total_steps: int) -> None:  # noqa: B027 - most architectures have no schedule of their own
+    def begin_step(self, step: int, total_steps: int) -> None:
         """Called before training step `step` (from 0): where coefficients that rise over the run are set, from these two numbers alone."""
 
-    def end_step(self, output: SAEOutput) -> None:  # noqa: B027 - most architectures keep no statistics
+    def end_step(self, output: SAEOutput) -> None:
         """Called after a training step, without gradients, with what its forward pass gave: where running statistics are kept, in buffers."""
 
     @abstractmethod
