@@ -3,7 +3,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 PY      := $(VENV)/bin/python
 EXPERTS ?= 8
-MODEL   ?= bundled
+MODEL   ?=
 ARGS    ?=
 
 # Which torch: one in the environment that fits (2.10 to 2.13) stays; a local wheel that pip knows of (PIP_FIND_LINKS) is taken; otherwise uv asks
@@ -22,10 +22,14 @@ OLD_TRITON = 3.6.0
 # pytest's exit code 5, no test selected, is no failure: ARGS may select tests of the other run.
 INTERPRETED = TRITON_INTERPRET=1 $(PY) -m pytest -n 2 tests/interpreter $(ARGS) || [ $$? -eq 5 ]
 
-overrides = sae.num_experts=$(EXPERTS) $(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),source.model=$(MODEL)) $(if $(K),sae.k=$(K)) $(if $(TOKENS),tokens=$(TOKENS)) $(if $(SEED),seed=$(SEED)) $(ARGS)
+model = $(if $(MODEL),$(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),source.model=$(MODEL)))
+overrides = sae.num_experts=$(EXPERTS) $(model) $(if $(K),sae.k=$(K)) $(if $(TOKENS),tokens=$(TOKENS)) $(if $(SEED),seed=$(SEED)) $(ARGS)
+
+sweep_overrides = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(model) $(if $(EXPERTS),'sweep.experts=[$(EXPERTS)]') $(if $(K),'sweep.k=[$(K)]') \
+	$(if $(SEEDS),sweep.seeds=$(SEEDS)) $(if $(MATCH),sweep.match=$(MATCH)) $(if $(TOKENS),tokens=$(TOKENS)) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare sweep evaluate notebook benchmark test kernels check clean
+.PHONY: help setup train compare sweep results figures evaluate notebook benchmark test kernels check clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,7 +41,7 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
 	@echo "installing into $(VENV)"
-	@VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet -e '.[dev,notebook]' || \
+	@VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet -e '.[dev,notebook,sweep,figures]' || \
 	  { echo "set-up failed. If PyTorch's own package index cannot be reached, 'make setup TORCH=' takes the default index's build (large on Linux)."; exit 1; }
 	@touch $@
 
@@ -47,8 +51,15 @@ train: $(VENV)/.installed  ## train and evaluate a Switch SAE: make train EXPERT
 compare: $(VENV)/.installed  ## Switch against dense TopK SAEs, width-matched and FLOP-matched, on one activation stream
 	$(PY) -m experiments.train experiment=compare $(overrides)
 
-sweep: $(VENV)/.installed  ## several runs, one after the other: make sweep EXPERTS=2,4,8 SEED=0,1,2
-	$(PY) -m experiments.train --multirun $(overrides)
+sweep: EXPERTS =
+sweep: $(VENV)/.installed  ## many SAEs from one pass: make sweep EXPERTS=1,2,4,8 K=16,32 SEEDS=3 MATCH=flops, or EXPERIMENT=small/frontier, or RESUME=runs/...
+	$(if $(RESUME),$(PY) -m experiments.sweep --resume $(RESUME) $(ARGS),$(PY) -m experiments.sweep $(sweep_overrides))
+
+results: $(VENV)/.installed  ## the table of any run folders and sweeps, over seeds: make results RUNS=runs ARGS='--out table.csv'
+	$(PY) -m experiments.results $(or $(RUNS),runs) $(ARGS)
+
+figures: $(VENV)/.installed  ## the paper's figures from any run folders and sweeps: make figures RUNS=runs/... OUT=figures
+	$(PY) -m experiments.figures $(or $(RUNS),runs) --out $(or $(OUT),figures) $(ARGS)
 
 evaluate: $(VENV)/.installed  ## score a finished run again, or on other rows: make evaluate RUN=runs/... ARGS='--rows 500000'
 	$(PY) -m experiments.evaluate $(RUN) $(ARGS)

@@ -13,6 +13,7 @@ from switch_sae.config import RunConfig
 from switch_sae.models import SAES
 from switch_sae.pipeline import Interrupted
 from switch_sae.runs import RunError
+from switch_sae.sweep import SweepConfig
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
@@ -21,6 +22,7 @@ def register_schemas() -> None:
     """Makes the dataclasses Hydra's schema, so that a mistyped key or a wrong type is refused before anything runs."""
     store = ConfigStore.instance()
     store.store(name="base_run", node=RunConfig(source=MISSING, sae=MISSING))
+    store.store(name="base_sweep", node=SweepConfig(source=MISSING, sae=MISSING))
     for group, table in (("source", SOURCES), ("sae", SAES)):
         for name, owner in table.items():
             store.store(group=group, name=f"base_{name}", node=owner.Config)
@@ -30,6 +32,13 @@ def run_config(composed: DictConfig) -> RunConfig:
     """The plain typed config; relations between values are checked here, by the dataclasses."""
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
+    return config
+
+
+def sweep_config(composed: DictConfig) -> SweepConfig:
+    """As `run_config`, for a sweep."""
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, SweepConfig)
     return config
 
 

@@ -23,17 +23,17 @@ def evaluate_again(run: RunDir, rows: int | None = None, contexts: int | None = 
     device, reason = resolve_device(config.device)
     print(f"device: {device} ({reason}); scoring on at most {config.evaluation.rows:,} rows")
     members = {name: sae.to(device) for name, sae in load_members(run).items()}
-    source = build_source(config.source, config.batch_size)
+    source = build_source(config.source, config.batch_size, config.rows_read)
     try:
         now, then = source.describe(), before["evaluation"]["source"]
-        changed = sorted(key for key in now.keys() | then.keys() if key != "device" and now.get(key) != then.get(key))
+        changed = sorted(key for key in now.keys() | then.keys() if key not in ("device", "cache") and now.get(key) != then.get(key))
         if changed:
             print(f"note: these are not the activations of training; {', '.join(changed)} changed (another language model, text or Python version).")
         results = evaluate_members(config, members, source, calibration_rows(source, config.calibration_rows))
     finally:
         source.close()
     for name, entry in results["members"].items():
-        entry |= {key: before["members"][name][key] for key in ("tokens", "train_tokens_per_second")}
+        entry |= {key: value for key, value in before["members"][name].items() if key not in entry}  # what training cost
     file = f"results-{config.evaluation.rows}.json"
     run.write_json(file, results)
     return file

@@ -39,6 +39,7 @@ from switch_sae.training import TrainerConfig
 from switch_sae.wandb_logger import WandbConfig, WandbMode
 
 STEPS, CHECKPOINT_EVERY = 120, 4
+TIMES = ("seconds", "train_tokens_per_second", "train_seconds", "wall_seconds", "peak_bytes")
 MOMENTS = ("half written", "before the rename", "after the rename")
 
 
@@ -215,7 +216,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 def _without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_times(item) for key, item in value.items() if key not in ("seconds", "train_tokens_per_second")}
+        return {key: _without_times(item) for key, item in value.items() if key not in TIMES}
     return [_without_times(item) for item in value] if isinstance(value, list) else value
 
 

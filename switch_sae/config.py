@@ -94,6 +94,11 @@ class RunConfig:
     def total_steps(self) -> int:
         return self.tokens // self.batch_size
 
+    @property
+    def rows_read(self) -> int:
+        """Rows of the stream that the run takes, in whole batches: calibration, then training."""
+        return (-(-self.calibration_rows // self.batch_size) + self.total_steps) * self.batch_size
+
 
 def config_to_plain(config: RunConfig) -> dict[str, Any]:
     """The config as JSON values; tables are named by their keys (`architecture: switch`), never by import paths."""

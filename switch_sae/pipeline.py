@@ -15,6 +15,7 @@ from switch_sae.activations import ActivationSource, EvaluationSet, build_source
 from switch_sae.analysis.pca import PCABaseline, participation_ratio
 from switch_sae.config import Baseline, EvaluationConfig, RunConfig, config_from_plain, config_to_plain
 from switch_sae.evaluation import evaluate
+from switch_sae.memory import peak_bytes, state_bytes
 from switch_sae.metrics import Downstream
 from switch_sae.metrics.forward import Evaluable
 from switch_sae.models import SAES, SparseAutoencoder, SwitchSAE, TopKSAE
@@ -25,16 +26,16 @@ from switch_sae.wandb_logger import WandbLogger
 
 
 class Interrupted(Exception):
-    """Training stopped on a signal, after saving; `run` is where."""
+    """Training stopped on a signal, after saving."""
 
-    def __init__(self, run: RunDir, step: int, number: int) -> None:
-        super().__init__(f"stopped at step {step}; what is saved is whole. Go on with: make train RESUME={run.path}")
-        self.run, self.step, self.signal = run, step, number
+    def __init__(self, path: Path, step: int, number: int, target: str = "train") -> None:
+        super().__init__(f"stopped at step {step}; what is saved is whole. Go on with: make {target} RESUME={path}")
+        self.signal = number
 
 
 def run_training(config: RunConfig, say: Callable[[str], None] = print) -> RunDir:
     """Trains, evaluates and saves a new run. Raises Interrupted after a signal, with everything saved."""
-    name = config.name or _default_name(config)
+    name = config.name or f"{short_name(config.sae)}-s{config.seed}"
     return _run(config, RunDir.create(config.runs, name), None, say)
 
 
@@ -63,11 +64,12 @@ def build_members(config: RunConfig, d_in: int) -> dict[str, SparseAutoencoder]:
     configs = {architecture_of(config.sae): config.sae}
     for baseline in config.baselines:
         configs[baseline.name] = baseline_config(config.sae, baseline)
-    members: dict[str, SparseAutoencoder] = {}
-    for name, sae_config in configs.items():
-        generator = torch.Generator().manual_seed(config.seed)
-        members[name] = SAES[architecture_of(sae_config)](sae_config, d_in, generator)
-    return members
+    return {name: build_sae(sae_config, d_in, config.seed) for name, sae_config in configs.items()}
+
+
+def build_sae(config: Any, d_in: int, seed: int) -> SparseAutoencoder:
+    """A new SAE of the architecture that a config belongs to."""
+    return SAES[architecture_of(config)](config, d_in, torch.Generator().manual_seed(seed))
 
 
 def baseline_config(switch: SwitchSAE.Config, baseline: Baseline) -> TopKSAE.Config:
@@ -119,7 +121,7 @@ def _run(config: RunConfig, run: RunDir, checkpoint: Checkpoint | None, say: Cal
         if new and not progress.training:
             run.discard()
             raise
-        raise Interrupted(run, progress.step, signal.SIGINT) from None
+        raise Interrupted(run.path, progress.step, signal.SIGINT) from None
     except Exception:  # whatever it was goes on up: only the folder is seen to, and where to go on is said
         if new and not progress.training:
             run.discard()
@@ -138,23 +140,14 @@ class _Stage:
 
 def _train_and_evaluate(config: RunConfig, run: RunDir, checkpoint: Checkpoint | None, say: Callable[[str], None], stage: _Stage) -> RunDir:
     started = time.perf_counter()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device, reason = resolve_device(config.device)
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)  # graphs and kernels go to the current device
-    execution = resolve(config.backend, config.precision, device)
-    say(f"device: {device} ({reason}), {torch.get_num_threads()} threads; backend: {execution}")
-    source = build_source(on_device(config.source, device), config.batch_size)
+    stream = Stream(config, say)
+    source = stream.source
     try:
-        calibration = calibration_rows(source, config.calibration_rows)
         members = build_members(config, source.d_in)
-        for sae in members.values():
-            prepare(sae, calibration, config.normalize_activations)
-            sae.to(device)
-            sae.execution = execution
-        trainers = {name: Trainer(sae, config.trainer, config.total_steps, config.batch_size) for name, sae in members.items()}
-        _say_plan(config, trainers, source, say)
+        trainers = {name: stream.trainer(sae, config) for name, sae in members.items()}
+        stream.say_plan(config, say)
+        for name, trainer in trainers.items():
+            say(f"  {name}: {plan_line(trainer, config)}")
         run.forget_metrics_after(checkpoint.step if checkpoint else 0)
         wandb = WandbLogger(config.wandb, run.path, config_to_plain(config), checkpoint.state.get("wandb_id") if checkpoint else None)
         main = next(iter(members))
@@ -171,7 +164,7 @@ def _train_and_evaluate(config: RunConfig, run: RunDir, checkpoint: Checkpoint |
 
             def advance(step: int, results: dict[str, StepResult]) -> None:
                 stage.training, stage.step = True, step
-                progress.update(step, results[main])
+                progress.update(step, [results[main]])
 
             finished = train(
                 trainers, source, config.total_steps, save=run.save_checkpoint, checkpoint_every=config.checkpoint_every, log=log,
@@ -180,45 +173,116 @@ def _train_and_evaluate(config: RunConfig, run: RunDir, checkpoint: Checkpoint |
         if not finished:
             assert interruption.signal is not None
             wandb.finish()
-            raise Interrupted(run, trainers[main].steps_done, interruption.signal)
+            raise Interrupted(run.path, trainers[main].steps_done, interruption.signal)
         say("evaluating")
         for name, sae in members.items():
             sae.execution = Execution()  # scores are those that anyone who loads the SAE gets
             (run if name == main else run.member(name)).save_sae(sae, source.describe())
-        results = evaluate_members(config, members, source, calibration)
-        for name, trainer in trainers.items():
-            tokens = trainer.steps_done * config.batch_size
-            results["members"][name] |= {"tokens": tokens, "train_tokens_per_second": tokens / trainer.seconds}
+        results = evaluate_members(config, members, source, stream.calibration_TD)
         results["mixing"] = source.mixing()
         results["seconds"] = time.perf_counter() - started
+        for name, trainer in trainers.items():
+            results["members"][name] |= training_facts(trainer, config, results["seconds"], len(trainers))
         run.write_json("results.json", results)
         wandb.finish({f"final/{key}": estimate["value"] for key, estimate in results["members"][main]["metrics"].items()})
         run.remove_checkpoints()
     finally:
-        source.close()
+        stream.close()
     return run
 
 
+class Stream:
+    """A source of activations and the device that trains on it, with what all SAEs on it share. `say` is told what was chosen, and why."""
+
+    def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device, reason = resolve_device(config.device)
+        if self.device.startswith("cuda:"):
+            torch.cuda.set_device(self.device)  # graphs and kernels go to the current device
+        self.execution = resolve(config.backend, config.precision, self.device)
+        say(f"device: {self.device} ({reason}), {torch.get_num_threads()} threads; backend: {self.execution}")
+        self.source = build_source(on_device(config.source, self.device), config.batch_size, config.rows_read)
+        try:
+            self.calibration_TD = calibration_rows(self.source, config.calibration_rows)
+        except BaseException:
+            self.source.close()
+            raise
+
+    def trainer(self, sae: SparseAutoencoder, config: RunConfig) -> Trainer:
+        """A trainer for a new SAE, which gets its scale and biases from the calibration rows and moves to the device."""
+        prepare(sae, self.calibration_TD, config.normalize_activations)
+        sae.to(self.device)
+        sae.execution = self.execution
+        return Trainer(sae, config.trainer, config.total_steps, config.batch_size)
+
+    def say_plan(self, config: RunConfig, say: Callable[[str], None]) -> None:
+        about = self.source.describe()
+        told = {key: about[key] for key in ("model", "hook", "context_length") if key in about} | {"d_in": self.source.d_in}
+        told |= {f"text {key}": about["text"][key] for key in ("kind", "documents", "rows_per_epoch") if key in about.get("text", {})}
+        say(
+            f"activations: {about['source']}, "
+            + ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in told.items())
+        )
+        say(f"training on {config.total_steps * config.batch_size:,} activations in {config.total_steps:,} steps of {config.batch_size}")
+
+    def close(self) -> None:
+        self.source.close()
+
+
+class Scorer:
+    """Scores SAEs and controls on the same held-out rows, which are made once, with the same language model behind delta CE and KL."""
+
+    def __init__(self, config: EvaluationConfig, source: ActivationSource) -> None:
+        self.config = config
+        self.evaluation_set = source.evaluation_set(config.rows)
+        self.downstream = prepare_downstream(config, source, self.evaluation_set)
+        self.about = {"participation_ratio": participation_ratio(self.evaluation_set.x_TD), "source": source.describe()}
+
+    def __call__(self, sae: Evaluable, architecture: str, k: int | None) -> dict[str, Any]:
+        results = evaluate(sae, self.evaluation_set, self.downstream, self.config.bootstrap).to_json()
+        return results | {"architecture": architecture, "num_latents": sae.num_latents, "num_experts": sae.num_experts, "k": k}
+
+    def member(self, sae: SparseAutoencoder) -> dict[str, Any]:
+        """A trained SAE."""
+        return self(sae, architecture_of(sae), sae.k) | {"parameters": sum(p.numel() for p in sae.parameters())}
+
+    def pca(self, calibration_TD: Tensor, k: int) -> dict[str, Any]:
+        """The control that a rank-k PCA of the calibration rows is, by its name."""
+        pca = PCABaseline.fit(calibration_TD, min(k, calibration_TD.shape[1]))
+        return {f"pca_{pca.k}": self(pca, "pca", pca.k)}
+
+
 def evaluate_members(config: RunConfig, members: Mapping[str, SparseAutoencoder], source: ActivationSource, calibration_TD: Tensor) -> dict[str, Any]:
-    """Scores every member and the controls (PCA of rank k, the main SAE untrained) on the same held-out rows; plain JSON values."""
-    evaluation_set = source.evaluation_set(config.evaluation.rows)
-    downstream = prepare_downstream(config.evaluation, source, evaluation_set)
+    """Scores every member and the controls (PCA of rank k, the main SAE untrained) on the same held-out rows; plain JSON values.
+
+    Where the main SAE has no k, PCA gets as many components as it has active latents per token on average.
+    """
+    score = Scorer(config.evaluation, source)
     untrained = next(iter(build_members(replace(config, baselines=[]), source.d_in).values()))
     prepare(untrained, calibration_TD, config.normalize_activations)
     untrained.to(calibration_TD.device)
-    pca = PCABaseline.fit(calibration_TD, min(config.sae.k, source.d_in))
-
-    def score(sae: Evaluable, architecture: str, k: int) -> dict[str, Any]:
-        results = evaluate(sae, evaluation_set, downstream, config.evaluation.bootstrap).to_json()
-        return results | {"architecture": architecture, "num_latents": sae.num_latents, "num_experts": sae.num_experts, "k": k}
-
+    scored = {name: score.member(sae) for name, sae in members.items()}
+    main = next(iter(scored.values()))
+    k = main["k"] or max(1, round(main["metrics"]["l0"]["value"]))
     return {
-        "evaluation": {"participation_ratio": participation_ratio(evaluation_set.x_TD), "source": source.describe()},
-        "members": {
-            name: score(sae, architecture_of(sae), sae.config.k) | {"parameters": sum(p.numel() for p in sae.parameters())}
-            for name, sae in members.items()
-        },
-        "controls": {f"pca_{pca.k}": score(pca, "pca", pca.k), "untrained": score(untrained, architecture_of(untrained), untrained.config.k)},
+        "evaluation": score.about,
+        "members": scored,
+        "controls": {**score.pca(calibration_TD, k), "untrained": score(untrained, architecture_of(untrained), untrained.k)},
+    }
+
+
+def training_facts(trainer: Trainer, config: RunConfig, wall_seconds: float, group_size: int) -> dict[str, Any]:
+    """What training one SAE cost. `train_seconds` are its own steps; `wall_seconds` and `peak_bytes` are the whole group's, with everything around."""
+    tokens, seconds = trainer.steps_done * config.batch_size, trainer.seconds
+    return {
+        "tokens": tokens,
+        "train_tokens_per_second": tokens / seconds,
+        "train_seconds": seconds,
+        "wall_seconds": wall_seconds,
+        "group_size": group_size,
+        "state_bytes": state_bytes(trainer),
+        "peak_bytes": peak_bytes(trainer.tokens_since_fired_M.device),
     }
 
 
@@ -229,25 +293,18 @@ def prepare_downstream(config: EvaluationConfig, source: ActivationSource, evalu
     return Downstream(source.language_model, evaluation_set, config.downstream_contexts)
 
 
-def _default_name(config: RunConfig) -> str:
-    experts = f"-e{config.sae.num_experts}" if isinstance(config.sae, SwitchSAE.Config) else ""
-    return f"{architecture_of(config.sae)}{experts}-m{config.sae.num_latents}-k{config.sae.k}-s{config.seed}"
+def short_name(sae: Any) -> str:
+    """An SAE's config in a file name: switch-e8-m4096-k16."""
+    experts = f"-e{sae.num_experts}" if isinstance(sae, SwitchSAE.Config) else ""
+    return f"{architecture_of(sae)}{experts}-m{sae.num_latents}" + (f"-k{sae.k}" if hasattr(sae, "k") else "")
 
 
-def _say_plan(config: RunConfig, trainers: dict[str, Trainer], source: ActivationSource, say: Callable[[str], None]) -> None:
-    about = source.describe()
-    told = {key: about[key] for key in ("model", "hook", "context_length") if key in about} | {"d_in": source.d_in}
-    told |= {f"text {key}": about["text"][key] for key in ("kind", "documents", "rows_per_epoch") if key in about.get("text", {})}
-    say(
-        f"activations: {about['source']}, "
-        + ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in told.items())
+def plan_line(trainer: Trainer, config: RunConfig) -> str:
+    """What an SAE is and how it will train, before it does."""
+    sae, schedule = trainer.sae, trainer.schedule
+    experts = f"{sae.num_experts} experts x {sae.num_latents // sae.num_experts}" if sae.num_experts > 1 else "dense"
+    return (
+        f"{sae.num_latents} latents ({experts}){f', k={sae.k}' if sae.k else ''}, {sae.flops().total:,} FLOPs per token; lr {schedule.peak:.2e}, "
+        f"warm-up {schedule.warmup_steps} steps, decay over the last {schedule.decay_steps}, dead after {trainer.dead_after_tokens:,} tokens"
+        + (f"; {trainer.describe(config.batch_size)}" if sae.execution.is_triton else "")
     )
-    say(f"training on {config.total_steps * config.batch_size:,} activations in {config.total_steps:,} steps of {config.batch_size}")
-    for name, trainer in trainers.items():
-        sae, schedule = trainer.sae, trainer.schedule
-        experts = f"{sae.num_experts} experts x {sae.num_latents // sae.num_experts}" if sae.num_experts > 1 else "dense"
-        say(
-            f"  {name}: {sae.num_latents} latents ({experts}), k={sae.config.k}, {sae.flops().total:,} FLOPs per token; lr {schedule.peak:.2e}, "
-            f"warm-up {schedule.warmup_steps} steps, decay over the last {schedule.decay_steps}, dead after {trainer.dead_after_tokens:,} tokens"
-            + (f"; {trainer.describe(config.batch_size)}" if sae.execution.is_triton else "")
-        )

@@ -47,4 +47,7 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         if value not in hint.__members__:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(hint.__members__)}.")
         return hint[value]
+    expected: tuple[type, ...] = {float: (float, int), int: (int,), str: (str,), bool: (bool,)}.get(hint, ())
+    if expected and (not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool)):
+        raise ValueError(f"{name}={value!r} is of the wrong type: it must be {hint.__name__}.")
     return value

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -26,19 +27,22 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def update(self, step: int, result: StepResult) -> None:
-        """Shows step `step`; only reads."""
+    def update(self, step: int, results: Sequence[StepResult]) -> None:
+        """Shows step `step` of one SAE or of a group; only reads."""
         now = time.perf_counter()
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             if now - self._shown > 0.5 or step == self.total_steps:
                 self._shown = now
-                self.bar.set_postfix_str(self._text(step, result, now))
+                self.bar.set_postfix_str(self._text(step, results, now))
         elif step % self._every == 0 or step == self.total_steps:
             left = (self.total_steps - step) * (now - self.began) / max(1, step - self.start)
-            print(f"step {step:>6}/{self.total_steps}  {self._text(step, result, now)}  {left:.0f} s left", flush=True)
+            print(f"step {step:>6}/{self.total_steps}  {self._text(step, results, now)}  {left:.0f} s left", flush=True)
 
-    def _text(self, step: int, result: StepResult, now: float) -> str:
-        loss = sum(term.item() for term in result.terms.values())
+    def _text(self, step: int, results: Sequence[StepResult], now: float) -> str:
         rate = (step - self.start) * self.batch_size / (now - self.began)
-        return f"loss {loss:.2f}  FVU {result.fvu():.3f}  dead {result.dead_share():.1%}  {rate / 1000:.1f}k tokens/s"
+        fvu, dead = [r.fvu() for r in results], [r.dead_share() for r in results]
+        if len(results) == 1:
+            loss = sum(term.item() for term in results[0].terms.values())
+            return f"loss {loss:.2f}  FVU {fvu[0]:.3f}  dead {dead[0]:.1%}  {rate / 1000:.1f}k tokens/s"
+        return f"{len(results)} SAEs  FVU {min(fvu):.3f} to {max(fvu):.3f}  dead up to {max(dead):.1%}  {rate / 1000:.1f}k tokens/s"

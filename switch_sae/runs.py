@@ -1,4 +1,4 @@
-"""Run folders: everything about one trained SAE in one place, and the only code that writes to disk.
+"""Run folders: everything about one trained SAE in one place. Nothing else writes into them.
 
     run/
       config.json          the whole configuration that made it
@@ -9,8 +9,8 @@
       results.json         evaluation
       figures/
 
-Every file is written beside its final place, flushed to the disk and renamed: a reader, a killed process or a full disk sees the old file or
-the new one, never half of it. Nothing here is ever unpickled.
+Every file is whole or not there, whatever a reader, a killed process or a full disk does (`files.write_atomically`). Nothing here is ever
+unpickled.
 """
 
 import importlib.metadata
@@ -21,8 +21,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,45 +32,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from switch_sae.files import RunError, remove_part_files, write_atomically
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.plain import from_plain, to_plain
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 _KEPT_CHECKPOINTS = 2
-
-
-class RunError(RuntimeError):
-    """A run folder cannot be written or read; the message says what to do, and what is on disk is whole."""
-
-
-def write_atomically(path: Path, content: bytes | Callable[[Path], None]) -> None:
-    """Replaces `path` with `content`, whole or not at all; a function is given the path of the part file and fills it.
-
-    Raises RunError when the disk is full or the folder cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if callable(content):
-            content(part)
-        else:
-            part.write_bytes(content)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must outlive a power cut
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            part.unlink()
-        raise RunError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}. What was there before is untouched. "
-            "Free some space or make the folder writable, then go on with RESUME=<run folder>, or choose another with runs=FOLDER."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -168,7 +136,7 @@ class RunDir:
             "state": json.dumps({"step": checkpoint.step, **checkpoint.state}),
         }
         tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
-        path = self.path / "checkpoints" / f"step-{checkpoint.step:08d}.safetensors"
+        path = self._checkpoint_file(checkpoint.step)
         write_atomically(path, lambda part: save_file(tensors, part, header))
         for old in self._checkpoints()[:-_KEPT_CHECKPOINTS]:
             old.unlink(missing_ok=True)
@@ -176,11 +144,19 @@ class RunDir:
     def last_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint, or None where training has saved none. Raises ValueError when it cannot be read."""
         files = self._checkpoints()
-        if not files:
-            return None
-        tensors, header = _read_safetensors(files[-1], "switch_sae.checkpoint")
-        state = json.loads(header["state"])
-        return Checkpoint(state.pop("step"), tensors, state)
+        return self._read_checkpoint(files[-1]) if files else None
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps that were saved and are still here, in order."""
+        return [int(file.stem.split("-")[1]) for file in self._checkpoints()]
+
+    def checkpoint_at(self, step: int) -> Checkpoint:
+        """The checkpoint of one of `checkpoint_steps`. Raises ValueError when it cannot be read."""
+        return self._read_checkpoint(self._checkpoint_file(step))
+
+    def forget_checkpoint(self, step: int) -> None:
+        """Removes one that cannot be read, or that training will write again."""
+        self._checkpoint_file(step).unlink(missing_ok=True)
 
     def remove_checkpoints(self) -> None:
         """For a finished run: the SAE itself is in model.safetensors."""
@@ -188,8 +164,7 @@ class RunDir:
 
     def remove_part_files(self) -> None:
         """Removes what a killed process had half written; nothing ever reads it. Only for a run that no other process is writing."""
-        for part in self.path.rglob(".*.part"):
-            part.unlink(missing_ok=True)
+        remove_part_files(self.path)
 
     def discard(self) -> None:
         """Removes the folder of a run that failed before its first step."""
@@ -198,6 +173,14 @@ class RunDir:
     def save_sae(self, sae: SparseAutoencoder, activations: dict[str, Any]) -> None:
         """Writes model.safetensors; `activations` says what it was trained on (`ActivationSource.describe`)."""
         save_sae(self.path / MODEL_FILE, sae, activations)
+
+    def _checkpoint_file(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:08d}.safetensors"
+
+    def _read_checkpoint(self, file: Path) -> Checkpoint:
+        tensors, header = _read_safetensors(file, "switch_sae.checkpoint")
+        state = json.loads(header["state"])
+        return Checkpoint(state.pop("step"), tensors, state)
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("step-*.safetensors"))

@@ -241,8 +241,12 @@ def train(
     resume: Checkpoint | None = None,
     extra_state: dict[str, Any] | None = None,
     interruption: Interruption | None = None,
+    failed: Callable[[str, int, Exception], None] | None = None,
 ) -> bool:
     """Trains every member on the same batches until `total_steps`; True when it got there, False when it was interrupted (and saved).
+
+    With `failed`, a member whose step or whose state raises leaves the group, `failed` is told (name, step, error), and the others go on as if it had
+    never been there; without it the error goes up.
 
     `save` receives a `Checkpoint` of the whole group: all members at one step, the source's position, `extra_state`. Its tensors are the living
     ones, so it must write or copy them before it returns. Logging and progress only
@@ -254,10 +258,27 @@ def train(
         load_group(trainers, resume)
         source.load_state_dict(resume.state["source"])
     interruption = interruption or Interruption()
+    trainers = dict(trainers)
+
+    def each(step: int, action: Callable[[Trainer], Any]) -> dict[str, Any]:
+        """What `action` gives for every member; those for which it raises are out."""
+        results = {}
+        for name, trainer in list(trainers.items()):
+            try:
+                results[name] = action(trainer)
+            except Exception as error:  # whatever one member died of is told, and must not end the others
+                if failed is None:
+                    raise
+                del trainers[name]
+                failed(name, step, error)
+        return results
+
     device = next(iter(trainers.values())).sae.decoder_weight().device
-    while step < total_steps:
+    while step < total_steps and trainers:
         x_TD = next(source).to(device)
-        results = {name: trainer.step(x_TD) for name, trainer in trainers.items()}
+        results: dict[str, StepResult] = each(step, lambda trainer, x_TD=x_TD: trainer.step(x_TD))  # type: ignore[misc]
+        if not results:
+            break
         step += 1
         if log is not None and log_every and (step % log_every == 0 or step == total_steps or step == 1):
             for name, result in results.items():
@@ -266,20 +287,43 @@ def train(
             progress(step, results)
         stop = interruption.signal is not None and step < total_steps
         if stop or step == total_steps or (checkpoint_every and step % checkpoint_every == 0):
-            save(group_checkpoint(trainers, source, step, extra_state or {}))
+            states = each(step, Trainer.state_dict)
+            if states:
+                save(group_checkpoint(states, source, step, extra_state or {}))
         if stop:
             return False
     return True
 
 
-def group_checkpoint(trainers: dict[str, Trainer], source: Any, step: int, extra_state: dict[str, Any]) -> Checkpoint:
-    """The state of all members and of their source, as one transaction."""
+def group_checkpoint(states: dict[str, tuple[dict[str, Tensor], dict[str, Any]]], source: Any, step: int, extra_state: dict[str, Any]) -> Checkpoint:
+    """The states of all members (`Trainer.state_dict`) and of their source, as one transaction."""
     tensors: dict[str, Tensor] = {"torch_rng": torch.get_rng_state()}
-    members: dict[str, Any] = {}
-    for name, trainer in trainers.items():
-        member_tensors, members[name] = trainer.state_dict()
+    for name, (member_tensors, _) in states.items():
         tensors |= {f"{name}:{key}": tensor.cpu() for key, tensor in member_tensors.items()}
-    return Checkpoint(step, tensors, {"members": members, "source": source.state_dict(), **extra_state})
+    return Checkpoint(step, tensors, {"members": {name: state for name, (_, state) in states.items()}, "source": source.state_dict(), **extra_state})
+
+
+def split_checkpoint(checkpoint: Checkpoint, name: str, alone: str) -> Checkpoint:
+    """The checkpoint of member `name` as if it had trained alone under the name `alone`; it shares the tensors."""
+    tensors = {f"{alone}:{key.removeprefix(f'{name}:')}": tensor for key, tensor in checkpoint.tensors.items() if key.startswith(f"{name}:")}
+    state = checkpoint.state | {"members": {alone: checkpoint.state["members"][name]}}
+    return Checkpoint(checkpoint.step, {"torch_rng": checkpoint.tensors["torch_rng"], **tensors}, state)
+
+
+def join_checkpoints(alone: dict[str, Checkpoint]) -> Checkpoint:
+    """The inverse of `split_checkpoint`: a group's checkpoint from those of its members, by name, each of which trained alone on the same stream.
+
+    Raises ValueError where they stand at different places of the stream.
+    """
+    first = next(iter(alone.values()))
+    tensors: dict[str, Tensor] = {"torch_rng": first.tensors["torch_rng"]}
+    members: dict[str, Any] = {}
+    for name, checkpoint in alone.items():
+        if checkpoint.step != first.step or checkpoint.state["source"] != first.state["source"]:
+            raise ValueError(f"the checkpoint of {name} is at step {checkpoint.step} of its stream, that of {next(iter(alone))} at {first.step}.")
+        ((own, members[name]),) = checkpoint.state["members"].items()
+        tensors |= {f"{name}:{key.removeprefix(f'{own}:')}": t for key, t in checkpoint.tensors.items() if key.startswith(f"{own}:")}
+    return Checkpoint(first.step, tensors, first.state | {"members": members})
 
 
 def load_group(trainers: dict[str, Trainer], checkpoint: Checkpoint) -> None:

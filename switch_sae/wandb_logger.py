@@ -21,12 +21,12 @@ class WandbConfig:
 
 
 class WandbLogger:
-    """One wandb run, which a resumed training goes on with (`id`).
+    """One wandb run, which a resumed training goes on with (`id`); several may be open at once, such as the members of a sweep (`group`).
 
     Raises ModuleNotFoundError when wandb is wanted but not installed, and RuntimeError when online mode has no account.
     """
 
-    def __init__(self, config: WandbConfig, folder: Path, run_config: dict[str, Any], run_id: str | None) -> None:
+    def __init__(self, config: WandbConfig, folder: Path, run_config: dict[str, Any], run_id: str | None, group: str | None = None) -> None:
         self.id = run_id or secrets.token_hex(4)
         self._run = None
         if config.mode is WandbMode.disabled:
@@ -39,7 +39,8 @@ class WandbLogger:
         try:
             self._run = wandb.init(
                 project=config.project, id=self.id, name=folder.name, dir=str(folder), mode=config.mode.value, config=run_config,
-                resume="allow" if config.mode is WandbMode.online else None, settings=settings,
+                resume="allow" if config.mode is WandbMode.online else None, settings=settings, group=group,
+                reinit="create_new",
             )  # fmt: skip
         except wandb.errors.Error as error:
             raise RuntimeError(

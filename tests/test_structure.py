@@ -19,27 +19,32 @@ ROOMS: dict[str, set[str]] = {
     "plain": set(),
     "bundled": set(),
     "models": {"switch_kernels"},
-    "runs": {"models", "plain"},
-    "activations": set(),
+    "files": set(),
+    "runs": {"models", "plain", "files"},
+    "activations": {"files"},
     "metrics": {"models", "activations"},
     "interop": {"models"},
     "analysis": {"models", "metrics", "activations"},
     "evaluation": {"metrics", "models", "activations"},
     "engines": {"models", "switch_kernels"},
     "training": {"models", "runs", "metrics", "engines", "switch_kernels"},
+    "memory": {"training"},
     "progress": {"training"},
     "wandb_logger": set(),
     "config": {"switch_kernels", "activations", "models", "plain", "runs", "training", "wandb_logger"},
     "pipeline": {
-        *("switch_kernels", "config", "training", "evaluation", "activations", "analysis", "metrics", "models", "runs", "progress", "wandb_logger"),
+        *("switch_kernels", "config", "training", "evaluation", "activations", "analysis", "metrics", "models", "runs", "memory", "progress", "wandb_logger"),
     },
     "report": {"runs", "metrics", "models", "analysis", "evaluation"},
+    "sweep": {
+        *("switch_kernels", "config", "training", "models", "runs", "files", "plain", "memory", "pipeline", "progress", "wandb_logger", "report"),
+    },
     "switch_sae": {"models", "runs"},
 }
 # What a module may import when it is loaded, beyond the standard library. Everything else waits inside the function that needs it.
 ALWAYS = {"torch", "numpy", "safetensors"}
 AT_IMPORT = {"switch_kernels": {"torch", "triton"}, "progress": ALWAYS | {"tqdm"}}
-LAZY = ("hydra", "omegaconf", "transformer_lens", "transformers", "datasets", "wandb", "matplotlib", "tqdm", "scipy")
+LAZY = ("hydra", "omegaconf", "transformer_lens", "transformers", "datasets", "wandb", "matplotlib", "tqdm", "scipy", "sklearn", "pandas", "pyarrow")
 
 
 def modules() -> list[Path]:

@@ -60,3 +60,15 @@ class ActivationSource(ABC):
 
     def close(self) -> None:  # noqa: B027 - most sources have nothing to stop
         """Stops background work."""
+
+
+def differences(saved: dict[str, Any], mine: dict[str, Any], words: tuple[str, str] = ("saved", "now")) -> str:
+    """What two descriptions disagree on, as `seed: saved 0, now 1; ...`; empty where they are equal."""
+    keys = sorted(key for key in {*saved, *mine} if saved.get(key) != mine.get(key))
+    return "; ".join(f"{key}: {words[0]} {saved.get(key)!r}, {words[1]} {mine.get(key)!r}" for key in keys)
+
+
+def check_same_stream(saved: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Raises ValueError where a saved stream was made of something else: its place means nothing in this one."""
+    if differs := differences(saved, mine):
+        raise ValueError(f"this source cannot go on where the saved one stopped; they differ in {differs}. Restore these, or start a new run.")

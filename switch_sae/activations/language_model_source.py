@@ -3,18 +3,30 @@
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from switch_sae.activations.base import ActivationSource, EvaluationSet
+from switch_sae.activations.base import ActivationSource, EvaluationSet, check_same_stream
 from switch_sae.activations.buffer import Block, Position, ShuffleBuffer, seeded
 from switch_sae.activations.language_model import LanguageModel, Precision
 from switch_sae.activations.text import HELD_OUT_ONE_IN, Document, TextConfig, documents, local_split
 from switch_sae.activations.tokens import ContextFeed, ContextRules, Contexts, LocalFeed, Packing, StreamFeed
 
 _EVALUATION_POOL = 4
+
+
+class CacheDtype(Enum):
+    """What a cache on disk stores activations in. They train as float32 either way."""
+
+    float32 = "float32"
+    """Exact."""
+    bfloat16 = "bfloat16"
+    """Half the size, 8 significant bits: exact for a residual stream computed with precision=bfloat16, else off by up to 0.4 % per value."""
+    float16 = "float16"
+    """Half the size, 11 significant bits; values beyond 65,504 are refused."""
 
 
 class LanguageModelSource(ActivationSource):
@@ -49,19 +61,28 @@ class LanguageModelSource(ActivationSource):
         """Makes the next block in a thread while the current one is used; null does so where the model runs on a GPU. Measured on 2 CPU cores:
         0 to 25 % slower, since both sides want all cores."""
         seed: int = 0
+        cache: str | None = None
+        """Folder that keeps activations on disk for every job that needs the same ones (`CachedSource`); null computes them as they are needed."""
+        cache_dtype: CacheDtype = CacheDtype.float32
 
         def __post_init__(self) -> None:
             for name, least in (("context_length", 1), ("buffer_rows", 1), ("contexts_per_forward", 1), ("seed", 0)):
                 if getattr(self, name) < least:
                     raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
-            for name, kind in (("packing", Packing), ("precision", Precision)):
+            for name, kind in (("packing", Packing), ("precision", Precision), ("cache_dtype", CacheDtype)):
                 value = getattr(self, name)
                 if not isinstance(value, kind):
                     if value not in kind.__members__:
                         raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(kind.__members__)}.")
                     setattr(self, name, kind[value])
+            if self.cache == "":
+                raise ValueError("cache='' names no folder. Set cache=FOLDER, or cache=null to compute activations as they are needed.")
+            if self.cache is None and self.cache_dtype is not CacheDtype.float32:
+                raise ValueError(f"cache_dtype={self.cache_dtype.value} would be ignored without a cache. Set cache=FOLDER.")
 
     def __init__(self, config: Config, batch_size: int, language_model: LanguageModel | None = None) -> None:
+        if config.cache is not None:
+            raise ValueError(f"cache={config.cache} would be ignored by LanguageModelSource. Use build_source(config, batch_size), or cache=null.")
         if config.buffer_rows < batch_size:
             raise ValueError(f"buffer_rows={config.buffer_rows} is below batch_size={batch_size}, so nothing is mixed. Use several batches' worth.")
         self.config = config
@@ -83,9 +104,12 @@ class LanguageModelSource(ActivationSource):
             self._feed = LocalFeed(train, self.language_model.tokenizer, self.rules, config.seed, "training text")
             self._held_out = LocalFeed(held_out, self.language_model.tokenizer, self.rules, 0, "held-out text")
         self._text = self._feed.describe()
-        expected = self._feed.expected_documents(batch_size)
+        self.start = self._feed.start
+        """The position of the first block."""
+        self.expected_documents = self._feed.expected_documents(batch_size)
+        """Distinct documents in a batch under a perfect shuffle of the whole text."""
         prefetch = self.language_model.device.type != "cpu" if config.prefetch is None else config.prefetch
-        self._buffer = ShuffleBuffer(self._make_block, self._feed.start, batch_size, expected, prefetch)
+        self._buffer = ShuffleBuffer(self.make_block, self.start, batch_size, self.expected_documents, prefetch)
         self._announced = False
 
     def _rules(self) -> ContextRules:
@@ -123,7 +147,11 @@ class LanguageModelSource(ActivationSource):
             print(f"activations: the text has been read once and repeats: epoch {epoch + 1}{size}.", flush=True)
         return batch_TD
 
-    def _make_block(self, position: Position, cancelled: threading.Event) -> Block:
+    def make_block(self, position: Position, cancelled: threading.Event) -> Block:
+        """The shuffled block of about `buffer_rows` rows at a position of the text: the same bits on every call.
+
+        Raises InterruptedError once `cancelled` is set, FloatingPointError for activations that are NaN or infinite.
+        """
         contexts, next_position = self._feed.block(position, self.config.buffer_rows)
         rows = contexts.rows
         place_T = torch.randperm(rows, generator=seeded("rows", self.config.seed, *(position[key] for key in sorted(position))))
@@ -171,19 +199,15 @@ class LanguageModelSource(ActivationSource):
 
     def state_dict(self) -> dict[str, Any]:
         """The next unseen row's place in the text, and what the stream is made of, so that it is not continued with something else."""
-        return {**self._buffer.state_dict(), "made_of": self._made_of()}
+        return {**self._buffer.state_dict(), "made_of": self.made_of()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the saved stream had another model, text or config: its place means nothing in this one."""
-        saved, mine = state["made_of"], self._made_of()
-        differs = [f"{key}: saved {saved.get(key)!r}, now {mine.get(key)!r}" for key in sorted({*saved, *mine}) if saved.get(key) != mine.get(key)]
-        if differs:
-            raise ValueError(
-                f"this source cannot go on where the saved one stopped; they differ in {'; '.join(differs)}. Restore these, or start a new run."
-            )
+        check_same_stream(state["made_of"], self.made_of())
         self._buffer.load_state_dict(state)
 
-    def _made_of(self) -> dict[str, Any]:
+    def made_of(self) -> dict[str, Any]:
+        """Everything that the rows and their order follow from, as plain JSON values."""
         config = self.config
         return {
             "model": self.language_model.fingerprint,
@@ -202,7 +226,7 @@ class LanguageModelSource(ActivationSource):
 
     def describe(self) -> dict[str, Any]:
         return {
-            **self._made_of(),
+            **self.made_of(),
             "source": "language_model",
             "model": self.language_model.name,
             "model_fingerprint": self.language_model.fingerprint,

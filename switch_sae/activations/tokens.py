@@ -99,6 +99,13 @@ def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarr
             yield np.asarray(ids, dtype=np.int32)
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of the vocabulary and of how a piece of text with capitals, spaces, digits, accents and brackets is cut by it."""
+    probe = tokenizer(["Hello  World,\n\tdéjà-vu: 1234.5 {[(<x_i>)]} ..."], add_special_tokens=False, verbose=False)["input_ids"]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(repr((vocabulary, [list(map(int, ids)) for ids in probe])).encode()).hexdigest()[:16]
+
+
 def cut(tokens: Iterable[np.ndarray], rules: ContextRules, first_document: int = 0, first_token: int = 0) -> Iterator[_Cut]:
     """Cuts documents numbered from `first_document` into contexts, starting at its token `first_token` (packed only)."""
     yield from (_packed if rules.packing is Packing.packed else _truncated)(tokens, rules, first_document, first_token)

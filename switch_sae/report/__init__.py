@@ -3,25 +3,43 @@
 from collections.abc import Callable
 
 from switch_sae.analysis.geometry import decoder_geometry
-from switch_sae.report.figures import curves_figure, geometry_figure, load_figure, render, scores_figure
+from switch_sae.report.figures import curves_figure, geometry_figure, load_figure, scores_figure
+from switch_sae.report.paper_figures import FIGURES, draw_figures
+from switch_sae.report.published import PaperPoint, paper_points
+from switch_sae.report.results import ResultRow, collect, config_columns, write_results
 from switch_sae.report.scored import Scored, finished_runs, load_members, scored
+from switch_sae.report.style import render
+from switch_sae.report.summary import Spread, Summary, summary, summary_table, write_summary
 from switch_sae.report.tables import expert_tokens_table, margins, table
 from switch_sae.runs import RunDir, load_sae, write_atomically
 
 __all__ = [
+    "FIGURES",
+    "PaperPoint",
+    "ResultRow",
     "Scored",
+    "Spread",
+    "Summary",
+    "collect",
+    "config_columns",
     "curves_figure",
+    "draw_figures",
     "expert_tokens_table",
     "finished_runs",
     "geometry_figure",
     "load_figure",
     "load_members",
     "margins",
+    "paper_points",
     "render",
     "report",
     "scored",
     "scores_figure",
+    "summary",
+    "summary_table",
     "table",
+    "write_results",
+    "write_summary",
 ]
 
 

@@ -1,77 +1,31 @@
-"""Figures for paper and screen: colours that colour-blind readers can tell apart, and markers, dashes and hatches that survive a grey print.
+"""Figures of single runs, for paper and screen.
 
 Each function makes one `matplotlib.figure.Figure` without any global state; `render` turns it into bytes.
 """
 
-import functools
-import io
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from switch_sae.analysis.geometry import DecoderGeometry
 from switch_sae.report.scored import Scored
+from switch_sae.report.style import COLOURS, DASHES, MARKERS, engineering, log_if_wide, panels, percent, styled
 from switch_sae.runs import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-P = ParamSpec("P")
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe & Ito's, without the yellow that white paper swallows."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "hatch.linewidth": 0.5,
-    "pdf.fonttype": 42,
-}
 QUANTITIES = {"fvu": "FVU of the batch", "loss": "loss, all terms", "loss/mse": "reconstruction loss", "dead": "share of dead latents"}
 
 
-def _styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
-    @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> "Figure":
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return drawn
-
-
-def render(figure: "Figure", kind: str = "png") -> bytes:
-    """The figure as PNG (200 dpi) or PDF; the same figure gives the same bytes."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format=kind, dpi=200, metadata={"CreationDate": None} if kind == "pdf" else None)
-    return buffer.getvalue()
-
-
-@_styled
+@styled
 def curves_figure(runs: Sequence[RunDir], quantities: Sequence[str] = ("fvu",)) -> "Figure":
     """Logged quantities of training batches by tokens, one panel each, one line per trained SAE. Raises ValueError where nothing was logged."""
     series = _series(runs, quantities)
     names = list(dict.fromkeys(name for _, name in series))
-    figure, axes = _panels(len(quantities), 1, width=3.6 if len(quantities) > 1 else 4.6, height=2.8)
+    figure, axes = panels(len(quantities), 1, width=3.6 if len(quantities) > 1 else 4.6, height=2.8)
     for axis, quantity in zip(axes, quantities, strict=True):
         for (number, name), points in series.items():
             place = names.index(name)
@@ -86,19 +40,19 @@ def curves_figure(runs: Sequence[RunDir], quantities: Sequence[str] = ("fvu",)) 
             )
         axis.set_xlabel("training tokens")
         axis.set_ylabel(QUANTITIES.get(quantity, quantity))
-        axis.xaxis.set_major_formatter(_engineering())
+        axis.xaxis.set_major_formatter(engineering())
         axis.set_xlim(left=0)
         axis.grid(axis="y", linewidth=0.4, color="0.88")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
-@_styled
+@styled
 def scores_figure(rows: Sequence[Scored]) -> "Figure":
     """FVU, and delta CE where it was measured, with 95 % intervals over documents; controls are hollow."""
     metrics = {"fvu": "FVU", "delta_ce": "delta CE (nats)"}
     shown = [metric for metric in metrics if any(row.estimate(metric) for row in rows)]
-    figure, axes = _panels(len(shown), 1, width=3.4 if len(shown) > 1 else 4.4, height=0.7 + 0.26 * len(rows), sharey=True)
+    figure, axes = panels(len(shown), 1, width=3.4 if len(shown) > 1 else 4.4, height=0.7 + 0.26 * len(rows), sharey=True)
     names = list(dict.fromkeys(row.name for row in rows))
     for axis, metric in zip(axes, shown, strict=True):
         estimates = [(place, row, row.estimate(metric)) for place, row in enumerate(rows)]
@@ -112,7 +66,7 @@ def scores_figure(rows: Sequence[Scored]) -> "Figure":
             axis.hlines(place, low, high, color=colour, linewidth=1.6)
             axis.plot(estimate.value, place, MARKERS[style % len(MARKERS)], color=colour, markerfacecolor="white" if row.is_control else colour)
             axis.annotate(f"{estimate.value:.3f}", (high, place), (6, 0), textcoords="offset points", va="center", fontsize=8, color="0.25")
-        _log_if_wide(axis, [value for _, _, e in estimates if e for value in (e.value, e.low, e.high) if value is not None])
+        log_if_wide(axis, [value for _, _, e in estimates if e for value in (e.value, e.low, e.high) if value is not None])
         axis.set_xlabel(metrics[metric] + (", log scale" if axis.get_xscale() == "log" else ""))
         axis.grid(axis="x", linewidth=0.4, color="0.88")
         axis.margins(x=0.18)
@@ -121,7 +75,7 @@ def scores_figure(rows: Sequence[Scored]) -> "Figure":
     return figure
 
 
-@_styled
+@styled
 def load_figure(rows: Sequence[Scored]) -> "Figure":
     """Share of evaluation rows that each expert receives, one panel per trained SAE with experts, against the even share.
 
@@ -131,7 +85,7 @@ def load_figure(rows: Sequence[Scored]) -> "Figure":
     if not rows:
         raise ValueError("no SAE here has experts, so there is no load to draw. Give a run of a Switch SAE.")
     columns = min(3, len(rows))
-    figure, axes = _panels(columns, -(-len(rows) // columns), width=4.2 if columns == 1 else 2.8, height=2.3, sharey=True)
+    figure, axes = panels(columns, -(-len(rows) // columns), width=4.2 if columns == 1 else 2.8, height=2.3, sharey=True)
     for axis, row in zip(axes, rows, strict=False):
         load = row.results.vectors["expert_load"]
         axis.bar(range(len(load)), load, width=0.75, color="#A6CBE3", edgecolor=COLOURS[0], linewidth=0.7, label="rows routed")
@@ -143,7 +97,7 @@ def load_figure(rows: Sequence[Scored]) -> "Figure":
         axis.set_xlabel("expert")
         if len(load) <= 16:
             axis.set_xticks(range(len(load)))
-        axis.yaxis.set_major_formatter(_percent())
+        axis.yaxis.set_major_formatter(percent())
     for axis in axes[len(rows) :]:
         axis.set_axis_off()
     for axis in axes[::columns]:
@@ -153,7 +107,7 @@ def load_figure(rows: Sequence[Scored]) -> "Figure":
     return figure
 
 
-@_styled
+@styled
 def geometry_figure(geometries: Mapping[str, DecoderGeometry]) -> "Figure":
     """Per decoder: between which experts rows are close (heat map), and how close each row's nearest other row is, in its own expert and in others.
 
@@ -211,7 +165,7 @@ def _cosine_histogram(axis: "Axes", kinds: Mapping[str, Tensor], low: float) -> 
         )  # fmt: skip
     axis.set_xlabel("cosine to the nearest other decoder row")
     axis.set_ylabel("share of latents")
-    axis.yaxis.set_major_formatter(_percent())
+    axis.yaxis.set_major_formatter(percent())
     axis.margins(y=0.25)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="upper right")
@@ -227,33 +181,3 @@ def _series(runs: Sequence[RunDir], quantities: Sequence[str]) -> dict[tuple[int
     if not series:
         raise ValueError(f"{', '.join(str(run.path) for run in runs)} logged nothing in training (log_every=0), so there are no curves.")
     return series
-
-
-def _panels(columns: int, rows: int, width: float, height: float, sharey: bool = False) -> "tuple[Figure, list[Axes]]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns + 1.2, height * rows), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
-
-
-def _log_if_wide(axis: "Axes", values: Sequence[float]) -> None:
-    """A factor of 10 or more on a linear axis would press the small values into one point."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    if min(values) > 0 and max(values) >= 10 * min(values):
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _engineering() -> Any:
-    from matplotlib.ticker import EngFormatter
-
-    return EngFormatter(sep="")
-
-
-def _percent() -> Any:
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda share, _: f"{100 * share:.3g}%")

@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from switch_sae.evaluation import Estimate, Results
 from switch_sae.models import SparseAutoencoder
 from switch_sae.runs import RunDir, load_sae
+
+_STREAM_ONLY = {"seed", "buffer_rows", "device", "prefetch", "cache"}
+"""Settings of a source that change the order of training rows but not which rows are evaluated."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class Scored:
     architecture: str
     num_latents: int
     num_experts: int
-    k: int
+    k: int | None
+    """None for architectures without a fixed number of active latents."""
     results: Results
     train_tokens_per_second: float | None
     """Of training steps alone, without making activations; None for controls."""
@@ -65,6 +70,12 @@ def scored(runs: Sequence[RunDir], file: str = "results.json") -> list[Scored]:
                     )
                 )
     return rows
+
+
+def evaluated_on(saved: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """What the scores of one SAE, `entry` of the results `saved`, were measured on: equal for SAEs that can be compared."""
+    where = {key: value for key, value in saved["evaluation"]["source"].items() if key not in _STREAM_ONLY}
+    return where | {"evaluation rows": entry["rows"], "predictions": entry["predictions"]}
 
 
 def load_members(run: RunDir) -> dict[str, SparseAutoencoder]:

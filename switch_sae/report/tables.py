@@ -5,12 +5,10 @@ from itertools import groupby
 from typing import Any
 
 from switch_sae.analysis.text_examples import TokenLift
-from switch_sae.report.scored import Scored, scored
+from switch_sae.report.scored import Scored, evaluated_on, scored
 from switch_sae.runs import RunDir
 
-_UNKNOWN = "-"
-_STREAM_ONLY = {"seed", "buffer_rows", "device", "prefetch"}
-"""Settings of a source that change the order of training rows but not which rows are evaluated."""
+UNKNOWN = "-"
 
 
 def table(runs: Sequence[RunDir], file: str = "results.json") -> str:
@@ -63,10 +61,28 @@ def expert_tokens_table(lifts: Sequence[Sequence[TokenLift]], expert_load: Seque
     return "\n".join(lines)
 
 
+def other_activations(first: dict[str, Any], where: dict[str, Any]) -> str:
+    """In what two `evaluated_on` differ, in a few words; empty where scores can be compared."""
+    differs = sorted(key for key in first.keys() | where.keys() if first.get(key) != where.get(key))
+    if "source" in differs:
+        differs = ["source"]
+    return ", ".join(differs[:4]) + (f" and {len(differs) - 4} more" if len(differs) > 4 else "")
+
+
+def short(number: float | None) -> str:
+    """Three digits with k, M or G."""
+    if number is None:
+        return UNKNOWN
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
 def _cell(metric: str, spec: str) -> Callable[[Scored], str]:
     def cell(row: Scored) -> str:
         estimate = row.estimate(metric)
-        return _UNKNOWN if estimate is None else format(estimate, spec)
+        return UNKNOWN if estimate is None else format(estimate, spec)
 
     return cell
 
@@ -74,31 +90,21 @@ def _cell(metric: str, spec: str) -> Callable[[Scored], str]:
 def _value(metric: str, spec: str) -> Callable[[Scored], str]:
     def cell(row: Scored) -> str:
         estimate = row.estimate(metric)
-        return _UNKNOWN if estimate is None else format(estimate.value, spec)
+        return UNKNOWN if estimate is None else format(estimate.value, spec)
 
     return cell
 
 
 def _sparse_only(cell: Callable[[Scored], str]) -> Callable[[Scored], str]:
     # PCA is scored as an SAE with two latents per component, one per sign: an artefact, not a width that could be compared.
-    return lambda row: _UNKNOWN if row.architecture == "pca" else cell(row)
-
-
-def _short(number: float | None) -> str:
-    """Three digits with k, M or G."""
-    if number is None:
-        return _UNKNOWN
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"
+    return lambda row: UNKNOWN if row.architecture == "pca" else cell(row)
 
 
 _COLUMNS: dict[str, Callable[[Scored], str]] = {
     "SAE": lambda row: row.label,
     "latents": _sparse_only(lambda row: str(row.num_latents)),
     "experts": _sparse_only(lambda row: str(row.num_experts)),
-    "k": lambda row: str(row.k),
+    "k": lambda row: UNKNOWN if row.k is None else str(row.k),
     "FVU": _cell("fvu", ".4f"),
     "delta CE": _cell("delta_ce", ".3f"),
     "KL": _value("kl", ".3f"),
@@ -106,8 +112,8 @@ _COLUMNS: dict[str, Callable[[Scored], str]] = {
     "dead": _sparse_only(_value("dead_latents", ".1%")),
     "load CV": _value("load_cv", ".2f"),
     "cosine": _value("cosine", ".3f"),
-    "FLOPs": lambda row: _short(row.results.flops["total"]),
-    "tok/s": lambda row: _short(row.train_tokens_per_second),
+    "FLOPs": lambda row: short(row.results.flops["total"]),
+    "tok/s": lambda row: short(row.train_tokens_per_second),
 }
 
 
@@ -120,16 +126,12 @@ def _runs_key(runs: Sequence[RunDir], rows: Sequence[Scored], file: str) -> list
         saved = run.read_json(file)
         row = next(row for row in rows if row.run_number == number)
         config = run.read_json("config.json")
-        where = {key: value for key, value in saved["evaluation"]["source"].items() if key not in _STREAM_ONLY}
-        where |= {"evaluation rows": row.results.rows, "predictions": row.results.predictions}
+        where = evaluated_on(saved, {"rows": row.results.rows, "predictions": row.results.predictions})
         first = first or where
-        differs = sorted(key for key in first.keys() | where.keys() if first.get(key) != where.get(key))
-        if "source" in differs:
-            differs = ["source"]
-        shown = ", ".join(differs[:4]) + (f" and {len(differs) - 4} more" if len(differs) > 4 else "")
-        note = f"; NOT COMPARABLE with run 1, other activations: {shown}" if differs else ""
+        differs = other_activations(first, where)
+        note = f"; NOT COMPARABLE with run 1, other activations: {differs}" if differs else ""
         main_tokens = next(iter(saved["members"].values())).get("tokens")
-        tokens = f", {_short(main_tokens)} tokens" if main_tokens else ""
+        tokens = f", {short(main_tokens)} tokens" if main_tokens else ""
         lines.append(f"{number}: {run.path} (seed {config['seed']}{tokens}; {_size(row)}{note})")
     return lines
 
@@ -144,6 +146,7 @@ def _legend(rows: Sequence[Scored]) -> list[str]:
     sizes = {_size(row) for row in rows}
     return [
         f"FVU: squared error / variance, 0 is perfect, 1 the mean. On {sizes.pop() if len(sizes) == 1 else 'held-out rows'}.",
-        "[ ]: 95 % interval from resampling documents. delta CE, KL: nats per prediction with reconstructions spliced in. dead: never fired on these",
-        "rows. load CV: std / mean of experts' shares. FLOPs: per token of training, with router and decoder. tok/s: of training steps alone.",
+        "k: latents active per token, - where an architecture does not fix it (see L0). [ ]: 95 % interval from resampling documents.",
+        "delta CE, KL: nats per prediction with reconstructions spliced in. dead: never fired on these rows. load CV: std / mean of experts' shares.",
+        "FLOPs: per token of training, with router and decoder. tok/s: of training steps alone.",
     ]

@@ -1,0 +1,25 @@
+"""The paper's figures from any set of runs: each as PNG and PDF with its numbers as CSV; what the runs lack is said in a line.
+
+python -m experiments.figures runs/sweep --out figures
+python -m experiments.figures runs/ other/sweep --out figures --only frontier scaling
+"""
+
+import argparse
+
+from experiments.compose import clear_errors
+from switch_sae.report import FIGURES, draw_figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="run folders, sweep folders or folders that hold them")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the figures go")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help=f"some of {', '.join(FIGURES)}; default: all")
+    arguments = parser.parse_args()
+    with clear_errors():
+        drawn, missing = draw_figures(arguments.paths, arguments.out, arguments.only)
+        print(f"\n{len(drawn)} figures drawn, {len(missing)} not")
+
+
+if __name__ == "__main__":
+    main()

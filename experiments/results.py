@@ -1,0 +1,38 @@
+"""Every trained SAE of run folders and sweeps as one table: a summary over seeds here, one row per SAE in a file.
+
+python -m experiments.results runs/                                            # summary for the terminal
+python -m experiments.results runs/sweep --out results.csv --summary summary.csv  # all numbers and settings; .parquet works too
+"""
+
+import argparse
+from pathlib import Path
+
+from experiments.compose import clear_errors
+from switch_sae.report import collect, config_columns, summary_table, write_results, write_summary
+from switch_sae.runs import write_atomically
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="run folders, sweep folders or folders that hold them")
+    parser.add_argument("--out", metavar="FILE", help="one row per SAE: FILE.csv, or FILE.parquet")
+    parser.add_argument("--summary", metavar="FILE", help="mean and spread over seeds: FILE.csv, or the table above as text")
+    arguments = parser.parse_args()
+    with clear_errors():
+        rows = collect(arguments.paths)
+        text = summary_table(rows)
+        print(text)
+        print(f"\n{len(rows)} SAEs; they differ in {', '.join(config_columns(rows)) or 'nothing but seeds'}")
+        if arguments.out:
+            write_results(rows, arguments.out)
+            print(f"written: {arguments.out}")
+        if arguments.summary:
+            if arguments.summary.endswith(".csv"):
+                write_summary(rows, arguments.summary)
+            else:
+                write_atomically(Path(arguments.summary), (text + "\n").encode())
+            print(f"written: {arguments.summary}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Trains many SAEs from one pass over the activations: expert counts, k, seeds, dense baselines, any grid of settings; then prints their table.
+
+python -m experiments.sweep sweep.experts=[1,2,4,8] sweep.k=[16,32] sweep.seeds=3
+python -m experiments.sweep experiment=small/flops                   # the experiment files of conf/experiment
+python -m experiments.sweep --resume runs/2026-01-31_12-00-00_sweep  # finished members are skipped, the others go on
+python -m experiments.sweep --multirun hydra/launcher=joblib sweep.worker=0,1,2,3 sweep.folder=runs/big sweep.at_once=4 ...   # workers on one sweep
+"""
+
+import argparse
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from experiments.compose import CONF, clear_errors, command, register_schemas, sweep_config
+from switch_sae.sweep import SweepFolder, resume_sweep, run_sweep
+
+register_schemas()
+
+
+def report(folder: SweepFolder) -> None:
+    print(f"\n{folder.table()}\n\nresults   {folder.path}/results.csv, summary.csv\nfigures   make figures RUNS={folder.path}")
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="sweep")
+@command
+def main(composed: DictConfig) -> None:
+    report(run_sweep(sweep_config(composed)))
+
+
+if __name__ == "__main__":
+    if "--resume" in sys.argv:
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--resume", required=True, help="the folder of a sweep")
+        parser.add_argument("--at-once", type=int, help="how many SAEs train together, at most")
+        options = parser.parse_args()
+        with clear_errors():
+            report(resume_sweep(options.resume, options.at_once))
+    else:
+        main()

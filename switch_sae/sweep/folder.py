@@ -1,0 +1,131 @@
+"""A sweep's folder: its plan, its members' run folders, who is working on which, and the table of results.
+
+sweep/
+  sweep.json       settings, and the whole config of every member: what is written here trains, also after a restart
+  members/NAME/    a run folder each (runs.py); failed.json where its last attempt ended in an error
+  locks/           one file per member, locked while a process works on it
+  controls.json    PCA on the same evaluation rows
+  results.csv      one row per member, written anew at every checkpoint; summary.csv: mean and spread over seeds
+"""
+
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+from switch_sae.config import config_from_plain, config_to_plain
+from switch_sae.files import Lock, lock, try_lock, write_atomically
+from switch_sae.plain import to_plain
+from switch_sae.report import collect, summary_table, write_results, write_summary
+from switch_sae.runs import RunDir, environment
+from switch_sae.sweep.plan import SweepConfig, TimeMatched, plan_members
+
+PLAN = "sweep.json"
+_MAY_DIFFER = {"runs", "threads", "device", "sweep.folder", "sweep.at_once", "sweep.worker"}
+"""Settings that change how a sweep is worked on, not what comes out."""
+
+
+class SweepFolder:
+    """One sweep on disk, shared by all processes that work on it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        plan = RunDir(self.path).read_json(PLAN)
+        self.members = {name: config_from_plain(member) for name, member in plan["members"].items()}
+
+    @classmethod
+    def open(cls, path: str | Path) -> "SweepFolder":
+        """An existing sweep. Raises FileNotFoundError for anything else."""
+        if not (Path(path) / PLAN).is_file():
+            raise FileNotFoundError(f"{path} is not a sweep: it has no {PLAN}. Give the folder that `make sweep` printed.")
+        return cls(path)
+
+    @classmethod
+    def create(cls, config: SweepConfig, time_matched: TimeMatched) -> "SweepFolder":
+        """A new sweep, or the one in `sweep.folder` if that has the same settings: whoever comes first plans it, the others wait and take its plan.
+
+        Raises ValueError for a folder that holds another sweep, naming the settings that differ.
+        """
+        settings = config_to_plain(config)
+        path = Path(config.sweep.folder) if config.sweep.folder is not None else RunDir.create(config.runs, config.name or "sweep").path
+        with lock(path / ".lock"):
+            if (path / PLAN).is_file():
+                _refuse_other_settings(path, RunDir(path).read_json(PLAN)["settings"], to_plain(settings))
+            else:
+                members = {name: config_to_plain(member) for name, member in plan_members(config, time_matched).items()}
+                RunDir(path).write_json(PLAN, {"name": config.name or "sweep", "settings": settings, "members": members})
+        return cls(path)
+
+    def run(self, name: str) -> RunDir:
+        """The run folder of a member, with its config in it."""
+        run = RunDir(self.path / "members" / name)
+        if not (run.path / "config.json").is_file():
+            run.write_json("environment.json", environment())
+            run.write_json("config.json", config_to_plain(self.members[name]))
+        return run
+
+    def is_finished(self, name: str) -> bool:
+        return (self.path / "members" / name / "results.json").is_file()
+
+    def claim(self, limit: int | None, tried: set[str]) -> dict[str, Lock]:
+        """Locks of up to `limit` unfinished members that train on one stream and that nobody works on; members in `tried` are left out."""
+        claims: dict[str, Lock] = {}
+        source: Any = None
+        for name, config in self.members.items():
+            if len(claims) == limit:
+                break
+            if name in tried or self.is_finished(name) or (claims and config.source != source):
+                continue
+            held = try_lock(self.path / "locks" / f"{name}.lock")
+            if held is None:
+                continue
+            if self.is_finished(name):  # while we came
+                held.release()
+                continue
+            claims[name], source = held, config.source
+        return claims
+
+    def fail(self, name: str, step: int, error: Exception) -> None:
+        """Notes what a member died of; the next start tries it again from its last checkpoint."""
+        trace = "".join(traceback.format_exception(error))
+        self.run(name).write_json("failed.json", {"error": f"{type(error).__name__}: {error}", "step": step, "traceback": trace})
+
+    def forget_failure(self, name: str) -> None:
+        (self.run(name).path / "failed.json").unlink(missing_ok=True)
+
+    def add_controls(self, controls: dict[str, Any]) -> None:
+        path = self.path / "controls.json"
+        with lock(self.path / "locks" / "controls.lock"):
+            before = json.loads(path.read_text()) if path.is_file() else {}
+            write_atomically(path, json.dumps(before | controls).encode())
+
+    def controls(self) -> set[str]:
+        path = self.path / "controls.json"
+        return set(json.loads(path.read_text())) if path.is_file() else set()
+
+    def write_tables(self) -> None:
+        """results.csv and summary.csv as things stand."""
+        with lock(self.path / "locks" / "tables.lock"):
+            rows = collect([self.path])
+            write_results(rows, self.path / "results.csv")
+            write_summary(rows, self.path / "summary.csv")
+
+    def table(self) -> str:
+        return summary_table(collect([self.path]))
+
+
+def _refuse_other_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    saved_flat, now_flat = _flat(saved), _flat(now)
+    differs = [key for key in sorted({*saved_flat, *now_flat} - _MAY_DIFFER) if saved_flat.get(key) != now_flat.get(key)]
+    if differs:
+        told = "; ".join(f"{key}: there {saved_flat.get(key)!r}, now {now_flat.get(key)!r}" for key in differs[:6])
+        raise ValueError(
+            f"{path} holds another sweep ({told}). Use the same settings to go on with it, another sweep.folder for a new one, "
+            f"or `make sweep RESUME={path}` for the one that is there."
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {key: item for name, below in value.items() for key, item in _flat(below, f"{prefix}.{name}" if prefix else name).items()}
