@@ -14,19 +14,59 @@ import tempfile
 import time
 import tomllib
 import venv
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[1]
+PEERS = ROOT / ".benchmark-peers"
+
+
+@dataclass(frozen=True)
+class PeerEnvironment:
+    """A virtual environment with one library of PyPI and its dependencies, which may contradict ours."""
+
+    package: str
+    version: str
+    without: tuple[str, ...] = ()
+    """Dependencies to remove again, where they break the library and it can do without."""
+
+    @property
+    def folder(self) -> Path:
+        return PEERS / self.package
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    def make(self) -> None:
+        """Installs it the first time; torch is held to our bounds, for which a local wheel (PIP_FIND_LINKS) or a CPU build is taken."""
+        done = self.folder / f".{self.package}-{self.version}"
+        if done.is_file():
+            return
+        print(f"installing {self.package} {self.version} into {self.folder.relative_to(ROOT)}/ ...", flush=True)
+        ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        wanted = [f"{self.package}=={self.version}", *(d for d in ours if d.startswith("torch>"))]
+        uv = Path(sys.executable).with_name("uv")
+        venv.create(self.folder, with_pip=True, symlinks=True)
+        if os.environ.get("PIP_FIND_LINKS") or sys.platform == "darwin":
+            command = [str(self.python), "-m", "pip", "install", "--quiet", *wanted]
+        elif uv.is_file():
+            command = [str(uv), "pip", "install", "--quiet", "--python", str(self.python), "--torch-backend", "cpu", *wanted]
+        else:
+            sys.exit("uv is needed to choose torch's CPU build instead of gigabytes of CUDA: pip install uv (make setup does).")
+        if subprocess.run(command, cwd=self.folder).returncode:  # elsewhere than here: pip would complain of what this project needs and lacks there
+            sys.exit(f"{self.package} could not be installed (see above). Run without it.")
+        if self.without:
+            subprocess.run([str(self.python), "-m", "pip", "uninstall", "--quiet", "--yes", *self.without], check=True)
+        done.touch()
 
 
 class Sparsify:
     """The running competitor. Raises RuntimeError, with what it printed, when it dies."""
 
-    PACKAGE = "eai-sparsify"
-    VERSION = "1.3.3"
-    FOLDER = ROOT / ".benchmark-peers"
-    PYTHON = FOLDER / "bin" / "python"
+    ENVIRONMENT = PeerEnvironment("eai-sparsify", "1.3.3")
+    PACKAGE, VERSION, FOLDER, PYTHON = ENVIRONMENT.package, ENVIRONMENT.version, PEERS, ENVIRONMENT.python
 
     def __init__(self, tensors: dict[str, Any], k: int, threads: int) -> None:
         """`tensors` is what it starts from: x [batches, T, D], W_enc and W_dec [M, D], b_enc [M], b_pre [D]."""
@@ -42,24 +82,8 @@ class Sparsify:
 
     @classmethod
     def install(cls) -> None:
-        """Makes its environment the first time; torch is held to our bounds, for which a local wheel (PIP_FIND_LINKS) or a CPU build is taken."""
-        done = cls.FOLDER / f".{cls.PACKAGE}-{cls.VERSION}"
-        if done.is_file():
-            return
-        print(f"installing {cls.PACKAGE} {cls.VERSION} into {cls.FOLDER.name}/ ...", flush=True)
-        ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-        wanted = [f"{cls.PACKAGE}=={cls.VERSION}", *(d for d in ours if d.startswith("torch>"))]
-        uv = Path(sys.executable).with_name("uv")
-        venv.create(cls.FOLDER, with_pip=True, symlinks=True)
-        if os.environ.get("PIP_FIND_LINKS") or sys.platform == "darwin":
-            command = [str(cls.PYTHON), "-m", "pip", "install", "--quiet", *wanted]
-        elif uv.is_file():
-            command = [str(uv), "pip", "install", "--quiet", "--python", str(cls.PYTHON), "--torch-backend", "cpu", *wanted]
-        else:
-            sys.exit("uv is needed to choose torch's CPU build instead of gigabytes of CUDA: pip install uv (make setup does).")
-        if subprocess.run(command, cwd=cls.FOLDER).returncode:  # elsewhere than here: pip would complain of what this project needs and lacks there
-            sys.exit(f"{cls.PACKAGE} could not be installed (see above). Run without --peers to leave it out.")
-        done.touch()
+        """Makes its environment the first time."""
+        cls.ENVIRONMENT.make()
 
     def __enter__(self) -> Self:
         return self

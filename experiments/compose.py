@@ -15,6 +15,8 @@ from switch_sae.pipeline import Interrupted
 from switch_sae.runs import RunError
 from switch_sae.sweep import SweepConfig
 
+USUAL_K = {"bundled": 16, "gpt2": 32, "synthetic": 8}
+"""sae.k by model. Not in conf/model, because there it would reach architectures that have no k, and Hydra would refuse it."""
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
@@ -26,6 +28,10 @@ def register_schemas() -> None:
     for group, table in (("source", SOURCES), ("sae", SAES)):
         for name, owner in table.items():
             store.store(group=group, name=f"base_{name}", node=owner.Config)
+    for name, owner in SAES.items():
+        if hasattr(owner.Config, "k"):
+            for model, k in USUAL_K.items():
+                store.store(group="k", name=f"{name}_{model}", node={"k": k}, package="sae")
 
 
 def run_config(composed: DictConfig) -> RunConfig:

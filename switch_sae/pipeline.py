@@ -19,10 +19,13 @@ from switch_sae.memory import peak_bytes, state_bytes
 from switch_sae.metrics import Downstream
 from switch_sae.metrics.forward import Evaluable
 from switch_sae.models import SAES, SparseAutoencoder, SwitchSAE, TopKSAE
+from switch_sae.models.fused import FusedTraining
 from switch_sae.progress import Progress
 from switch_sae.runs import Checkpoint, RunDir, architecture_of, environment
 from switch_sae.training import Interruption, StepResult, Trainer, prepare, train
 from switch_sae.wandb_logger import WandbLogger
+
+UNFUSED = "no Triton kernels train this architecture"
 
 
 class Interrupted(Exception):
@@ -213,7 +216,8 @@ class Stream:
         """A trainer for a new SAE, which gets its scale and biases from the calibration rows and moves to the device."""
         prepare(sae, self.calibration_TD, config.normalize_activations)
         sae.to(self.device)
-        sae.execution = self.execution
+        fused = isinstance(sae, FusedTraining) and sae.can_fuse
+        sae.execution = self.execution if fused or not self.execution.is_triton else Execution(reason=UNFUSED)
         return Trainer(sae, config.trainer, config.total_steps, config.batch_size)
 
     def say_plan(self, config: RunConfig, say: Callable[[str], None]) -> None:
@@ -306,5 +310,5 @@ def plan_line(trainer: Trainer, config: RunConfig) -> str:
     return (
         f"{sae.num_latents} latents ({experts}){f', k={sae.k}' if sae.k else ''}, {sae.flops().total:,} FLOPs per token; lr {schedule.peak:.2e}, "
         f"warm-up {schedule.warmup_steps} steps, decay over the last {schedule.decay_steps}, dead after {trainer.dead_after_tokens:,} tokens"
-        + (f"; {trainer.describe(config.batch_size)}" if sae.execution.is_triton else "")
+        + (f"; {trainer.describe(config.batch_size)}" if sae.execution.is_triton or sae.execution.reason == UNFUSED else "")
     )

@@ -10,13 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from switch_sae import load_sae, save_sae
-from switch_sae.models import SAES, SwitchSAE, TopKSAE
+from switch_sae.models import SAES, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, SwitchSAE, TopKSAE
+from switch_sae.models.jumprelu import Sparsity
 from switch_sae.models.topk import EncoderInit
 from switch_sae.runs import Checkpoint, RunDir, RunError
 
 CONFIGS = {
     "topk": TopKSAE.Config(num_latents=12, k=3, encoder_bias=False),
     "switch": SwitchSAE.Config(num_latents=12, k=3, num_experts=4, encoder_init=EncoderInit.linear, auxk_latents=2),
+    "relu": ReLUSAE.Config(num_latents=12, l1=2.0),
+    "gated": GatedSAE.Config(num_latents=12, sparsity_warmup=0.5),
+    "jumprelu": JumpReLUSAE.Config(num_latents=12, sparsity=Sparsity.tanh),
+    "batch_topk": BatchTopKSAE.Config(num_latents=12, k=3),
+    "matryoshka": MatryoshkaSAE.Config(num_latents=12, k=3, group_fractions=[0.25, 0.25]),
 }
 
 
@@ -24,7 +30,7 @@ def saved(name: str, folder: Path):
     sae = SAES[name](CONFIGS[name], 5, torch.Generator().manual_seed(0))
     sae.activation_scale.fill_(1.7)
     save_sae(folder / "model.safetensors", sae, {"model": "toy", "hook": "blocks.0"})
-    return sae
+    return sae.eval()  # as it is loaded: some select otherwise in training
 
 
 @pytest.mark.parametrize("name", list(SAES))

@@ -33,7 +33,20 @@ ROOMS: dict[str, set[str]] = {
     "wandb_logger": set(),
     "config": {"switch_kernels", "activations", "models", "plain", "runs", "training", "wandb_logger"},
     "pipeline": {
-        *("switch_kernels", "config", "training", "evaluation", "activations", "analysis", "metrics", "models", "runs", "memory", "progress", "wandb_logger"),
+        *(
+            "switch_kernels",
+            "config",
+            "training",
+            "evaluation",
+            "activations",
+            "analysis",
+            "metrics",
+            "models",
+            "runs",
+            "memory",
+            "progress",
+            "wandb_logger",
+        ),
     },
     "report": {"runs", "metrics", "models", "analysis", "evaluation"},
     "sweep": {

@@ -3,9 +3,38 @@
 from typing import Any
 
 from switch_sae.models.base import DenseLatents, Flops, Recipe, Routing, SAEOutput, SparseAutoencoder, SparseLatents
+from switch_sae.models.batch_topk import BatchTopKSAE
+from switch_sae.models.gated import GatedSAE
+from switch_sae.models.jumprelu import JumpReLUSAE
+from switch_sae.models.matryoshka import MatryoshkaSAE
+from switch_sae.models.relu import ReLUSAE
 from switch_sae.models.switch import SwitchSAE
 from switch_sae.models.topk import TopKSAE
 
-SAES: dict[str, Any] = {"switch": SwitchSAE, "topk": TopKSAE}
+SAES: dict[str, Any] = {
+    "switch": SwitchSAE,
+    "topk": TopKSAE,
+    "batch_topk": BatchTopKSAE,
+    "matryoshka": MatryoshkaSAE,
+    "relu": ReLUSAE,
+    "gated": GatedSAE,
+    "jumprelu": JumpReLUSAE,
+}
 
-__all__ = ["SAES", "DenseLatents", "Flops", "Recipe", "Routing", "SAEOutput", "SparseAutoencoder", "SparseLatents", "SwitchSAE", "TopKSAE"]
+__all__ = [
+    "SAES",
+    "BatchTopKSAE",
+    "DenseLatents",
+    "Flops",
+    "GatedSAE",
+    "JumpReLUSAE",
+    "MatryoshkaSAE",
+    "ReLUSAE",
+    "Recipe",
+    "Routing",
+    "SAEOutput",
+    "SparseAutoencoder",
+    "SparseLatents",
+    "SwitchSAE",
+    "TopKSAE",
+]

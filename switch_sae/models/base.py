@@ -176,3 +176,17 @@ class SparseAutoencoder(nn.Module, ABC):
 
         Latent values and every latent's threshold change units (divided by the old scale); decoder rows keep unit norm.
         """
+
+    def _scaled(self, x_TD: Tensor) -> Tensor:
+        """x * activation_scale. Raises ValueError for another shape than [tokens, d_in]."""
+        if x_TD.ndim != 2 or x_TD.shape[1] != self.d_in:
+            raise ValueError(
+                f"activations have shape {tuple(x_TD.shape)}; this SAE takes [tokens, d_in={self.d_in}]. Flatten leading dimensions first."
+            )
+        return x_TD * self.activation_scale
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Raises ValueError for a setting below its least value."""
+    if value < least:
+        raise ValueError(f"{name}={value} is too small: it must be at least {least}.")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from switch_kernels import Dispatch
-from switch_sae.models.base import Flops, Routing, SAEOutput
+from switch_sae.models.base import Flops, Routing, SAEOutput, at_least
 from switch_sae.models.losses import geometric_median, load_balance_loss
-from switch_sae.models.topk import TopKSAE, _at_least
+from switch_sae.models.topk import TopKSAE
 
 
 class Gate(Enum):
@@ -47,7 +47,7 @@ class SwitchSAE(TopKSAE):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            _at_least("num_experts", self.num_experts, 1)
+            at_least("num_experts", self.num_experts, 1)
             if self.num_latents % self.num_experts:
                 nearest = max(1, round(self.num_latents / self.num_experts)) * self.num_experts
                 raise ValueError(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switch_kernels import Dispatch, encode_topk, sparse_decode
-from switch_sae.models.base import Flops, Routing, SAEOutput, SparseLatents
+from switch_sae.models.base import Flops, Routing, SAEOutput, SparseLatents, at_least
 from switch_sae.models.fused import FusedTraining
 from switch_sae.models.losses import geometric_median, normalized_auxk_loss, reconstruction_loss
 
@@ -40,14 +40,14 @@ class TopKSAE(FusedTraining):
         """Dead latents that reconstruct each token's residual; None is D / 2 (Gao et al.)."""
 
         def __post_init__(self) -> None:
-            _at_least("num_latents", self.num_latents, 1)
-            _at_least("k", self.k, 1)
+            at_least("num_latents", self.num_latents, 1)
+            at_least("k", self.k, 1)
             if self.k > self.num_latents:
                 raise ValueError(f"k={self.k} is more than num_latents={self.num_latents}. Use k <= {self.num_latents}.")
             if self.auxk < 0:
                 raise ValueError(f"auxk={self.auxk} is negative. Use 0 to switch AuxK off, or a coefficient such as 0.03125.")
             if self.auxk_latents is not None:
-                _at_least("auxk_latents", self.auxk_latents, 1)
+                at_least("auxk_latents", self.auxk_latents, 1)
 
     num_experts = 1
     experts_per_token = 1
@@ -55,7 +55,7 @@ class TopKSAE(FusedTraining):
 
     def __init__(self, config: "TopKSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        _at_least("d_in", d_in, 1)
+        at_least("d_in", d_in, 1)
         self.config, self.d_in, self.num_latents = config, d_in, config.num_latents
         self.activations = {}
         init_MD = (torch.rand(config.num_latents, d_in, generator=generator) * 2 - 1) / d_in**0.5
@@ -111,13 +111,6 @@ class TopKSAE(FusedTraining):
             self.b_enc_M.div_(self.activation_scale)
         self.activation_scale.fill_(1.0)
 
-    def _scaled(self, x_TD: Tensor) -> Tensor:
-        if x_TD.ndim != 2 or x_TD.shape[1] != self.d_in:
-            raise ValueError(
-                f"activations have shape {tuple(x_TD.shape)}; this SAE takes [tokens, d_in={self.d_in}]. Flatten leading dimensions first."
-            )
-        return x_TD * self.activation_scale
-
     def _encode(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None, Any]:
         routing, dispatch = self.route(x_TD)
         gate_TS = None if routing is None else routing.gate_TS
@@ -162,8 +155,3 @@ class TopKSAE(FusedTraining):
     def auxk_latents(self) -> int:
         """Dead latents that each of a token's experts may use for AuxK."""
         return max(1, (self.config.auxk_latents or max(1, self.d_in // 2)) // self.experts_per_token)
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}={value} is too small: it must be at least {least}.")

@@ -197,5 +197,5 @@ def _legend(groups: Sequence[Summary]) -> list[str]:
     return [
         f"mean ± standard deviation (n - 1) over seeds, n = {n}; a single seed has none. FVU: squared error / variance. delta CE: nats per prediction.",
         "dead: never fired on the evaluation rows. load CV: std / mean of experts' shares. FLOPs: per token of training, with router and decoder. tok/s:",
-        "of training steps alone. state B: own weights, gradients, moments. peak B: peak of the process, shared by all SAEs that trained in it.",
+        "of training steps alone. state B: own weights and moments. peak B: peak of the process, shared by all SAEs that trained in it.",
     ]

@@ -31,6 +31,7 @@ class SweepFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         plan = RunDir(self.path).read_json(PLAN)
+        self.at_once: int | None = plan["settings"].get("sweep", {}).get("at_once")
         self.members = {name: config_from_plain(member) for name, member in plan["members"].items()}
 
     @classmethod
@@ -94,14 +95,13 @@ class SweepFolder:
         (self.run(name).path / "failed.json").unlink(missing_ok=True)
 
     def add_controls(self, controls: dict[str, Any]) -> None:
-        path = self.path / "controls.json"
         with lock(self.path / "locks" / "controls.lock"):
-            before = json.loads(path.read_text()) if path.is_file() else {}
-            write_atomically(path, json.dumps(before | controls).encode())
+            write_atomically(self.path / "controls.json", json.dumps(self.controls() | controls).encode())
 
-    def controls(self) -> set[str]:
+    def controls(self) -> dict[str, Any]:
+        """What was scored beside the members, by name."""
         path = self.path / "controls.json"
-        return set(json.loads(path.read_text())) if path.is_file() else set()
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def write_tables(self) -> None:
         """results.csv and summary.csv as things stand."""
@@ -111,7 +111,10 @@ class SweepFolder:
             write_summary(rows, self.path / "summary.csv")
 
     def table(self) -> str:
-        return summary_table(collect([self.path]))
+        """Mean and spread over seeds, and what PCA reaches with as many components as members have active latents."""
+        pca = sorted((entry["k"], entry["metrics"]["fvu"]["value"]) for entry in self.controls().values())
+        told = ", ".join(f"{fvu:.4f} of rank {k}" for k, fvu in pca)
+        return summary_table(collect([self.path])) + (f"\nFVU of PCA on the same rows: {told}." if pca else "")
 
 
 def _refuse_other_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

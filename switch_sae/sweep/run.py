@@ -41,7 +41,7 @@ def resume_sweep(path: str | Path, at_once: int | None = None, say: Say = print)
     finished = sum(map(folder.is_finished, folder.members))
     say(f"sweep: {len(folder.members)} SAEs in {folder.path}, {finished} of them finished")
     with _Streams(say) as streams:
-        return _work(folder, at_once, streams, say)
+        return _work(folder, at_once or folder.at_once, streams, say)
 
 
 @dataclass
@@ -167,7 +167,8 @@ class _Group:
             self._say_memory(stream)
             self.folder.write_tables()
             self._train(stream, join_checkpoints(resume) if resume else None)
-            self._score(stream)
+            if self.trainers:
+                self._score(stream)
         finally:
             for logger in self.wandb.values():
                 logger.finish()
@@ -208,7 +209,7 @@ class _Group:
             )  # fmt: skip
         if not finished:
             assert interruption.signal is not None
-            raise Interrupted(self.folder.path, max(t.steps_done for t in self.trainers.values()), interruption.signal, "sweep")
+            raise Interrupted(self.folder.path, max((t.steps_done for t in self.trainers.values()), default=0), interruption.signal, "sweep")
 
     def _save(self, checkpoint: Checkpoint) -> None:
         for name in checkpoint.state["members"]:

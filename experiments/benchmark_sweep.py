@@ -1,0 +1,89 @@
+"""Twelve SAEs from one pass over the language model against twelve separate runs: time, and whether the weights are the same bits.
+
+python -m experiments.benchmark_sweep                # about 3 minutes; a quiet machine
+
+Both train, save and score the same SAEs on the bundled language model in this process, imports done. A pass is what making all rows of a run costs
+alone: loading the model, reading the text, its activations. The sweep may take the separate runs' time less eleven passes, plus 5 %.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from experiments.compose import clear_errors
+from switch_sae import load_sae
+from switch_sae.activations import LanguageModelSource
+from switch_sae.config import EvaluationConfig
+from switch_sae.models import SwitchSAE
+from switch_sae.pipeline import Stream, run_training
+from switch_sae.sweep import SweepConfig, SweepFolder, SweepOptions, run_sweep
+from switch_sae.training import TrainerConfig
+from switch_sae.wandb_logger import WandbConfig, WandbMode
+
+
+def config(folder: Path, tokens: int) -> SweepConfig:
+    return SweepConfig(
+        source=LanguageModelSource.Config(hook="blocks.2.hook_resid_post"),
+        sae=SwitchSAE.Config(num_latents=1024, k=16),
+        trainer=TrainerConfig(lr=3e-3),
+        evaluation=EvaluationConfig(rows=2000, downstream_contexts=0, bootstrap=0),
+        wandb=WandbConfig(mode=WandbMode.disabled),
+        tokens=tokens, batch_size=1024, runs=str(folder / "alone"),
+        sweep=SweepOptions(experts=[1, 2, 4, 8], seeds=3, folder=str(folder / "sweep")),
+    )  # fmt: skip
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def seconds(action: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def one_pass(settings: SweepConfig) -> None:
+    stream = Stream(settings, quiet)
+    for _ in range(settings.total_steps):
+        next(stream.source)
+    stream.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=200_000)
+    options = parser.parse_args()
+    with clear_errors(), tempfile.TemporaryDirectory() as folder:
+        settings = config(Path(folder), options.tokens)
+        one_pass(replace(settings, tokens=settings.batch_size))  # imports, first use of everything
+        passes = [seconds(lambda: one_pass(settings))]
+        together = seconds(lambda: run_sweep(settings, quiet))
+        sweep = SweepFolder.open(Path(folder) / "sweep")
+        alone, runs = 0.0, {}
+        for name, member in sweep.members.items():
+            alone += seconds(lambda member=member, name=name: runs.update({name: run_training(member, quiet)}))  # type: ignore[misc]
+        passes.append(seconds(lambda: one_pass(settings)))
+        one = sum(passes) / len(passes)
+        same = all(
+            torch.equal(ours, theirs)
+            for name, run in runs.items()
+            for ours, theirs in zip(load_sae(sweep.run(name).path).state_dict().values(), load_sae(run.path).state_dict().values(), strict=True)
+        )
+    count = len(runs)
+    allowed = 1.05 * (alone - (count - 1) * one)
+    print(f"\n{count} separate runs     {alone:7.1f} s\none sweep            {together:7.1f} s, {alone / together:.2f} times as fast")
+    print(f"one pass             {one:7.1f} s (before and after: {passes[0]:.1f}, {passes[1]:.1f})")
+    print(f"allowed              {allowed:7.1f} s = 1.05 x ({count} runs - {count - 1} passes): {'kept' if together <= allowed else 'EXCEEDED'}")
+    print(f"final weights        {'the same bits' if same else 'DIFFER'}")
+    if not same or together > allowed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

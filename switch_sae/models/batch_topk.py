@@ -1,0 +1,99 @@
+"""`BatchTopKSAE`: the k latents per token that a batch may use on average go to the tokens that need them (Bussmann et al., arXiv 2412.06410)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from switch_sae.models.base import SAEOutput, SparseLatents
+from switch_sae.models.pairs import Pairs, decode_pairs, encode_pairs, largest
+from switch_sae.models.topk import TopKSAE
+
+CALIBRATION_BATCH, CALIBRATION_BATCHES = 1024, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsOutput(SAEOutput):
+    """With the active latents as pairs."""
+
+    pairs: Pairs
+
+
+class BatchTopKSAE(TopKSAE):
+    """In training, of the latents ReLU(W_enc (x - b_pre) + b_enc) of T tokens the T * k largest remain; in evaluation, those above `threshold`.
+
+    The threshold is a running mean of the smallest latent that training kept, so that a token's latents do not depend on its batch. AuxK and
+    everything else are `TopKSAE`'s. Tokens differ in L0: the latents are dense, K = M.
+    """
+
+    @dataclass
+    class Config(TopKSAE.Config):
+        k: int = 32
+        """Active latents per token, on average."""
+        threshold_beta: float = 0.999
+        """Decay per step of the threshold's running mean; at first less, (1 + step) / (10 + step), so that the random start is soon forgotten."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not 0 <= self.threshold_beta < 1:
+                raise ValueError(f"threshold_beta={self.threshold_beta} must lie in [0, 1): at 1 the threshold would never move. Use 0.999.")
+
+    config: "BatchTopKSAE.Config"
+    can_fuse = False
+    threshold: Tensor
+    """In units of the scaled activations."""
+    step = 0
+
+    def __init__(self, config: "BatchTopKSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
+        super().__init__(config, d_in, generator)
+        self.register_buffer("threshold", torch.tensor(0.0))
+
+    @torch.no_grad()
+    def initialize(self, x_TD: Tensor) -> None:
+        super().initialize(x_TD)
+        batches = [self._smallest(self._pairs(self._scaled(rows), keep=True)) for rows in x_TD.split(CALIBRATION_BATCH)[:CALIBRATION_BATCHES]]
+        self.threshold.copy_(torch.stack(batches).nan_to_num(0.0).mean())
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        self.step = step
+
+    def end_step(self, output: SAEOutput) -> None:
+        assert isinstance(output, PairsOutput)
+        smallest = self._smallest(output.pairs)
+        beta = min(self.config.threshold_beta, (1 + self.step) / (10 + self.step))
+        self.threshold.copy_(torch.where(smallest.isnan(), self.threshold, torch.lerp(smallest, self.threshold, beta)))
+
+    def encode(self, x_TD: Tensor) -> SparseLatents:
+        return self._pairs(self._scaled(x_TD), keep=self.training).to_latents(len(x_TD), self.num_latents)
+
+    def decode(self, latents: SparseLatents) -> Tensor:
+        dense_TM = latents.to_dense()
+        return self._reconstruct(Pairs.from_dense(dense_TM), len(dense_TM))
+
+    def forward(self, x_TD: Tensor) -> PairsOutput:
+        pairs = self._pairs(self._scaled(x_TD), keep=self.training)
+        return PairsOutput(self._reconstruct(pairs, len(x_TD)), pairs.to_latents(len(x_TD), self.num_latents), pairs=pairs)
+
+    @torch.no_grad()
+    def fold_activation_scale(self) -> None:
+        self.threshold.div_(self.activation_scale)
+        super().fold_activation_scale()
+
+    def _pairs(self, x_TD: Tensor, keep: bool) -> Pairs:
+        """The active latents of scaled activations: the T * k largest of them all if `keep`, otherwise those above the threshold."""
+
+        def select(pre_TM: Tensor) -> Tensor:
+            if keep:
+                return largest(pre_TM, len(pre_TM) * self.config.k)
+            return (pre_TM > self.threshold.clamp_min(0)).flatten().nonzero()[:, 0]
+
+        return encode_pairs(x_TD, self.b_pre_D, self.W_enc_MD, self.b_enc_M, select)
+
+    def _reconstruct(self, pairs: Pairs, tokens: int) -> Tensor:
+        recon_TD = decode_pairs(pairs.values_P, pairs.latent_P, pairs.token_P, tokens, self.W_dec_MD)
+        return (recon_TD + self.b_pre_D) / self.activation_scale
+
+    @staticmethod
+    def _smallest(pairs: Pairs) -> Tensor:
+        """NaN where nothing fired."""
+        return pairs.values_P.detach().min() if len(pairs.values_P) else pairs.values_P.new_tensor(float("nan"))

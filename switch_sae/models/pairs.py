@@ -1,0 +1,129 @@
+"""Encoding and decoding when the number of active latents differs from token to token: everything is done on the P active (token, latent) pairs.
+
+`switch_kernels` does the same for exactly K latents per token; padding to the most active token would cost several times as much.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from switch_kernels import LatentOrder
+from switch_sae.models.base import DenseLatents
+
+_SAMPLE_STRIDE = 67
+"""A prime, so that the sample meets all latents."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The active latents of a batch, token by token and by rising latent within each: values > 0."""
+
+    values_P: Tensor
+    token_P: Tensor
+    latent_P: Tensor
+
+    @classmethod
+    def from_dense(cls, dense_TM: Tensor) -> "Pairs":
+        token_P, latent_P = (dense_TM > 0).nonzero(as_tuple=True)
+        return cls(dense_TM[token_P, latent_P], token_P, latent_P)
+
+    def to_latents(self, tokens: int, num_latents: int) -> DenseLatents:
+        dense_TM = self.values_P.new_zeros(tokens, num_latents)
+        return DenseLatents.of(dense_TM.index_put((self.token_P, self.latent_P), self.values_P))
+
+
+def largest(pre_TM: Tensor, count: int) -> Tensor:
+    """Flat positions, rising, of the `count` largest values of pre_TM, of which only those above 0 are given.
+
+    Exact. A sample tells a bound that some more than `count` values exceed, and only those are sorted out: at T=1024, M=4096, count=16 T, 8 ms on
+    2 cores, against 51 ms for `topk` of everything and 60 ms for `kthvalue`.
+    """
+    flat = pre_TM.flatten()
+    sample = flat[::_SAMPLE_STRIDE]
+    expected = count / _SAMPLE_STRIDE
+    rank = min(len(sample), int(1.3 * expected + 4 * expected**0.5 + 8))
+    candidates = _above(flat, sample.topk(rank, sorted=False).values.min().clamp_min(0))
+    if len(candidates) < count:
+        candidates = _above(flat, torch.zeros_like(flat[0]))
+    if len(candidates) > count:
+        candidates = candidates[flat[candidates].topk(count, sorted=False).indices].sort().values
+    return candidates
+
+
+def _above(flat: Tensor, bound: Tensor) -> Tensor:
+    return (flat > bound).nonzero()[:, 0]
+
+
+def encode_pairs(x_TD: Tensor, b_pre_D: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor | None, select: Callable[[Tensor], Tensor]) -> Pairs:
+    """The pre-activations (x - b_pre) W_enc^T + b_enc at the flat positions `select(pre_TM)`, which must rise and hold values > 0.
+
+    Gradients reach all four tensors; those of the weights touch only selected rows.
+    """
+    values_P, position_P = _EncodePairs.apply(x_TD, b_pre_D, W_enc_MD, b_enc_M, select)
+    return Pairs(values_P, position_P // W_enc_MD.shape[0], position_P % W_enc_MD.shape[0])
+
+
+class _EncodePairs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, b_pre_D: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor | None, select: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        centred_TD = x_TD - b_pre_D
+        pre_TM = F.linear(centred_TD, W_enc_MD, b_enc_M)
+        position_P = select(pre_TM)
+        ctx.save_for_backward(centred_TD, W_enc_MD, position_P)
+        ctx.mark_non_differentiable(position_P)
+        return pre_TM.flatten()[position_P], position_P
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_P = grads[0]
+        centred_TD, W_enc_MD, position_P = ctx.saved_tensors
+        token_P, latent_P = position_P // len(W_enc_MD), position_P % len(W_enc_MD)
+        column_sums_M = torch.zeros_like(W_enc_MD[:, 0]).index_add_(0, latent_P, grad_P)
+        grad_x_TD = _bag_sums(grad_P, latent_P, token_P, len(centred_TD), W_enc_MD) if ctx.needs_input_grad[0] else None
+        grad_W_MD = _row_sums(grad_P, latent_P, token_P, centred_TD, len(W_enc_MD))
+        return grad_x_TD, -(column_sums_M @ W_enc_MD), grad_W_MD, column_sums_M if ctx.needs_input_grad[3] else None, None
+
+
+def decode_pairs(values_P: Tensor, latent_P: Tensor, bag_P: Tensor, bags: int, W_dec_MD: Tensor) -> Tensor:
+    """[bags, D]: the sum of values * W_dec rows of every bag (a token, or a token's latents of one group); `bag_P` must not fall.
+
+    Gradients reach values and W_dec; the latter touches only selected rows.
+    """
+    return _DecodePairs.apply(values_P, latent_P, bag_P, bags, W_dec_MD)
+
+
+class _DecodePairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_P: Tensor, latent_P: Tensor, bag_P: Tensor, bags: int, W_dec_MD: Tensor) -> Tensor:
+        ctx.save_for_backward(values_P, latent_P, bag_P, W_dec_MD)
+        return _bag_sums(values_P, latent_P, bag_P, bags, W_dec_MD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_BD = grads[0].contiguous()
+        values_P, latent_P, bag_P, W_dec_MD = ctx.saved_tensors
+        start_B = _starts(bag_P, len(grad_BD))
+        grad_values_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad_BD, W_dec_MD.contiguous(), latent_P, start_B, bag_P, 0, -1)
+        return grad_values_P, None, None, None, _row_sums(values_P, latent_P, bag_P, grad_BD, len(W_dec_MD))
+
+
+def _starts(bag_P: Tensor, bags: int) -> Tensor:
+    """Where every bag starts in the rising `bag_P`."""
+    return torch.searchsorted(bag_P, torch.arange(bags, device=bag_P.device))
+
+
+def _bag_sums(weights_P: Tensor, latent_P: Tensor, bag_P: Tensor, bags: int, rows_MD: Tensor) -> Tensor:
+    """[bags, D]: sum of weights[p] * rows[latent[p]] over the pairs of each bag."""
+    return F.embedding_bag(latent_P, rows_MD, _starts(bag_P, bags), mode="sum", per_sample_weights=weights_P)
+
+
+def _row_sums(weights_P: Tensor, latent_P: Tensor, bag_P: Tensor, rows_BD: Tensor, num_latents: int) -> Tensor:
+    """[M, D]: sum of weights[p] * rows[bag[p]] over the pairs of each latent."""
+    order = LatentOrder.from_indices(latent_P[:, None], num_latents)
+    return F.embedding_bag(bag_P[order.pair_P], rows_BD, order.start_M, mode="sum", per_sample_weights=weights_P[order.pair_P])
