@@ -19,7 +19,12 @@ register_schemas()
 
 
 def report(folder: SweepFolder) -> None:
+    """Prints what came out; raises ValueError where members failed, so that a batch job sees it."""
     print(f"\n{folder.table()}\n\nresults   {folder.path}/results.csv, summary.csv\nfigures   make figures RUNS={folder.path}")
+    if failed := [name for name in folder.members if (folder.path / "members" / name / "failed.json").is_file()]:
+        raise ValueError(
+            f"{len(failed)} members failed: {', '.join(failed)}. Why is in their failed.json; try them again with make sweep RESUME={folder.path}"
+        )
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="sweep")

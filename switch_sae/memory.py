@@ -19,14 +19,21 @@ def state_bytes(trainer: Trainer) -> int:
 
 
 def gradient_bytes(trainer: Trainer) -> int:
-    """What a step holds besides: gradients of all weights, which are freed before another SAE's step begins."""
+    """Gradients of all weights."""
     return sum(p.numel() * p.element_size() for p in trainer.sae.parameters() if p.requires_grad)
 
 
 def group_bytes(trainers: Iterable[Trainer]) -> int:
-    """The least that training a group needs: everybody's state and the largest member's gradients. Batches and activations come on top."""
+    """The least that training a group needs, without batches and activations: everybody's state, and gradients.
+
+    PyTorch frees an SAE's gradients before the next one's step, so only the largest one's count. The fused engine keeps each SAE's in its CUDA graph, and
+    low-precision copies of its encoder and decoder beside.
+    """
     trainers = list(trainers)
-    return sum(map(state_bytes, trainers)) + max(map(gradient_bytes, trainers), default=0)
+    fused = [trainer for trainer in trainers if trainer.sae.execution.is_triton]
+    others = [trainer for trainer in trainers if not trainer.sae.execution.is_triton]
+    kept = sum(gradient_bytes(trainer) + 2 * 2 * trainer.sae.decoder_weight().numel() for trainer in fused)
+    return sum(map(state_bytes, trainers)) + kept + max(map(gradient_bytes, others), default=0)
 
 
 def available_bytes(device: str | torch.device) -> int | None:
@@ -37,7 +44,11 @@ def available_bytes(device: str | torch.device) -> int | None:
     about = Path("/proc/meminfo")
     if not about.is_file():
         return None
-    return next(int(line.split()[1]) * 1024 for line in about.read_text().splitlines() if line.startswith("MemAvailable"))
+    machine = next(int(line.split()[1]) * 1024 for line in about.read_text().splitlines() if line.startswith("MemAvailable"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # of a container, or of a job on a cluster
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
+        return min(machine, int(most) - int(used.read_text()))
+    return machine
 
 
 def peak_bytes(device: str | torch.device) -> int:

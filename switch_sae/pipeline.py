@@ -177,6 +177,7 @@ def _train_and_evaluate(config: RunConfig, run: RunDir, checkpoint: Checkpoint |
             assert interruption.signal is not None
             wandb.finish()
             raise Interrupted(run.path, trainers[main].steps_done, interruption.signal)
+        wall_seconds = time.perf_counter() - started if checkpoint is None else None
         say("evaluating")
         for name, sae in members.items():
             sae.execution = Execution()  # scores are those that anyone who loads the SAE gets
@@ -185,7 +186,7 @@ def _train_and_evaluate(config: RunConfig, run: RunDir, checkpoint: Checkpoint |
         results["mixing"] = source.mixing()
         results["seconds"] = time.perf_counter() - started
         for name, trainer in trainers.items():
-            results["members"][name] |= training_facts(trainer, config, results["seconds"], len(trainers))
+            results["members"][name] |= training_facts(trainer, config, wall_seconds, len(trainers))
         run.write_json("results.json", results)
         wandb.finish({f"final/{key}": estimate["value"] for key, estimate in results["members"][main]["metrics"].items()})
         run.remove_checkpoints()
@@ -276,8 +277,12 @@ def evaluate_members(config: RunConfig, members: Mapping[str, SparseAutoencoder]
     }
 
 
-def training_facts(trainer: Trainer, config: RunConfig, wall_seconds: float, group_size: int) -> dict[str, Any]:
-    """What training one SAE cost. `train_seconds` are its own steps; `wall_seconds` and `peak_bytes` are the whole group's, with everything around."""
+def training_facts(trainer: Trainer, config: RunConfig, wall_seconds: float | None, group_size: int) -> dict[str, Any]:
+    """What training one SAE cost.
+
+    `train_seconds` are its own steps. `wall_seconds` is the whole group's time from start to the end of training, activations included; None after a
+    resume, where nobody watched all of it. `peak_bytes` is the most that the process has held so far, whatever else it trained.
+    """
     tokens, seconds = trainer.steps_done * config.batch_size, trainer.seconds
     return {
         "tokens": tokens,

@@ -50,4 +50,4 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     expected: tuple[type, ...] = {float: (float, int), int: (int,), str: (str,), bool: (bool,)}.get(hint, ())
     if expected and (not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool)):
         raise ValueError(f"{name}={value!r} is of the wrong type: it must be {hint.__name__}.")
-    return value
+    return float(value) if hint is float else value

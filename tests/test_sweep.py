@@ -23,6 +23,10 @@ from switch_sae.activations import SyntheticSource
 from switch_sae.config import EvaluationConfig, RunConfig, config_to_plain
 from switch_sae.models import SwitchSAE, TopKSAE
 from switch_sae.pipeline import Interrupted, build_sae, run_training
+from switch_sae.report.ablations import BALANCE, GATE, _families
+from switch_sae.report.results import ResultRow
+from switch_sae.report.results import _flat as flat
+from switch_sae.report.selection import Material, kind_of
 from switch_sae.runs import RunDir
 from switch_sae.sweep import Match, SweepConfig, SweepFolder, SweepOptions, matching, plan_members, resume_sweep, run_sweep
 from switch_sae.sweep import run as sweep_run
@@ -178,6 +182,65 @@ def test_training_some_at_a_time_changes_nothing(peaceful, tmp_path):
     for name in folder.members:
         ours, theirs = load_sae(folder.run(name).path).state_dict(), load_sae(peaceful.run(name).path).state_dict()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+def test_a_signal_in_the_last_step_is_heard(peaceful, tmp_path, monkeypatch):
+    step, sent = sweep_run.Trainer.step, []
+
+    def interrupted(trainer, x_TD):
+        if trainer.steps_done == STEPS - 1 and not sent:
+            sent.append(signal.raise_signal(signal.SIGTERM))
+        return step(trainer, x_TD)
+
+    monkeypatch.setattr(sweep_run.Trainer, "step", interrupted)
+    with pytest.raises(Interrupted, match=f"stopped at step {STEPS}"):
+        run_sweep(config(tmp_path / "sweep"), quiet)
+    monkeypatch.undo()
+    folder = SweepFolder.open(tmp_path / "sweep")
+    assert not any(map(folder.is_finished, folder.members))
+    assert finished_equal(peaceful, resume_sweep(folder.path, say=quiet)) == []
+
+
+def test_a_kill_in_the_first_round_of_checkpoints_costs_no_second_pass(peaceful, tmp_path, monkeypatch):
+    saves, save = [], RunDir.save_checkpoint
+
+    def stop_between(run, checkpoint):
+        saves.append(run.path.name)
+        if len(saves) == 4:
+            raise KeyboardInterrupt
+        save(run, checkpoint)
+
+    monkeypatch.setattr(RunDir, "save_checkpoint", stop_between)
+    with pytest.raises(Interrupted):
+        run_sweep(config(tmp_path / "sweep"), quiet)
+    monkeypatch.undo()
+    folder = SweepFolder.open(tmp_path / "sweep")
+    runs = {name: folder.run(name) for name in folder.members}
+    assert [run.checkpoint_steps() for run in runs.values()] == [[5]] * 3 + [[]] * 3
+    assert [(start, sorted(names)) for start, names in sweep_run._by_start(runs, quiet)] == [(0, sorted(runs))]
+    assert not any(run.checkpoint_steps() for run in runs.values())
+    assert finished_equal(peaceful, resume_sweep(folder.path, say=quiet)) == []
+
+
+def test_what_failed_in_another_process_is_not_tried_at_once_by_this_one(tmp_path):
+    folder = run_sweep(config(tmp_path / "sweep", experts=[2], steps=2), quiet)
+    again = SweepFolder.open(folder.path)
+    for name in folder.members:
+        (folder.run(name).path / "results.json").unlink()
+    here, there = folder.members
+    again.fail(there, 1, RuntimeError("died"))
+    claims = again.claim(None, set())
+    assert list(claims) == [here]
+    claims[here].release()
+    os.utime(folder.run(there).path / "failed.json", (1, 1))
+    assert list(again.claim(None, set())) == [here, there]
+
+
+def test_each_process_works_on_its_own_device_and_threads(tmp_path):
+    run_sweep(config(tmp_path / "sweep", experts=[2], steps=2), quiet)
+    other = replace(config(tmp_path / "sweep", experts=[2], steps=2), threads=2)
+    assert {member.threads for member in SweepFolder.create(other, lambda member, reference: 0).members.values()} == {2}
+    assert {member.threads for member in SweepFolder.open(tmp_path / "sweep").members.values()} == {1}
 
 
 def failing(folder: Path) -> SweepConfig:
@@ -377,7 +440,7 @@ def experiments() -> list[str]:
 
 def shrunk(member: RunConfig) -> RunConfig:
     """The same member, small enough for a test: what is particular to it stays."""
-    sae = replace(member.sae, num_latents=16 * getattr(member.sae, "num_experts", 1), **({"k": 2} if hasattr(member.sae, "k") else {}))
+    sae = replace(member.sae, num_latents=32 * getattr(member.sae, "num_experts", 1), **({"k": 2} if hasattr(member.sae, "k") else {}))
     tiny = config(steps=4).base
     return replace(tiny, sae=sae, trainer=replace(member.trainer, lr=1e-3), normalize_activations=member.normalize_activations)
 
@@ -397,6 +460,32 @@ def test_every_experiment_of_a_sweep_says_what_it_asks_plans_and_runs_a_few_step
     RunDir(tmp_path).write_json("sweep.json", {"name": name, "settings": {}, "members": {str(n): config_to_plain(m) for n, m in enumerate(members)}})
     folder = resume_sweep(tmp_path, say=quiet)
     assert all(map(folder.is_finished, folder.members)), [json.loads(p.read_text())["error"] for p in tmp_path.rglob("failed.json")]
+
+
+@pytest.mark.parametrize("name", [name for name in experiments() if name.startswith("paper/")])
+def test_the_figures_keep_what_an_experiment_of_the_paper_compares(name):
+    """Dense and Switch SAEs have recipes of their own there, which must not make one of them unusual."""
+    with initialize_config_dir(version_base="1.3", config_dir=CONF):
+        composed = sweep_config(compose("sweep", overrides=[f"experiment={name}"]))
+    rows = [
+        ResultRow(
+            path=Path(member), name=member, sae="sae", status="finished", architecture=(plain := config_to_plain(run))["sae"]["architecture"],
+            num_latents=run.sae.num_latents, num_experts=getattr(run.sae, "num_experts", 1), k=getattr(run.sae, "k", None), seed=run.seed,
+            config=flat(plain),
+        )
+        for member, run in plan_members(composed, lambda member, reference: 0).items()
+    ]  # fmt: skip
+    material = Material.of(rows)
+    kept = {kind_of(group)[:2] for group in material.standard()}
+    if name in ("paper/width", "paper/flops", "paper/scaling"):
+        assert kept == {(row.architecture, row.num_experts) for row in rows} and ("topk", 1) in kept and material.left_out() == []
+    if name == "paper/baselines":
+        assert kept == {(architecture, 1) for architecture in ("relu", "gated", "jumprelu", "batch_topk", "matryoshka")}
+    if name == "paper/gate":
+        pairs = [family for family in _families(material.groups, GATE).values() if len(family) == 2]
+        assert len(pairs) == 4 and all({group.first.config["sae.gate"] for group in pair} == {"probability", "hard"} for pair in pairs)
+    if name == "paper/balance":
+        assert [len(family) for family in _families(material.groups, BALANCE).values()] == [12, 12]
 
 
 def test_a_sweeps_settings_are_a_runs_settings_and_more():

@@ -42,12 +42,16 @@ def ablations(material: Material) -> Drawing:
 
 
 def _families(groups: Sequence[Summary], setting: str) -> dict[str, list[Summary]]:
-    """Switch SAEs of the same sizes and settings but this one, ascending in it."""
+    """Switch SAEs of the same sizes and settings but this one, ascending in it.
+
+    Frozen routers are controls of another kind, but for a hard gate without load balance: nothing could train its router.
+    """
     families: dict[str, list[Summary]] = {}
     for group in groups:
         row = group.first
-        if setting in row.config and row.num_experts > 1 and row.config.get("sae.train_router", True):
-            same = {key: value for key, value in row.settings.items() if key != setting}
+        untrainable = setting == GATE and row.config.get(GATE) == "hard" and row.config.get(BALANCE) == 0
+        if setting in row.config and row.num_experts > 1 and (untrainable or row.config.get("sae.train_router", True)):
+            same = {key: value for key, value in row.settings.items() if key not in (setting, "sae.train_router")}
             families.setdefault(hashable([row.num_latents, row.num_experts, row.k, same]), []).append(group)
     return {key: sorted(family, key=lambda group: group.first.config[setting]) for key, family in families.items()}
 

@@ -5,6 +5,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class ResultRow:
     group_size: int | None = None
     """How many did."""
     state_mb: float | None = None
-    """Its own weights, gradients and moments, in 10^6 bytes."""
+    """Its own weights, buffers and moments, in 10^6 bytes."""
     peak_mb: float | None = None
     """Peak of the whole process, shared by its group, in 10^6 bytes."""
     evaluated_on: dict[str, Any] = field(default_factory=dict)
@@ -205,7 +206,9 @@ def _run_rows(path: Path, name: str, config: dict[str, Any]) -> list[ResultRow]:
 
 
 def _unfinished(run: RunDir, name: str, sae: str, flat: dict[str, Any]) -> ResultRow:
-    failed = run.read_json("failed.json") if (run.path / "failed.json").is_file() else None
+    failed = None
+    with suppress(FileNotFoundError):  # another process may just be trying it again
+        failed = run.read_json("failed.json")
     steps = [row["step"] for row in run.metrics()]
     status = "failed" if failed else "running" if steps or (run.path / "config.json").is_file() else "waiting"
     step = failed["step"] if failed else max(steps, default=0)

@@ -13,8 +13,10 @@ from switch_sae.report.summary import Summary, summary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VARIANTS = ("sae.experts_per_token", "sae.joint_topk")
+VARIANTS = ("sae.experts_per_token",)
 """Settings in which SAEs of one figure may differ: they are lines of their own."""
+RECIPE = ("sae.", "trainer.", "normalize_activations")
+"""Settings that belong to an architecture's recipe: what is usual for one need not be for another."""
 
 
 class NotEnough(ValueError):
@@ -37,8 +39,8 @@ class Material:
 
     groups: list[Summary]
     """All of them, ablations included."""
-    usual: dict[str, Any]
-    """The most frequent value of each setting."""
+    usual: dict[str, dict[str, Any]]
+    """By architecture: the most frequent value of each setting; of `RECIPE` settings among that architecture's SAEs, of all others among all."""
     cache: Path | None = None
     """Where slow intermediate results may be kept; None keeps none."""
 
@@ -55,7 +57,11 @@ class Material:
             say(f"left out: {len(finished) - len(chosen)} SAEs scored on other activations than the largest set of {len(chosen)}; not comparable")
         if len(finished) < len(rows):
             say(f"left out: {len(rows) - len(finished)} SAEs that are not finished")
-        return cls(summary(chosen), usual_settings(chosen), cache)
+        everywhere, usual = usual_settings(chosen), {}
+        for architecture in {row.architecture for row in chosen}:
+            own = usual_settings([row for row in chosen if row.architecture == architecture])
+            usual[architecture] = {key: (own if key.startswith(RECIPE) else everywhere)[key] for key in own}
+        return cls(summary(chosen), usual, cache)
 
     def standard(self) -> list[Summary]:
         """Groups whose settings are the usual ones, apart from `VARIANTS`; for architectures without k, whose sparsity some coefficient sets, apart
@@ -70,7 +76,7 @@ class Material:
         return [f"{count} of {len(self.groups)} groups have unusual settings ({', '.join(keys)}) and are left out"] if count else []
 
     def _unusual(self, group: Summary) -> list[str]:
-        keys = unusual(group.first, self.usual)
+        keys = unusual(group.first, self.usual[group.first.architecture])
         return [key for key in keys if key not in VARIANTS and not (group.first.k is None and key.startswith("sae."))]
 
 

@@ -49,6 +49,11 @@ def training_curves(material: Material) -> Drawing:
     return Drawing(figure, table, [*material.left_out(), *missing, *_crossings(table)])
 
 
+def window_of(points: int) -> int:
+    """Logged steps that one point of a curve averages over: odd, about `SMOOTHED` of them all."""
+    return 2 * round(SMOOTHED * points / 2) + 1
+
+
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Running mean over `window` neighbours, centred; near the ends over as many as lie on both sides."""
     half = window // 2
@@ -66,7 +71,7 @@ def _records(title: str, kind: tuple[str, int, int], group: Summary) -> tuple[li
     if not curves:
         return [], 1
     tokens = sorted(set.intersection(*(set(curve) for curve in curves)))
-    window = 2 * round(SMOOTHED * len(tokens) / 2) + 1
+    window = window_of(len(tokens))
     smoothed = [smooth([curve[at] for at in tokens], window) for curve in curves]
     flops = group.mean("flops_total") or math.nan
     names = dict(zip(("architecture", "experts", "experts_per_token"), kind, strict=True))
@@ -118,7 +123,11 @@ def _draw(panels: dict[str, list[Summary]], table: Sequence[dict[str, Any]], win
         drawn = {(record["architecture"], record["experts"], record["experts_per_token"]) for record in table}
         handles = [Line2D([], [], label=look(*kind).label, **look(*kind).style()) for kind in by_kind(groups) if kind in drawn]
         bands = "; bands from the lowest to the highest" if any(len(group.rows) > 1 for group in groups) else ""
-        smoothing = f"Each curve is a running mean over {window} logged steps ({SMOOTHED:.0%} of the run)." if window > 1 else "Not smoothed."
+        smoothing = (
+            f"Each curve is a running mean over {window} logged steps ({SMOOTHED:.0%} of the run), fewer at its ends."
+            if window > 1
+            else "Not smoothed."
+        )
         text = (
             f"Lines: mean over {seeds(groups)}{bands}. {smoothing} "
             "FLOPs: tokens times forward and backward FLOPs per token, router and decoder included."
@@ -128,19 +137,27 @@ def _draw(panels: dict[str, list[Summary]], table: Sequence[dict[str, Any]], win
 
 
 def _crossings(table: Sequence[dict[str, Any]]) -> list[str]:
-    """When each kind reaches the final error of dense TopK in the same panel: the paper's sample efficiency."""
+    """When each kind reaches the final error of dense TopK in the same panel: the paper's sample efficiency.
+
+    Only points that average over a whole window count, so "final" is the mean over the last window and not one batch.
+    """
+
+    def settled(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        half = window_of(len(curve)) // 2
+        return curve[half : len(curve) - half]
+
     notes = []
     for panel in dict.fromkeys(record["panel"] for record in table):
         records = [record for record in table if record["panel"] == panel]
         dense = [record for record in records if record["architecture"] == "topk"]
         if not dense:
             continue
-        last = max(dense, key=lambda record: record["tokens"])
+        last, tokens = settled(dense)[-1], dense[-1]["tokens"]
         words = []
         for kind in dict.fromkeys((r["architecture"], r["experts"], r["experts_per_token"]) for r in records if r["architecture"] != "topk"):
             curve = [r for r in records if (r["architecture"], r["experts"], r["experts_per_token"]) == kind]
-            reached = next((record for record in curve if record["fvu"] <= last["fvu"]), None)
-            words.append(f"{look(*kind).label} " + (f"after {reached['tokens'] / last['tokens']:.0%} of the tokens" if reached else "never"))
+            reached = next((record for record in settled(curve) if record["fvu"] <= last["fvu"]), None)
+            words.append(f"{look(*kind).label} " + (f"after {reached['tokens'] / tokens:.0%} of the tokens" if reached else "never"))
         if words:
             notes.append(f"{panel}: TopK's final FVU is reached by {', '.join(words)}")
     return notes

@@ -9,7 +9,9 @@ sweep/
 """
 
 import json
+import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ class SweepFolder:
     """One sweep on disk, shared by all processes that work on it."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path, self.opened = Path(path), time.time()
         plan = RunDir(self.path).read_json(PLAN)
         self.at_once: int | None = plan["settings"].get("sweep", {}).get("at_once")
         self.members = {name: config_from_plain(member) for name, member in plan["members"].items()}
@@ -53,9 +55,16 @@ class SweepFolder:
             if (path / PLAN).is_file():
                 _refuse_other_settings(path, RunDir(path).read_json(PLAN)["settings"], to_plain(settings))
             else:
-                members = {name: config_to_plain(member) for name, member in plan_members(config, time_matched).items()}
+                try:
+                    members = {name: config_to_plain(member) for name, member in plan_members(config, time_matched).items()}
+                except BaseException:
+                    if config.sweep.folder is None:
+                        RunDir(path).discard()
+                    raise
                 RunDir(path).write_json(PLAN, {"name": config.name or "sweep", "settings": settings, "members": members})
-        return cls(path)
+        folder = cls(path)  # each process works on its own device
+        folder.members = {name: replace(member, device=config.device, threads=config.threads) for name, member in folder.members.items()}
+        return folder
 
     def run(self, name: str) -> RunDir:
         """The run folder of a member, with its config in it."""
@@ -69,22 +78,31 @@ class SweepFolder:
         return (self.path / "members" / name / "results.json").is_file()
 
     def claim(self, limit: int | None, tried: set[str]) -> dict[str, Lock]:
-        """Locks of up to `limit` unfinished members that train on one stream and that nobody works on; members in `tried` are left out."""
+        """Locks of up to `limit` unfinished members that train on one stream and that nobody works on.
+
+        Members in `tried` are left out, and those that have failed since this folder was opened, by whomever.
+        """
         claims: dict[str, Lock] = {}
         source: Any = None
         for name, config in self.members.items():
             if len(claims) == limit:
                 break
-            if name in tried or self.is_finished(name) or (claims and config.source != source):
+            if name in tried or self.is_finished(name) or self._failed_lately(name) or (claims and config.source != source):
                 continue
             held = try_lock(self.path / "locks" / f"{name}.lock")
             if held is None:
                 continue
-            if self.is_finished(name):  # while we came
+            if self.is_finished(name) or self._failed_lately(name):  # while we came
                 held.release()
                 continue
             claims[name], source = held, config.source
         return claims
+
+    def _failed_lately(self, name: str) -> bool:
+        try:
+            return (self.path / "members" / name / "failed.json").stat().st_mtime >= self.opened
+        except FileNotFoundError:
+            return False
 
     def fail(self, name: str, step: int, error: Exception) -> None:
         """Notes what a member died of; the next start tries it again from its last checkpoint."""

@@ -133,7 +133,12 @@ def _expand(config: SweepConfig, grid: dict[str, Any], time_matched: TimeMatched
             if sae != reference.sae:
                 member.sae = replace(sae, num_latents=time_matched(member, reference))
         shape = {"architecture", "num_latents", "num_experts", "k"}
-        extra = {key: value for part in chosen.values() for key, value in part.items() if key not in shape}
+        extra = {
+            key: value
+            for part in ("sae", "trainer")
+            for key, value in chosen[part].items()
+            if key not in shape and hasattr(getattr(member, part), key)
+        }
         yield member, "".join(f"-{key}={_short(value)}" for key, value in extra.items())
 
 

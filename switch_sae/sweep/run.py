@@ -106,7 +106,8 @@ def _work(folder: SweepFolder, at_once: int | None, streams: _Streams, say: Say)
 def _by_start(runs: Mapping[str, RunDir], say: Say) -> list[tuple[int, list[str]]]:
     """(step, members) groups that can go on together from a checkpoint of that step; 0 begins anew.
 
-    A kill between two members' checkpoints leaves some of them one checkpoint ahead. They have kept the one before, so they join the others there.
+    A kill between two members' checkpoints leaves some of them one checkpoint ahead. They have kept the one before, or were at their first, so they
+    join the others there; what they had beyond is removed and made again.
     """
     for name, run in runs.items():
         run.remove_part_files()
@@ -122,7 +123,11 @@ def _by_start(runs: Mapping[str, RunDir], say: Say) -> list[tuple[int, list[str]
     groups = []
     while left:
         start = saved[left[0]][-1] if saved[left[0]] else 0
-        names = [name for name in left if (start in saved[name] if start else not saved[name])]
+        first = min((saved[name][0] for name in left if len(saved[name]) == 1), default=0)
+        names = [name for name in left if (start in saved[name] if start else saved[name] in ([], [first]))]
+        for name in names:
+            for ahead in (step for step in saved[name] if step > start):
+                runs[name].forget_checkpoint(ahead)
         groups.append((start, names))
         left = [name for name in left if name not in names]
     return groups
@@ -148,6 +153,7 @@ class _Group:
         stream = self.streams.get(self.config)
         for name in self.names:
             self.folder.forget_failure(name)
+        free = available_bytes(stream.device)
         self._build(stream)
         if not self.trainers:
             return
@@ -164,7 +170,7 @@ class _Group:
                 config = self.configs[name]
                 self.wandb[name] = WandbLogger(config.wandb, self.runs[name].path, config_to_plain(config), wandb_id, self.folder.path.name)
                 self.say(f"  {name}: {plan_line(trainer, config)}")
-            self._say_memory(stream)
+            self._say_memory(stream, free)
             self.folder.write_tables()
             self._train(stream, join_checkpoints(resume) if resume else None)
             if self.trainers:
@@ -180,19 +186,18 @@ class _Group:
             except Exception as error:  # one member that cannot be built must not stop the others
                 self._failed(name, 0, error)
 
-    def _say_memory(self, stream: Stream) -> None:
-        """Says what the group will hold. Raises ValueError where that is more than there is."""
-        need, free = group_bytes(self.trainers.values()), available_bytes(stream.device)
-        held = sum(p.numel() * p.element_size() for trainer in self.trainers.values() for p in trainer.sae.parameters())
+    def _say_memory(self, stream: Stream, free: int | None) -> None:
+        """Says what the group will hold, of what was free before it was built. Raises ValueError where that is more than there was."""
+        need = group_bytes(self.trainers.values())
         rows = self.config.batch_size * max(trainer.sae.num_latents // trainer.sae.num_experts for trainer in self.trainers.values()) * 4
         self.say(
-            f"memory: {len(self.trainers)} SAEs need {need / 1e9:.2f} GB (weights, Adam's moments, the largest one's gradients) and about "
+            f"memory: {len(self.trainers)} SAEs need {need / 1e9:.2f} GB (weights, moments, gradients) and about "
             f"{3 * rows / 1e9:.2f} GB for a batch" + (f"; {free / 1e9:.1f} GB are free" if free is not None else "")
         )
-        if free is not None and need - held > free:
+        if free is not None and need > free:
+            fix = f"Use sweep.at_once={len(self.trainers) // 2} or less: the others follow." if len(self.trainers) > 1 else "Make it smaller."
             raise ValueError(
-                f"training {len(self.trainers)} SAEs at once needs {need / 1e9:.1f} GB, {held / 1e9:.1f} GB of which are taken already, but "
-                f"{free / 1e9:.1f} GB are free on {stream.device}. Use sweep.at_once={max(1, len(self.trainers) // 2)} or less: the others follow."
+                f"training {len(self.trainers)} SAEs at once needs {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free on {stream.device}. {fix}"
             )
 
     def _train(self, stream: Stream, resume: Checkpoint | None) -> None:
@@ -203,12 +208,11 @@ class _Group:
                 self.reached(step)
                 progress.update(step, list(results.values()))
 
-            finished = train(
+            train(
                 self.trainers, stream.source, config.total_steps, save=self._save, checkpoint_every=config.checkpoint_every, log=self._log,
                 log_every=config.log_every, progress=advance, resume=resume, interruption=interruption, failed=self._failed,
             )  # fmt: skip
-        if not finished:
-            assert interruption.signal is not None
+        if interruption.signal is not None:  # also one that came in the last step: everything is saved, the scores can wait
             raise Interrupted(self.folder.path, max((t.steps_done for t in self.trainers.values()), default=0), interruption.signal, "sweep")
 
     def _save(self, checkpoint: Checkpoint) -> None:
@@ -232,7 +236,7 @@ class _Group:
     def _score(self, stream: Stream) -> None:
         self.say(f"evaluating {len(self.trainers)} SAEs")
         score = self.streams.score(self.config)
-        wall_seconds, group_size = time.perf_counter() - self.began, len(self.trainers)
+        wall_seconds, group_size = time.perf_counter() - self.began if self.start == 0 else None, len(self.trainers)
         for name, trainer in list(self.trainers.items()):
             run, sae = self.runs[name], trainer.sae
             sae.execution = Execution()  # scores are those that anyone who loads the SAE gets
