@@ -177,6 +177,12 @@ def test_a_member_is_a_run_folder_that_loads_and_its_table_is_written(peaceful):
     assert "topk" in peaceful.table() and "switch" in peaceful.table()
 
 
+def test_a_new_sweep_makes_its_first_activations_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(SyntheticSource, "load_state_dict", lambda source, state: pytest.fail("the stream stood at its start already"))
+    folder = run_sweep(config(tmp_path / "sweep", experts=[2], steps=5), quiet)
+    assert all(map(folder.is_finished, folder.members))
+
+
 def test_training_some_at_a_time_changes_nothing(peaceful, tmp_path):
     folder = run_sweep(config(tmp_path / "sweep", at_once=4), quiet)
     for name in folder.members:

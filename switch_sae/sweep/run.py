@@ -162,7 +162,7 @@ class _Group:
             if self.start:
                 self.say(f"{len(self.trainers)} SAEs go on from step {self.start} of {self.config.total_steps}")
                 resume = {name: self.runs[name].checkpoint_at(self.start) for name in self.trainers}
-            else:
+            elif stream.source.state_dict() != self.streams.start:  # going there anew would make the first block of activations once more
                 stream.source.load_state_dict(self.streams.start)
             for name, trainer in self.trainers.items():
                 self.runs[name].forget_metrics_after(self.start)
