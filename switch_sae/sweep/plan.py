@@ -38,7 +38,8 @@ class SweepOptions:
     match: Match = Match.width
     grids: dict[str, Any] = field(default_factory=dict)
     """More members, as named grids: {name: {sae: {architecture: relu, l1: [1, 3]}, trainer: {lr: 1e-3}, match: flops}}. Lists are axes, of which all
-    combinations train; what a grid does not say comes from the run's settings. `match: null` takes num_latents as it is given."""
+    combinations train; what a grid does not say comes from the run's settings. `match: null` takes num_latents as it is given; a grid that is null is
+    left out."""
     seeds: int = 1
     """How many seeds each configuration gets, counted from `seed`."""
     reshuffle: bool = False
@@ -105,11 +106,13 @@ def _grids(config: SweepConfig) -> dict[str, Any]:
     options = config.sweep
     k = {"k": options.k} if options.k else {}
     standard = {"experts": {"sae": {"architecture": "switch", "num_experts": options.experts, **k}}} if options.experts else {}
-    return standard | options.grids
+    return standard | {name: grid for name, grid in options.grids.items() if grid is not None}
 
 
 def _expand(config: SweepConfig, grid: dict[str, Any], time_matched: TimeMatched) -> Iterator[tuple[RunConfig, str]]:
     """(member without its seed, what its name says beyond the SAE's shape) for every combination of a grid's axes."""
+    if not isinstance(grid, dict) or any(not isinstance(grid.get(part) or {}, dict) for part in ("sae", "trainer")):
+        raise ValueError(f"{grid!r} is no grid. Write {{sae: {{num_experts: [2, 4]}}, trainer: {{lr: 1e-3}}}}.")
     if unknown := sorted(set(grid) - {"sae", "trainer", "match"}):
         raise ValueError(f"it sets {unknown}; a grid sets `sae`, `trainer` and `match`, everything else is shared by all members.")
     axes = [
