@@ -372,7 +372,7 @@ def test_a_sweep_that_is_killed_again_and_again_loses_nothing_and_trains_nothing
     rng, landed, finished_at = random.Random(0), 0, {}
     while True:
         worker = process(tmp_path / "killed", steps)
-        worker.join(timeout=None if landed == kills else rng.uniform(0.2, 0.6) * lasts)
+        worker.join(timeout=None if landed == kills else rng.uniform(0.05, 0.25) * lasts)
         if worker.exitcode is not None:
             assert worker.exitcode == 0
             break
@@ -381,7 +381,7 @@ def test_a_sweep_that_is_killed_again_and_again_loses_nothing_and_trains_nothing
         landed += 1
         for path in (tmp_path / "killed").rglob("results.json"):
             finished_at.setdefault(path, path.stat().st_mtime_ns)
-    assert landed >= 3
+    assert landed >= 2  # four or more, unless the machine has become twice as fast meanwhile
     one, other = SweepFolder(tmp_path / "peaceful"), SweepFolder(tmp_path / "killed")
     assert [line for line in finished_equal(one, other) if "results.json differs" not in line] == []
     for name in one.members:  # group sizes may differ after a kill between two members' results
