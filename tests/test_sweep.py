@@ -230,6 +230,23 @@ def test_a_kill_in_the_first_round_of_checkpoints_costs_no_second_pass(peaceful,
     assert finished_equal(peaceful, resume_sweep(folder.path, say=quiet)) == []
 
 
+def test_members_that_never_began_do_not_cost_others_their_only_checkpoint(tmp_path, monkeypatch):
+    step, sent = sweep_run.Trainer.step, []
+
+    def interrupted(trainer, x_TD):
+        if trainer.steps_done == 12 and not sent:
+            sent.append(signal.raise_signal(signal.SIGTERM))
+        return step(trainer, x_TD)
+
+    monkeypatch.setattr(sweep_run.Trainer, "step", interrupted)
+    with pytest.raises(Interrupted):
+        run_sweep(replace(config(tmp_path / "sweep", at_once=2), checkpoint_every=0), quiet)
+    folder = SweepFolder.open(tmp_path / "sweep")
+    runs = {name: folder.run(name) for name in folder.members}
+    first, second, *others = runs
+    assert sweep_run._by_start(runs, quiet) == [(0, others), (13, [first, second])] and runs[first].checkpoint_steps() == [13]
+
+
 def test_what_failed_in_another_process_is_not_tried_at_once_by_this_one(tmp_path):
     folder = run_sweep(config(tmp_path / "sweep", experts=[2], steps=2), quiet)
     again = SweepFolder.open(folder.path)

@@ -123,8 +123,12 @@ def _by_start(runs: Mapping[str, RunDir], say: Say) -> list[tuple[int, list[str]
     groups = []
     while left:
         start = saved[left[0]][-1] if saved[left[0]] else 0
-        first = min((saved[name][0] for name in left if len(saved[name]) == 1), default=0)
-        names = [name for name in left if (start in saved[name] if start else saved[name] in ([], [first]))]
+        if start:
+            names = [name for name in left if start in saved[name]]
+        else:  # only those that stood at the same step: others began later, or failed early, and cost nobody's progress
+            names = [name for name in left if not saved[name]]
+            reached = {name: runs[name].metrics()[-1:] and runs[name].metrics()[-1]["step"] for name in left if len(saved[name]) < 2}
+            names += [name for name in reached if saved[name] and reached[name] and all(reached[name] == reached[other] for other in names)]
         for name in names:
             for ahead in (step for step in saved[name] if step > start):
                 runs[name].forget_checkpoint(ahead)
