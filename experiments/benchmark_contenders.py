@@ -89,10 +89,10 @@ class OurStep:
             case = replace(case, precision=Precision.float32, moments=Moments.float32, regime=None)
         self.case = case
         config = config or TrainerConfig(lr=LEARNING_RATE, warmup_steps=0, decay_fraction=0.0, clip=CLIP, dead_after_tokens=NEVER)
-        sae.execution = resolve(backend, case.precision, sae.W_enc_MD.device)
         sae.regime = case.regime
-        self.trainer = Trainer(sae, replace(config, moments=case.moments), total_steps, case.shape.T)
-        self.plan = sae.plan(case.shape.T) if sae.execution.is_triton else None
+        execution = resolve(backend, case.precision, sae.W_enc_MD.device)
+        self.trainer = Trainer(sae, replace(config, moments=case.moments), total_steps, case.shape.T, execution)
+        self.plan = sae.plan(case.shape.T) if self.trainer.execution.is_triton else None
         if case.dead:
             self.trainer.tokens_since_fired_M.view(case.shape.E, -1)[:, : case.dead] = NEVER
 

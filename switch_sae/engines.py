@@ -10,7 +10,9 @@ from torch import Tensor
 
 from switch_kernels import Moments
 from switch_kernels.adam import Adam
+from switch_kernels.backend import Dot
 from switch_sae.models import SparseAutoencoder
+from switch_sae.models.fused import FusedTraining
 from switch_sae.models.losses import expert_shares
 
 
@@ -32,7 +34,6 @@ class Outcome:
 class Engine(Protocol):
     """Computes steps of one SAE and applies them. It changes weights, optimiser state and `tokens_since_fired_M`, and nothing else."""
 
-    def describe(self, batch_size: int) -> str: ...
     def step(self, x_TD: Tensor, step: int) -> Outcome: ...
     def state(self) -> dict[str, Tensor]: ...
     def load(self, state: dict[str, Tensor], step: int) -> None: ...
@@ -73,12 +74,8 @@ class TorchEngine:
 
     def __init__(self, sae: SparseAutoencoder, settings: EngineSettings, tokens_since_fired_M: Tensor) -> None:
         self.sae, self.settings, self.tokens_since_fired_M = sae, settings, tokens_since_fired_M
-        name_of = {id(p): name for name, p in sae.named_parameters()}
-        unit_rows = name_of[id(sae.decoder_weight())] if sae.recipe.unit_decoder else None
+        unit_rows = next((name for name, p in trainable(sae).items() if p is sae.decoder_weight()), None) if sae.recipe.unit_decoder else None
         self.optimizer = Adam(trainable(sae), unit_rows, betas=sae.recipe.betas)
-
-    def describe(self, batch_size: int) -> str:
-        return str(self.sae.execution)
 
     def step(self, x_TD: Tensor, step: int) -> Outcome:
         sae = self.sae
@@ -124,14 +121,14 @@ class TritonEngine:
     INTERVAL = 64
     EAGER_STEPS = 2  # before a graph is captured: kernels compile and libraries allocate their workspaces
 
-    def __init__(self, sae: Any, settings: EngineSettings, tokens_since_fired_M: Tensor) -> None:
+    def __init__(self, sae: FusedTraining, settings: EngineSettings, tokens_since_fired_M: Tensor, dot: Dot) -> None:
         from switch_kernels.gpu.adam import FusedAdam
 
-        self.sae, self.settings, self.tokens_since_fired_M = sae, settings, tokens_since_fired_M
+        self.sae, self.settings, self.tokens_since_fired_M, self.dot = sae, settings, tokens_since_fired_M, dot
         self.device = tokens_since_fired_M.device
         self.keeps_time = self.device.type == "cuda"
         moments = torch.bfloat16 if settings.moments is Moments.bfloat16 else torch.float32
-        self.optimizer = FusedAdam(trainable(sae), sae.execution.dot, moments)
+        self.optimizer = FusedAdam(trainable(sae), dot, moments)
         self.hyper_IH = torch.zeros(self.INTERVAL, 6, device=self.device)
         self.position, self.seed = (torch.zeros(1, dtype=dtype, device=self.device) for dtype in (torch.int64, torch.int32))
         self.worst_square = torch.zeros((), device=self.device)
@@ -143,9 +140,6 @@ class TritonEngine:
         self.events: list[tuple[Any, Any]] = []
         self.elapsed = 0.0
         self.x_TD: Tensor | None = None
-
-    def describe(self, batch_size: int) -> str:
-        return f"{self.sae.execution}; {self.sae.plan(batch_size)}"
 
     @torch.no_grad()
     def step(self, x_TD: Tensor, step: int) -> Outcome:
@@ -175,7 +169,7 @@ class TritonEngine:
         from switch_kernels.gpu.topk import mark_fired_
 
         assert self.x_TD is not None
-        computed = self.sae.training_step(self.x_TD, self.optimizer.operands, self.dead)
+        computed = self.sae.training_step(self.x_TD, self.optimizer.operands, self.dead, self.dot)
         hyper = self.hyper_IH.index_select(0, self.position)[0]
         grad_norm = self.optimizer.step(computed.gradients, hyper, self.seed)
         mark_fired_(self.tokens_since_fired_M, computed.values_TK, computed.indices_TK, self.x_TD.shape[0])

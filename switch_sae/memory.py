@@ -30,8 +30,8 @@ def group_bytes(trainers: Iterable[Trainer]) -> int:
     low-precision copies of its encoder and decoder beside.
     """
     trainers = list(trainers)
-    fused = [trainer for trainer in trainers if trainer.sae.execution.is_triton]
-    others = [trainer for trainer in trainers if not trainer.sae.execution.is_triton]
+    fused = [trainer for trainer in trainers if trainer.execution.is_triton]
+    others = [trainer for trainer in trainers if not trainer.execution.is_triton]
     kept = sum(gradient_bytes(trainer) + 2 * 2 * trainer.sae.decoder_weight().numel() for trainer in fused)
     return sum(map(state_bytes, trainers)) + kept + max(map(gradient_bytes, others), default=0)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_kernels import Execution, resolve
+from switch_kernels import resolve
 from switch_sae.activations import ActivationSource, EvaluationSet, build_source
 from switch_sae.analysis.pca import PCABaseline, participation_ratio
 from switch_sae.config import Baseline, EvaluationConfig, RunConfig, config_from_plain, config_to_plain
@@ -19,13 +19,10 @@ from switch_sae.memory import peak_bytes, state_bytes
 from switch_sae.metrics import Downstream
 from switch_sae.metrics.forward import Evaluable
 from switch_sae.models import SAES, SparseAutoencoder, SwitchSAE, TopKSAE
-from switch_sae.models.fused import FusedTraining
 from switch_sae.progress import Progress
 from switch_sae.runs import Checkpoint, RunDir, architecture_of, environment
 from switch_sae.training import Interruption, StepResult, Trainer, prepare, train
 from switch_sae.wandb_logger import WandbLogger
-
-UNFUSED = "no Triton kernels train this architecture"
 
 
 class Interrupted(Exception):
@@ -180,7 +177,6 @@ def _train_and_evaluate(config: RunConfig, run: RunDir, checkpoint: Checkpoint |
         wall_seconds = time.perf_counter() - started if checkpoint is None else None
         say("evaluating")
         for name, sae in members.items():
-            sae.execution = Execution()  # scores are those that anyone who loads the SAE gets
             (run if name == main else run.member(name)).save_sae(sae, source.describe())
         results = evaluate_members(config, members, source, stream.calibration_TD)
         results["mixing"] = source.mixing()
@@ -215,11 +211,8 @@ class Stream:
 
     def trainer(self, sae: SparseAutoencoder, config: RunConfig) -> Trainer:
         """A trainer for a new SAE, which gets its scale and biases from the calibration rows and moves to the device."""
-        prepare(sae, self.calibration_TD, config.normalize_activations)
-        sae.to(self.device)
-        fused = isinstance(sae, FusedTraining) and sae.can_fuse
-        sae.execution = self.execution if fused or not self.execution.is_triton else Execution(reason=UNFUSED)
-        return Trainer(sae, config.trainer, config.total_steps, config.batch_size)
+        prepare(sae.to(self.device), self.calibration_TD, config.normalize_activations)
+        return Trainer(sae, config.trainer, config.total_steps, config.batch_size, self.execution)
 
     def say_plan(self, config: RunConfig, say: Callable[[str], None]) -> None:
         about = self.source.describe()
@@ -265,8 +258,7 @@ def evaluate_members(config: RunConfig, members: Mapping[str, SparseAutoencoder]
     """
     score = Scorer(config.evaluation, source)
     untrained = next(iter(build_members(replace(config, baselines=[]), source.d_in).values()))
-    prepare(untrained, calibration_TD, config.normalize_activations)
-    untrained.to(calibration_TD.device)
+    prepare(untrained.to(calibration_TD.device), calibration_TD, config.normalize_activations)
     scored = {name: score.member(sae) for name, sae in members.items()}
     main = next(iter(scored.values()))
     k = main["k"] or max(1, round(main["metrics"]["l0"]["value"]))
@@ -315,5 +307,5 @@ def plan_line(trainer: Trainer, config: RunConfig) -> str:
     return (
         f"{sae.num_latents} latents ({experts}){f', k={sae.k}' if sae.k else ''}, {sae.flops().total:,} FLOPs per token; lr {schedule.peak:.2e}, "
         f"warm-up {schedule.warmup_steps} steps, decay over the last {schedule.decay_steps}, dead after {trainer.dead_after_tokens:,} tokens"
-        + (f"; {trainer.describe(config.batch_size)}" if sae.execution.is_triton or sae.execution.reason == UNFUSED else "")
+        + (f"; {trainer.choice}" if trainer.choice else "")
     )

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_kernels import Moments
+from switch_kernels import Execution, Moments
 from switch_sae.engines import Engine, EngineSettings, Outcome, TorchEngine, TritonEngine
 from switch_sae.models import SparseAutoencoder
-from switch_sae.models.fused import FusedTraining
+from switch_sae.models.fused import FusedTraining, why_not_fused
 from switch_sae.runs import Checkpoint
+
+DEFAULT_EXECUTION = Execution()
 
 
 class LRWidth(Enum):
@@ -126,9 +128,14 @@ class StepResult:
 
 
 class Trainer:
-    """Trains one SAE: learning rate, engine, dead-latent bookkeeping. How a step is computed is the engine's business (`sae.execution`)."""
+    """Trains one SAE: learning rate, engine, dead-latent bookkeeping.
 
-    def __init__(self, sae: SparseAutoencoder, config: TrainerConfig, total_steps: int, batch_size: int) -> None:
+    `execution` says who may compute: with Triton, its kernels do unless `why_not_fused` finds a reason, and autograd otherwise.
+    """
+
+    def __init__(
+        self, sae: SparseAutoencoder, config: TrainerConfig, total_steps: int, batch_size: int, execution: Execution = DEFAULT_EXECUTION
+    ) -> None:
         self.sae, self.config = sae, config
         self.schedule = Schedule.resolve(config, sae, total_steps)
         limit = config.dead_after_tokens
@@ -136,21 +143,24 @@ class Trainer:
         device = sae.decoder_weight().device
         self.tokens_since_fired_M = torch.zeros(sae.num_latents, dtype=torch.int64, device=device)
         settings = EngineSettings(self.schedule, total_steps, config.clip, self.dead_after_tokens, config.moments)
+        reason = why_not_fused(sae) if execution.is_triton else None
+        self.execution = execution if reason is None else Execution(reason=reason)
+        """Who computes steps; `sae.execution`, which its forward pass follows, stays as it is."""
+        self.choice = str(self.execution) if execution.is_triton else ""
+        """Who computes steps and why, where there was a choice."""
         self.engine: Engine
-        if sae.execution.is_triton and isinstance(sae, FusedTraining) and sae.can_fuse:
-            self.engine = TritonEngine(sae, settings, self.tokens_since_fired_M)
+        if self.execution.is_triton:
+            assert isinstance(sae, FusedTraining)
+            self.choice += f"; {sae.plan(batch_size)}"
+            self.engine = TritonEngine(sae, settings, self.tokens_since_fired_M, execution.dot)
         else:
             if config.moments is not Moments.float32:
                 raise ValueError(
-                    f"trainer.moments={config.moments.value} needs the Triton backend; this SAE trains with {sae.execution}. Use float32."
+                    f"trainer.moments={config.moments.value} needs the Triton backend; this SAE trains with {self.execution}. Use float32."
                 )
             self.engine = TorchEngine(sae, settings, self.tokens_since_fired_M)
         self.steps_done = 0
         self._seconds = 0.0
-
-    def describe(self, batch_size: int) -> str:
-        """Which code computes a step, and why."""
-        return self.engine.describe(batch_size)
 
     @property
     def seconds(self) -> float:
@@ -189,8 +199,9 @@ class Trainer:
 def prepare(sae: SparseAutoencoder, calibration_TD: Tensor, normalize_activations: bool) -> None:
     """The data-dependent start: one scale so that the mean squared norm of activations is D (or 1 if switched off), then the biases.
 
-    Raises ValueError for activations that are all zero or not finite.
+    The rows may be on another device than the SAE, which stays where it is. Raises ValueError for activations that are all zero or not finite.
     """
+    calibration_TD = calibration_TD.to(sae.activation_scale.device)
     if not torch.isfinite(calibration_TD).all():
         raise ValueError("the first activations hold NaN or infinite values: check the model, the hook and its dtype.")
     energy = calibration_TD.double().pow(2).sum(dim=1).mean().item()

@@ -39,7 +39,6 @@ class BatchTopKSAE(TopKSAE):
                 raise ValueError(f"threshold_beta={self.threshold_beta} must lie in [0, 1): at 1 the threshold would never move. Use 0.999.")
 
     config: "BatchTopKSAE.Config"
-    can_fuse = False
     threshold: Tensor
     """In units of the scaled activations."""
     step = 0

@@ -1,4 +1,7 @@
-"""The training step of TopK and Switch SAEs as fused Triton kernels: the same losses and gradients as autograd through `loss_terms`."""
+"""The training step of TopK and Switch SAEs as fused Triton kernels: the same losses and gradients as autograd through `loss_terms`.
+
+Kernels opt in, by exact class: what they do not know, autograd computes. `why_not_fused` is the only rule.
+"""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -8,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from switch_kernels import Plan, Regime, choose_plan
+from switch_kernels.adam import BETAS
+from switch_kernels.backend import Dot
 from switch_sae.models.base import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -23,8 +28,8 @@ class FusedTraining(SparseAutoencoder):
     b_pre_D: nn.Parameter
     experts_per_token: int
     joint_topk: bool
-    can_fuse: bool = True
-    """False for variants that the kernels do not know; they train by autograd."""
+    has_kernels: bool = False
+    """True in the body of exactly those classes that `training_step` computes; a subclass does not inherit it (`why_not_fused`)."""
     regime: Regime | None = None
     """Overrides the planner's choice."""
 
@@ -36,18 +41,22 @@ class FusedTraining(SparseAutoencoder):
         """The router's part of `Weights` and `Settings`; without one all tokens go to one expert."""
         return {"W_router_ED": None, "b_router_D": None, "balance": 0.0, "train_router": False}
 
+    def why_router_is_not_fused(self) -> str | None:
+        """Why the kernels cannot compute this SAE's routing; None if they can."""
+        return None
+
     def plan(self, tokens: int) -> Plan:
         """How the kernels will compute a batch of so many tokens, and why."""
         return choose_plan(tokens, self.num_latents, self.num_experts, self.config.k, self.experts_per_token, self.regime)
 
-    def training_step(self, x_TD: Tensor, operands: Mapping[str, Tensor], dead: "DeadLatents | None") -> "StepTensors":
+    def training_step(self, x_TD: Tensor, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot) -> "StepTensors":
         """Losses and gradients of raw activations. `operands` are W_enc_MD and W_dec_MD as `FusedAdam` keeps them for the kernels."""
         from switch_kernels.gpu.step import Settings, Weights, training_step
 
         router = self.fused_router()
         weights = Weights(operands["W_enc_MD"], operands["W_dec_MD"], self.b_enc_M, self.b_pre_D, router["W_router_ED"], router["b_router_D"])
         settings = Settings(
-            self.num_experts, self.experts_per_token, self.config.k, self.joint_topk, router["balance"], router["train_router"], self.execution.dot,
+            self.num_experts, self.experts_per_token, self.config.k, self.joint_topk, router["balance"], router["train_router"], dot,
             self.plan(x_TD.shape[0]),
         )  # fmt: skip
         return training_step(x_TD, self.activation_scale, weights, settings, dead)
@@ -74,3 +83,22 @@ class FusedTraining(SparseAutoencoder):
         slot_M = torch.full((self.num_latents,), -1, dtype=torch.int32, device=dead_M.device)
         slot_M[dead_B] = place_B.int()
         return DeadLatents(latent_B, is_padding_B, slot_M, self.auxk_latents(), self.config.auxk * self.d_in)
+
+
+def why_not_fused(sae: SparseAutoencoder) -> str | None:
+    """Why Triton kernels cannot train this SAE, in words for its plan line; None if they can.
+
+    The only rule for who trains in kernels: they know the exact classes that say `has_kernels`, unchanged, by the default recipe, with all weights
+    trained. Anything that overrides, hooks or freezes would be lost in them without a word.
+    """
+    name = type(sae).__name__
+    if not isinstance(sae, FusedTraining) or not vars(type(sae)).get("has_kernels"):
+        return f"no Triton kernels train {name}"
+    changed = [key for key in vars(sae) if key != "plan" and callable(getattr(type(sae), key, None))]
+    changed += [hooks for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks") if getattr(sae, hooks)]
+    if changed:
+        return f"this {name} has {', '.join(changed)} of its own, which the Triton kernels would not call"
+    if sae.recipe.betas != BETAS or not sae.recipe.unit_decoder:
+        return f"the Triton kernels train with Adam's betas {BETAS} and unit decoder rows, not by {sae.recipe}"
+    frozen = [key for key, parameter in sae.named_parameters() if not parameter.requires_grad and key not in sae.fused_router()]
+    return f"{', '.join(frozen)} are frozen, which the Triton kernels do not know" if frozen else sae.why_router_is_not_fused()

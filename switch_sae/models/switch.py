@@ -81,12 +81,12 @@ class SwitchSAE(TopKSAE):
             return self.num_latents // self.num_experts
 
     config: "SwitchSAE.Config"
+    has_kernels = True
 
     def __init__(self, config: "SwitchSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
         super().__init__(config, d_in, generator)
         self.num_experts = config.num_experts
         self.experts_per_token, self.joint_topk = config.experts_per_token, config.joint_topk
-        self.can_fuse = config.gate is Gate.probability
         init_ED = (torch.rand(config.num_experts, d_in, generator=generator) * 2 - 1) / d_in**0.5
         self.W_router_ED = nn.Parameter(init_ED, requires_grad=config.train_router)
         self.b_router_D = nn.Parameter(torch.zeros(d_in), requires_grad=config.train_router)
@@ -111,6 +111,9 @@ class SwitchSAE(TopKSAE):
         config = self.config
         router = {"W_router_ED": self.W_router_ED, "b_router_D": self.b_router_D}
         return router | {"balance": config.load_balance * self.d_in, "train_router": config.train_router}
+
+    def why_router_is_not_fused(self) -> str | None:
+        return None if self.config.gate is Gate.probability else f"no Triton kernels know a router with gate={self.config.gate.value}"
 
     def loss_terms(self, x_TD: Tensor, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss_terms(x_TD, output, dead_M)

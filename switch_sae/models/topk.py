@@ -49,6 +49,7 @@ class TopKSAE(FusedTraining):
             if self.auxk_latents is not None:
                 at_least("auxk_latents", self.auxk_latents, 1)
 
+    has_kernels = True
     num_experts = 1
     experts_per_token = 1
     joint_topk = True

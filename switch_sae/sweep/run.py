@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from switch_kernels import Execution
 from switch_sae.config import RunConfig, config_to_plain
 from switch_sae.memory import available_bytes, group_bytes
 from switch_sae.pipeline import Interrupted, Scorer, Stream, build_sae, plan_line, training_facts
@@ -243,7 +242,6 @@ class _Group:
         wall_seconds, group_size = time.perf_counter() - self.began if self.start == 0 else None, len(self.trainers)
         for name, trainer in list(self.trainers.items()):
             run, sae = self.runs[name], trainer.sae
-            sae.execution = Execution()  # scores are those that anyone who loads the SAE gets
             try:
                 run.save_sae(sae, stream.source.describe())
                 entry = score.member(sae) | training_facts(trainer, self.configs[name], wall_seconds, group_size)

@@ -31,7 +31,7 @@ def activations(seed: int = 0, rows: int = T) -> torch.Tensor:
     return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed)) * 2 + torch.linspace(-1, 1, D)
 
 
-def build(config, execution: Execution, plan: Plan | None = None):
+def build(config, plan: Plan | None = None):
     sae = (SwitchSAE if isinstance(config, SwitchSAE.Config) else TopKSAE)(config, D, torch.Generator().manual_seed(1))
     prepare(sae, activations(7, 256), normalize_activations=True)
     with torch.no_grad():  # away from the start, where decoder and encoder are equal and biases zero
@@ -39,7 +39,6 @@ def build(config, execution: Execution, plan: Plan | None = None):
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n))
             parameter.add_(noise, alpha=0.05 if name != "b_enc_M" else 0.3)
         sae.W_dec_MD.div_(sae.W_dec_MD.norm(dim=1, keepdim=True))
-    sae.execution = execution
     if plan is not None:
         sae.plan = lambda tokens: plan
     return sae
@@ -64,14 +63,14 @@ def dead_of(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("plan", ["dense", "sparse"])
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_losses_and_gradients_equal_autograd(name, plan, dead, poisoned_memory):
-    sae, exact = build(CONFIGS[name], EXACT, PLANS[plan]), build(CONFIGS[name], Execution()).double()
+    sae, exact = build(CONFIGS[name], PLANS[plan]), build(CONFIGS[name]).double()
     x_TD, dead_M = activations(), dead_of(dead)
     terms = exact.loss_terms(x_TD.double(), exact(x_TD.double()), dead_M if dead_M.any() else None)
     parameters = trainable(exact)
     expected = dict(zip(parameters, torch.autograd.grad(sum(terms.values()), list(parameters.values())), strict=True))
 
     with torch.no_grad():
-        found = sae.training_step(x_TD, FusedAdam(trainable(sae), "ieee").operands, sae.dead_latents(dead_M))
+        found = sae.training_step(x_TD, FusedAdam(trainable(sae), "ieee").operands, sae.dead_latents(dead_M), "ieee")
     assert found.terms.keys() == terms.keys()
     for term, value in terms.items():
         assert found.terms[term].item() == pytest.approx(value.item(), rel=2e-5), term
@@ -88,8 +87,8 @@ def test_losses_and_gradients_equal_autograd(name, plan, dead, poisoned_memory):
 )
 def test_training_equals_the_pytorch_engine(name, plan):
     config = TrainerConfig(lr=1e-2, warmup_steps=0, dead_after_tokens=3 * T)
-    fused, plain = build(CONFIGS[name], EXACT, PLANS[plan]), build(CONFIGS[name], Execution())
-    trainers = [Trainer(sae, config, total_steps=100, batch_size=T) for sae in (fused, plain)]
+    fused, plain = build(CONFIGS[name], PLANS[plan]), build(CONFIGS[name])
+    trainers = [Trainer(sae, config, 100, T, execution) for sae, execution in ((fused, EXACT), (plain, Execution()))]
     for sae in (fused, plain):
         with torch.no_grad():
             sae.W_enc_MD[44:].mul_(0.01)  # they seldom fire
@@ -108,10 +107,10 @@ def test_training_equals_the_pytorch_engine(name, plan):
 @pytest.mark.parametrize("plan", list(PLANS))
 def test_low_precision_errs_at_most_twice_as_much_as_pytorch_in_bfloat16(plan):
     config = CONFIGS["switch"]
-    truth, torch_low, fused = build(config, Execution()).double(), build(config, Execution()), build(config, LOW, PLANS[plan])
+    truth, torch_low, fused = build(config).double(), build(config), build(config, PLANS[plan])
     x_TD = activations(rows=64)
     with torch.no_grad():
-        found = fused.training_step(x_TD, FusedAdam(trainable(fused), "bf16").operands, None)
+        found = fused.training_step(x_TD, FusedAdam(trainable(fused), "bf16").operands, None, "bf16")
         exact = truth(x_TD.double())
         scaled = x_TD * torch_low.activation_scale
         routing, _ = torch_low.route(scaled)
@@ -132,10 +131,10 @@ def test_a_step_is_bitwise_reproducible_and_resumes_exactly():
     x, config = [activations(step) for step in range(5)], TrainerConfig(lr=1e-2, warmup_steps=0, dead_after_tokens=2 * T, moments=Moments.bfloat16)
 
     def trainer() -> Trainer:
-        sae = build(CONFIGS["switch"], LOW, PLANS["dense"])
+        sae = build(CONFIGS["switch"], PLANS["dense"])
         with torch.no_grad():
             sae.b_enc_M[44:] = -50.0
-        return Trainer(sae, config, total_steps=100, batch_size=T)
+        return Trainer(sae, config, 100, T, LOW)
 
     before = TritonEngine.INTERVAL
     TritonEngine.INTERVAL = 4
@@ -160,7 +159,7 @@ def test_a_step_is_bitwise_reproducible_and_resumes_exactly():
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight_and_is_reported():
-    trainer = Trainer(build(CONFIGS["switch"], EXACT), TrainerConfig(lr=1e-2), total_steps=100, batch_size=T)
+    trainer = Trainer(build(CONFIGS["switch"]), TrainerConfig(lr=1e-2), 100, T, EXACT)
     before = {name: p.detach().clone() for name, p in trainer.sae.named_parameters()}
     x_TD = activations()
     x_TD[3, 2] = float("nan")
@@ -172,11 +171,11 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_is_reported():
 
 
 def test_one_expert_equals_topk_exactly():
-    topk, switch = build(CONFIGS["topk"], LOW), build(SwitchSAE.Config(num_latents=M, k=3, num_experts=1), LOW)
+    topk, switch = build(CONFIGS["topk"]), build(SwitchSAE.Config(num_latents=M, k=3, num_experts=1))
     with torch.no_grad():
         for name, parameter in topk.named_parameters():
             dict(switch.named_parameters())[name].copy_(parameter)
-    trainers = [Trainer(sae, TrainerConfig(lr=1e-2), total_steps=100, batch_size=T) for sae in (topk, switch)]
+    trainers = [Trainer(sae, TrainerConfig(lr=1e-2), 100, T, LOW) for sae in (topk, switch)]
     for step in range(3):
         for trainer in trainers:
             trainer.step(activations(step))

@@ -1,0 +1,151 @@
+"""Who trains in Triton kernels: exactly what they know, by exact class, router and recipe; everything else by autograd, with the reason said."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from switch_kernels import Backend, Execution, Precision
+from switch_sae.engines import TorchEngine
+from switch_sae.models import SAES, Recipe, SwitchSAE, TopKSAE
+from switch_sae.models.fused import why_not_fused
+from switch_sae.training import Trainer, TrainerConfig, prepare
+
+D = 8
+GPU = torch.device("meta")  # what tensors on the stand-in for a GPU say that they are on
+ON_A_GPU = Execution(Backend.triton, Precision.bf16, "a GPU")
+SWITCH = SwitchSAE.Config(num_latents=32, k=3, num_experts=4)
+
+
+class OtherLoss(SwitchSAE):
+    def loss_terms(self, *args):
+        terms = super().loss_terms(*args)
+        return terms | {"extra": terms["mse"] * 0 + 1}
+
+
+class OnlyRenamed(TopKSAE):
+    pass
+
+
+class OtherRecipe(SwitchSAE):
+    recipe = Recipe(betas=(0.0, 0.999))
+
+
+def built(cls, config):
+    sae = cls(config, D, torch.Generator().manual_seed(0))
+    prepare(sae, torch.randn(64, D, generator=torch.Generator().manual_seed(1)), True)
+    return sae
+
+
+def with_own_route():
+    sae = built(SwitchSAE, SWITCH)
+    sae.route = lambda x_TD: SwitchSAE.route(sae, x_TD)
+    return sae
+
+
+def with_hook():
+    sae = built(TopKSAE, TopKSAE.Config(num_latents=16, k=2))
+    sae.register_forward_hook(lambda *args: None)
+    return sae
+
+
+def with_recipe():
+    sae = built(SwitchSAE, SWITCH)
+    sae.recipe = Recipe(unit_decoder=False)
+    return sae
+
+
+def with_frozen_decoder():
+    sae = built(TopKSAE, TopKSAE.Config(num_latents=16, k=2))
+    sae.W_dec_MD.requires_grad_(False)
+    return sae
+
+
+VARIANTS = {
+    "a subclass with another loss": (lambda: built(OtherLoss, SWITCH), "no Triton kernels train OtherLoss"),
+    "a subclass that changes nothing": (lambda: built(OnlyRenamed, TopKSAE.Config(num_latents=16, k=2)), "no Triton kernels train OnlyRenamed"),
+    "a subclass with another recipe": (lambda: built(OtherRecipe, SWITCH), "no Triton kernels train OtherRecipe"),
+    "a method of its own": (with_own_route, "this SwitchSAE has route of its own"),
+    "a hook": (with_hook, "_forward_hooks of its own"),
+    "another recipe": (with_recipe, "not by Recipe"),
+    "a frozen decoder": (with_frozen_decoder, "W_dec_MD are frozen"),
+}
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_a_variant_is_trained_by_autograd_and_says_why(name):
+    make, reason = VARIANTS[name]
+    sae = make()
+    trainer = Trainer(sae, TrainerConfig(lr=1e-3), total_steps=10, batch_size=64, execution=ON_A_GPU)
+    assert type(trainer.engine) is TorchEngine and not trainer.execution.is_triton
+    assert reason in why_not_fused(sae) and why_not_fused(sae) in trainer.choice and "torch, float32" in trainer.choice
+    result = trainer.step(torch.randn(64, D, generator=torch.Generator().manual_seed(2)))
+    if isinstance(sae, OtherLoss):
+        assert result.terms["extra"] == 1
+
+
+def test_only_what_the_kernels_were_written_for_is_fused():
+    fused = {
+        name
+        for name, cls in SAES.items()
+        if why_not_fused(built(cls, cls.Config(num_latents=32, **({"k": 2} if hasattr(cls.Config, "k") else {})))) is None
+    }
+    assert fused == {"topk", "switch"}
+
+
+def test_without_a_choice_nothing_is_said():
+    sae = built(TopKSAE, TopKSAE.Config(num_latents=16, k=2))
+    assert Trainer(sae, TrainerConfig(), total_steps=10, batch_size=64).choice == ""
+
+
+class OtherDevice(TorchFunctionMode):
+    """A stand-in for a GPU: tensors that were moved to it, and what is made there or computed from them, refuse to meet CPU tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there: dict[int, torch.UntypedStorage] = {}
+
+    def move(self, tensor: torch.Tensor) -> torch.Tensor:
+        with torch._C.DisableTorchFunction():
+            storage = tensor.untyped_storage()
+        self.there[storage.data_ptr()] = storage  # kept alive, so that no other storage takes its address
+        return tensor
+
+    def is_there(self, tensor: torch.Tensor) -> bool:
+        with torch._C.DisableTorchFunction():
+            return tensor.untyped_storage().data_ptr() in self.there
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        there = [t for t in tensors if self.is_there(t)]
+        if function == torch.Tensor.device.__get__:
+            return GPU if there else function(*args)
+        if function == torch.Tensor.to and args[1:] == (GPU,):
+            return self.move(args[0].clone())
+        if kwargs.get("device") == GPU:
+            return self.move(function(*args, **kwargs | {"device": "cpu"}))
+        here = [t for t in tensors if t.ndim > 0 and not self.is_there(t)]
+        if there and here and function != torch.Tensor.copy_:
+            raise RuntimeError(f"{function.__name__}: a tensor on the GPU meets one of shape {tuple(here[0].shape)} on the CPU")
+        result = function(*args, **kwargs)
+        if there:
+            for t in torch.utils._pytree.tree_leaves(result):
+                if isinstance(t, torch.Tensor):
+                    self.move(t)
+        return result
+
+
+@pytest.mark.parametrize("name", list(SAES))
+def test_every_architecture_can_start_on_another_device_than_the_activations(name):
+    cls = SAES[name]
+    sae = cls(cls.Config(num_latents=32, **({"k": 2} if hasattr(cls.Config, "k") else {})), D, torch.Generator().manual_seed(0))
+    calibration = torch.randn(64, D, generator=torch.Generator().manual_seed(1))
+    device = OtherDevice()
+    for tensor in (*sae.parameters(), *sae.buffers()):
+        device.move(tensor)
+    with device:
+        prepare(sae, calibration, True)
+        output = sae(calibration.to(GPU))
+        assert device.is_there(output.recon_TD) and all(device.is_there(tensor) for tensor in sae.buffers())
+        with pytest.raises(RuntimeError, match="on the CPU"):
+            sae(calibration)
