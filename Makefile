@@ -68,7 +68,7 @@ notebook: $(VENV)/.installed  ## execute the comparison notebook on your latest 
 	$(PY) -m experiments.run_notebook $(RUNS)
 
 benchmark: $(VENV)/.installed  ## time a training step against masked-dense and eai-sparsify, after checking that all agree
-	$(PY) -m experiments.benchmark --peers $(ARGS)
+	$(PY) -m experiments.benchmarks --peers $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests, then the GPU kernels' in Triton's interpreter
 	$(PY) -m pytest -n 2 tests $(ARGS)
@@ -80,9 +80,9 @@ $(VENV)/triton-$(OLD_TRITON): $(VENV)/.installed
 	@touch $@
 
 kernels: $(VENV)/triton-$(OLD_TRITON)  ## compile the GPU kernels without a GPU, for sm_90, sm_80 and gfx942, on two releases of Triton; fail on spills
-	$(PY) -m experiments.compile_kernels --check --target sm_90
-	$(PY) -m experiments.compile_kernels --check --target sm_80 gfx942 --only M=32768
-	PYTHONPATH=$< $(PY) -m experiments.compile_kernels --check --target sm_90
+	$(PY) -m experiments.benchmarks.compile_kernels --check --target sm_90
+	$(PY) -m experiments.benchmarks.compile_kernels --check --target sm_80 gfx942 --only M=32768
+	PYTHONPATH=$< $(PY) -m experiments.benchmarks.compile_kernels --check --target sm_90
 	PYTHONPATH=$< $(INTERPRETED)
 
 check: $(VENV)/.installed  ## formatting, lint, types

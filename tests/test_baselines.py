@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from experiments.peer_parity import CASES, GOLDEN, LIMIT, PEERS, differences, of_case
+from experiments.benchmarks.parity import CASES, GOLDEN, LIMIT, PEERS, differences, of_case
 from switch_sae.models import SAES, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, SwitchSAE, TopKSAE
 from switch_sae.models.dense import encoder_linear
 from switch_sae.models.jumprelu import Sparsity

@@ -3,18 +3,20 @@
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments import benchmark
-from experiments.benchmark import Disagreement, MaskedDenseSwitch, Problem, Timing, activations, build_sae, check_formulations, measure, record, table
-from experiments.benchmark_peers import Sparsify, peak_mb
+from experiments.benchmarks import cpu
+from experiments.benchmarks.cpu import MaskedDenseSwitch, NotTrustedError, Timing, activations, build_sae, check_formulations, measure, record, table
+from experiments.benchmarks.peers import Sparsify, peak_mb
+from switch_kernels import Shape
 from switch_sae.models import SwitchSAE
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = Problem(T=64, D=16, M=128, K=4)
+TINY = Shape(T=64, D=16, M=128, E=4, K=4)
 
 
 def test_all_formulations_agree_in_float64():
@@ -24,10 +26,10 @@ def test_all_formulations_agree_in_float64():
 def test_masked_dense_computes_every_expert_and_the_switch_sae_only_one():
     x_TD = activations(TINY)[0]
     for masked in (False, True):
-        sae = build_sae(TINY, 4, x_TD, masked)
+        sae = build_sae(TINY, x_TD, masked)
         assert isinstance(sae, SwitchSAE) and isinstance(sae, MaskedDenseSwitch) == masked
         elsewhere = sae.route(x_TD)[0].expert_TS[:, 0] != 0
-        sae.W_enc_MD.data[: TINY.M // 4] = float("nan")
+        sae.W_enc_MD.data[: TINY.F] = float("nan")
         spoiled = sae(x_TD[elsewhere]).recon_TD.isnan().any(dim=1)  # a mask multiplies, and 0 * NaN is NaN; dispatch never looks
         assert len(spoiled) > 0 and (spoiled.all() if masked else not spoiled.any())
 
@@ -36,13 +38,13 @@ def test_masked_dense_computes_every_expert_and_the_switch_sae_only_one():
 def test_a_wrong_output_or_gradient_is_found(monkeypatch, wrong, what):
     right = MaskedDenseSwitch._decode
     monkeypatch.setattr(MaskedDenseSwitch, "_decode", lambda sae, *rest: right(sae, *rest) + wrong(sae.b_pre_D))
-    with pytest.raises(Disagreement, match=rf"E=4: {what} differs from masked-dense by .* the limit is 1e-9"):
+    with pytest.raises(NotTrustedError, match=rf"E=4: {what} differs from masked-dense by .* the limit is 1e-9"):
         check_formulations([4])
 
 
 def test_a_formulation_that_trains_differently_is_not_timed(monkeypatch):
     monkeypatch.setattr(MaskedDenseSwitch, "loss_terms", lambda sae, *rest: {"mse": 1.001 * SwitchSAE.loss_terms(sae, *rest)["mse"]})
-    with pytest.raises(Disagreement, match=r"the loss of switch at step 0 is .* it should be"):
+    with pytest.raises(NotTrustedError, match=r"the loss of switch at step 0 is .* it should be"):
         measure(TINY, [4], repeats=1)
 
 
@@ -58,7 +60,7 @@ def test_only_plain_masked_dense_runs_unfused_adam():
     x_TD = activations(TINY)[0]
     fused = {}
     for name in ("switch", "masked-dense", "masked-dense, fused Adam"):
-        step = benchmark.contender(name, 4, TINY, x_TD)
+        step = cpu.contender(name, TINY, x_TD)
         (trainer,) = (cell.cell_contents for cell in step.__closure__)
         fused[name] = trainer.engine.optimizer.torch_adam.defaults["fused"]
     assert fused == {"switch": True, "masked-dense": None, "masked-dense, fused Adam": True}
@@ -80,7 +82,7 @@ def test_rows_are_appended_under_one_header_and_name_no_machine(tmp_path):
 def test_peak_memory_is_of_this_process_and_not_of_its_parent():
     held = torch.ones(50_000_000)  # 200 MB
     ours = peak_mb()
-    code = "from experiments.benchmark_peers import peak_mb; a = peak_mb(); b = bytearray(10**8); print(a, peak_mb())"
+    code = "from experiments.benchmarks.peers import peak_mb; a = peak_mb(); b = bytearray(10**8); print(a, peak_mb())"
     before, after = map(float, subprocess.run((sys.executable, "-c", code), cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
     assert ours > held.nbytes / 1e6 > 2 * before and 90 < after - before < 130
 
@@ -123,7 +125,7 @@ def test_a_competitor_in_another_process_is_timed_in_the_same_rounds_and_says_of
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(Sparsify, "PYTHON", Path(sys.executable))
     batches = activations(TINY)
-    tensors = {name.rsplit("_", 1)[0]: parameter.detach() for name, parameter in build_sae(TINY, 1, batches[0]).named_parameters()}
+    tensors = {name.rsplit("_", 1)[0]: parameter.detach() for name, parameter in build_sae(replace(TINY, E=1), batches[0]).named_parameters()}
     with Sparsify({**tensors, "x": torch.stack(batches)}, TINY.K, threads=1) as peer:
         timings = {timing.name: timing for timing in measure(TINY, [4], repeats=2, peer=peer)}  # its FVU must be that of our TopK SAE
         assert timings["eai-sparsify 0.0"].E == 1 and timings["eai-sparsify 0.0"].min_ms > 0 and 0 < peer.last_ms < 1000

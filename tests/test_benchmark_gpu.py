@@ -14,8 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments import benchmark, benchmark_gpu, benchmark_suite
-from experiments.benchmark_cases import (
+from experiments.benchmarks import __main__ as benchmarks
+from experiments.benchmarks import cpu, gpu
+from experiments.benchmarks import suite as suite_module
+from experiments.benchmarks.cases import (
     MAIN,
     TARGETS_US,
     TINY,
@@ -27,8 +29,8 @@ from experiments.benchmark_cases import (
     step_cases,
     target_cases,
 )
-from experiments.benchmark_checks import Finding, Trained, check_step, compare, settled
-from experiments.benchmark_contenders import (
+from experiments.benchmarks.checks import Finding, Trained, check_step, compare, settled
+from experiments.benchmarks.contenders import (
     ExpertLoop,
     Grouped,
     MaskedDense,
@@ -40,11 +42,12 @@ from experiments.benchmark_contenders import (
     skew,
     sparsify_modules,
 )
-from experiments.benchmark_gpu import OURS, Benchmark, disagreement, recorder
-from experiments.benchmark_roofline import Roofs, Shape, alone_us, calibrate, floor, graph_us, times_and_host_us
-from experiments.benchmark_stages import STAGE_OF, KernelTime, stage_table, stage_times
-from experiments.benchmark_suite import COLUMNS, SECTIONS, Budget
-from switch_kernels import Backend, Moments, Precision, Regime
+from experiments.benchmarks.gpu import OURS, Benchmark, disagreement, recorder
+from experiments.benchmarks.record import append
+from experiments.benchmarks.roofline import Roofs, alone_us, calibrate, floor, graph_us, times_and_host_us
+from experiments.benchmarks.stages import STAGE_OF, KernelTime, stage_table, stage_times
+from experiments.benchmarks.suite import COLUMNS, SECTIONS, Budget
+from switch_kernels import Backend, Moments, Precision, Regime, Shape
 from switch_kernels.adam import Adam
 from switch_sae.models import SwitchSAE, TopKSAE
 
@@ -171,7 +174,7 @@ def test_all_contenders_train_alike(E, S):
 
 
 def test_sparsify_is_found_and_loaded_without_what_it_depends_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.benchmark_contenders.SPARSIFY_FOLDER", tmp_path / "nowhere")
+    monkeypatch.setattr("experiments.benchmarks.contenders.SPARSIFY_FOLDER", tmp_path / "nowhere")
     assert sparsify_modules() is None
     (tmp_path / "sparsify").mkdir()
     (tmp_path / "sparsify" / "__init__.py").write_text("raise ImportError('transformers is missing')")
@@ -273,7 +276,7 @@ def test_kernels_are_summed_by_stage_and_unknown_ones_are_shown():
 
 
 def test_every_kernel_that_a_step_launches_belongs_to_a_stage():
-    sources = sorted((Path(benchmark_gpu.__file__).parents[1] / "kernels" / "switch_kernels" / "gpu").glob("*.py"))
+    sources = sorted((Path(gpu.__file__).parents[2] / "kernels" / "switch_kernels" / "gpu").glob("*.py"))
     calls = [node for path in sources for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     launched = {
         call.args[0].id for call in calls if isinstance(call.func, ast.Name) and call.func.id == "launch" and isinstance(call.args[0], ast.Name)
@@ -283,7 +286,7 @@ def test_every_kernel_that_a_step_launches_belongs_to_a_stage():
 
 @pytest.fixture
 def suite(monkeypatch):
-    monkeypatch.setattr(benchmark_suite, "step_cases", lambda tiny, triton: [Case(SMALL, Precision.float32)])
+    monkeypatch.setattr(suite_module, "step_cases", lambda tiny, triton: [Case(SMALL, Precision.float32)])
     rows = []
     about = dict(zip(COLUMNS, ("2026-01-01", "abc", "cpu", "2.11", "3.6"), strict=False))
     made = Benchmark(CPU, Backend.torch, True, Budget(5.0), rows.extend, about)
@@ -292,7 +295,7 @@ def suite(monkeypatch):
 
 
 def test_a_run_checks_first_then_fills_the_table(suite, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark_gpu, "profile", lambda step, device, steps=5: {"kernel": step() and 1.0})
+    monkeypatch.setattr(gpu, "profile", lambda step, device, steps=5: {"kernel": step() and 1.0})
     assert suite.run(list(SECTIONS)) == 0
     text = capsys.readouterr().out
     assert text.index("== correctness") < text.index("== targets") < text.index("== contenders") and "holds" in text
@@ -301,14 +304,14 @@ def test_a_run_checks_first_then_fills_the_table(suite, capsys, monkeypatch):
     sections = {row["section"] for row in suite.rows}
     assert sections == {"roofs", "step", "parity", "contenders", "optimizer", "profile"}
     steps = [row for row in suite.rows if row["section"] == "step"]
-    assert [(row["E"], row["S"], row["routing"]) for row in steps] == [(4, 1, "learned"), (1, 1, "learned"), (4, 2, "learned"), (4, 1, "zipf")]
+    assert [(row["E"], row["S"], row["routing"]) for row in steps] == [(4, 1, "random"), (1, 1, "random"), (4, 2, "random"), (4, 1, "zipf")]
     assert all(float(row["measured_us"]) > 0 and float(row["ratio"]) > 0 and row["device"] == "cpu" for row in steps)
     named = {row["name"] for row in suite.rows if row["section"] == "contenders" and row["E"] == TINY.E}
     assert named == {OURS, "masked-dense, float32", "masked-dense, TF32", "loop over experts", "F.grouped_mm, embedding_bag"}
 
 
 def test_no_speed_on_red(suite, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark_suite, "check_step", lambda *_: [Finding("gradient of W_enc_MD", 0.5, 0.1)])
+    monkeypatch.setattr(suite_module, "check_step", lambda *_: [Finding("gradient of W_enc_MD", 0.5, 0.1)])
     assert suite.run(list(SECTIONS)) == 1
     text = capsys.readouterr().out
     assert "RED" in text and "no speed is reported: 1 checks of one training step failed" in text
@@ -345,7 +348,7 @@ def test_kernels_are_compiled_ahead_by_several_processes_that_the_time_limit_end
         def wait(self):
             assert not alive[self]
 
-    monkeypatch.setattr(benchmark_suite.subprocess, "Popen", Process)
+    monkeypatch.setattr(suite_module.subprocess, "Popen", Process)
     suite.budget = Budget(0.5 / 60)
     suite.run_compile(["targets"])
     text = capsys.readouterr().out
@@ -410,7 +413,7 @@ def test_rows_are_appended_and_copied_out(tmp_path):
     assert [r["name"] for r in rows] == ["ours", "ours", "loop, naive"] and list(rows[0]) == list(COLUMNS) and rows[0]["T"] == "8192"
     assert (out / "gpu.csv").read_bytes() == path.read_bytes()
     with pytest.raises(ValueError, match="Move the old table away"):
-        benchmark.append(path, [{"another": 1}])
+        append(path, [{"another": 1}])
     assert (out / "gpu.csv").read_bytes() == path.read_bytes()
 
 
@@ -424,21 +427,23 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 before = set(sys.modules)
 sys.meta_path.insert(0, Missing())
-import experiments.benchmark_gpu
+import experiments.benchmarks.gpu
 print(sorted((set(sys.modules) - before) & set({blocked})))
 """
-    root = Path(benchmark_gpu.__file__).parents[1]
+    root = Path(gpu.__file__).parents[2]
     done = subprocess.run((sys.executable, "-c", code), cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_a_gpu_makes_the_benchmark_run_its_suite(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
-        benchmark_gpu.main([])
+        gpu.main([])
     assert stopped.value.code == 2 and "there is no CUDA device. Use --quick" in capsys.readouterr().err
     calls = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(benchmark_gpu, "main", calls.append)
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--peers", "--minutes", "3"])
-    benchmark.main()
-    assert calls == [["--peers", "--minutes", "3"]]
+    for module in (cpu, gpu):
+        monkeypatch.setattr(module, "main", lambda arguments, module=module: calls.append((module, arguments)))
+    for has_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        benchmarks.main(["--peers"])
+        benchmarks.main(["--cpu", "--peers"])
+    assert calls == [(cpu, ["--peers"]), (cpu, ["--peers"]), (gpu, ["--peers"]), (cpu, ["--peers"])]

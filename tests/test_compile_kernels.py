@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from experiments.compile_kernels import TARGETS, Job, Report, StubDriver, collect, compile_all, labels
+from experiments.benchmarks.compile_kernels import TARGETS, Job, Report, StubDriver, collect, compile_all, labels
 from switch_kernels.gpu.launch import Launch, launch
 
 

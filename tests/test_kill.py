@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.kill_test import MOMENTS, Outcome, compare, kill_test, plan
+from experiments.benchmarks.kill_test import MOMENTS, Outcome, compare, kill_test, plan
 from switch_sae import SwitchSAE, load_sae, save_sae
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,8 +16,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from experiments.benchmarks.kill_test import compare
 from experiments.compose import CONF, register_schemas, sweep_config
-from experiments.kill_test import compare
 from switch_sae import load_sae
 from switch_sae.activations import SyntheticSource
 from switch_sae.config import EvaluationConfig, RunConfig, config_to_plain

@@ -1,4 +1,4 @@
-"""One description per operation: its fast and slow forms, inputs, and cost. Tests, benchmarks and docs read only this."""
+"""The sizes of a problem, shared by tests and benchmarks, and one description per operation: its fast and slow forms and their inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,11 @@ from switch_kernels.encode import encode_topk, encode_topk_reference
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one problem. `routing` says how tokens fall on experts: `random`, `one` (all to the last S experts) or `skip` (expert 0 empty)."""
+    """T tokens of D numbers, M latents in E experts, K active latents and S experts per token; `joint` selects the K over all S experts at once.
+
+    `routing` says how tokens fall on experts: `random`, as a router at its start sends them; `one`, all to the last S experts; `skip`, expert 0 stays
+    empty; `zipf`, to expert e in proportion to 1 / (e + 1).
+    """
 
     T: int
     D: int
@@ -30,6 +34,15 @@ class Shape:
     def F(self) -> int:
         return self.M // self.E
 
+    @property
+    def R(self) -> int:
+        """Pairs of a token and an expert."""
+        return self.T * self.S
+
+    def __str__(self) -> str:
+        more = (f" S={self.S}" if self.S > 1 else "") + ("" if self.joint else " separate")
+        return f"D={self.D} M={self.M} E={self.E} K={self.K} T={self.T}{more}" + ("" if self.routing == "random" else f" {self.routing}")
+
 
 @dataclass(frozen=True)
 class KernelSpec:
@@ -40,10 +53,6 @@ class KernelSpec:
     reference: Callable[..., Any]
     make_inputs: Callable[[Shape, torch.dtype, torch.Generator], dict[str, Any]]
     """Keyword arguments for both forms; tensors that want a gradient have requires_grad set."""
-    flops: Callable[[Shape], int]
-    """Multiply-adds counted as two, forward."""
-    bytes: Callable[[Shape], int]
-    """The fewest bytes that a float32 forward must move: inputs read once, outputs written once."""
 
 
 def _experts(shape: Shape, generator: torch.Generator) -> Tensor:
@@ -53,6 +62,8 @@ def _experts(shape: Shape, generator: torch.Generator) -> Tensor:
         liking_TE = torch.arange(shape.E).expand(shape.T, -1)
     elif shape.routing == "skip" and shape.E > shape.S:
         liking_TE[:, 0] = -1
+    elif shape.routing == "zipf":  # expert e is the first to ring: exponential clocks of rates 1 / (e + 1)
+        liking_TE = liking_TE.log() * torch.arange(1, shape.E + 1)
     return liking_TE.topk(shape.S, dim=1).indices
 
 
@@ -94,16 +105,12 @@ KERNELS: dict[str, KernelSpec] = {
             fast=lambda **inputs: _dense_selection(encode_topk(**inputs), inputs["W_enc_MD"].shape[0]),
             reference=lambda **inputs: _dense_selection(encode_topk_reference(**inputs), inputs["W_enc_MD"].shape[0]),
             make_inputs=_encode_inputs,
-            flops=lambda s: 2 * s.T * s.S * s.D * s.F,
-            bytes=lambda s: 4 * (s.T * s.D + min(s.T * s.S, s.E) * s.F * s.D + 3 * s.T * s.K),
         ),
         KernelSpec(
             name="sparse_decode",
             fast=sparse_decode,
             reference=sparse_decode_reference,
             make_inputs=_decode_inputs,
-            flops=lambda s: 2 * s.T * s.D * s.K,
-            bytes=lambda s: 4 * (3 * s.T * s.K + min(s.T * s.K, s.M) * s.D + s.T * s.D),
         ),
     )
 }

@@ -1,9 +1,7 @@
 """Times whole training steps of Switch SAEs against the masked-dense formulation, a dense TopK SAE and eai-sparsify, interleaved in one run.
 
-    python -m experiments.benchmark --peers              # about 3 minutes on 2 quiet cores, once eai-sparsify's environment is there
-    python -m experiments.benchmark --quick              # small sizes, to see that it works; nothing is recorded
-
-On a machine with a CUDA device the same command runs `experiments.benchmark_gpu` instead, unless --cpu is given.
+    python -m experiments.benchmarks.cpu --peers         # about 3 minutes on 2 quiet cores, once eai-sparsify's environment is there
+    python -m experiments.benchmarks.cpu --quick         # small sizes, to see that it works; nothing is recorded
 
 A step is all that training does with one batch: forward, loss, backward, gradient projection, clipping, Adam, unit norm and dead-latent
 bookkeeping (`Trainer.step`; no latent is dead, so AuxK does not run). Activations are standard normal. Nothing is timed before all formulations are
@@ -11,17 +9,15 @@ shown to compute the same function. Shapes: T tokens, D activation size, M laten
 """
 
 import argparse
-import csv
-import io
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +25,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.benchmark_peers import Sparsify, cpu_model, peak_mb
-from switch_kernels import encode_topk_reference
+from experiments.benchmarks import contenders
+from experiments.benchmarks.checks import NotTrustedError
+from experiments.benchmarks.peers import Sparsify, cpu_model, peak_mb
+from experiments.benchmarks.record import RESULTS, append, commit
+from switch_kernels import Shape, encode_topk_reference
 from switch_kernels.adam import Adam
 from switch_sae.engines import TorchEngine
 from switch_sae.models import Routing, SparseLatents, SwitchSAE, TopKSAE
-from switch_sae.runs import environment, write_atomically
-from switch_sae.training import Trainer, TrainerConfig, prepare
+from switch_sae.training import Trainer, TrainerConfig
 
-RESULTS = Path(__file__).with_name("results") / "benchmark_cpu.csv"
+TABLE = RESULTS / "benchmark_cpu.csv"
+SIZES, QUICK = Shape(T=2048, D=512, M=8192, E=1, K=32), Shape(T=256, D=64, M=512, E=1, K=8)
+"""E is each contender's own."""
 WARMUP, BATCHES, MEMORY_STEPS = 2, 3, 3
 TRAINER = TrainerConfig(warmup_steps=0, dead_after_tokens=2**62)
 FLOOR = "encoder GEMM"
 Step = Callable[[Tensor], float]  # does its work on one batch and returns the loss before it
-
-
-@dataclass(frozen=True)
-class Problem:
-    T: int = 2048
-    D: int = 512
-    M: int = 8192
-    K: int = 32
-
-
-QUICK = Problem(T=256, D=64, M=512, K=8)
-
-
-class Disagreement(Exception):
-    """Formulations of one function differ, so their speeds mean nothing."""
 
 
 class MaskedDense(TopKSAE):
@@ -80,28 +65,22 @@ class MaskedDense(TopKSAE):
 class MaskedDenseSwitch(MaskedDense, SwitchSAE): ...
 
 
-def build_sae(problem: Problem, num_experts: int, x_TD: Tensor, masked: bool = False) -> TopKSAE:
+def build_sae(shape: Shape, x_TD: Tensor, masked: bool = False) -> TopKSAE:
     """A Switch SAE, or with one expert the dense TopK SAE, at its start; `masked` computes the same function the published way."""
-    generator = torch.Generator().manual_seed(0)
-    if num_experts == 1:
-        sae = (MaskedDense if masked else TopKSAE)(TopKSAE.Config(num_latents=problem.M, k=problem.K), problem.D, generator)
-    else:
-        config = SwitchSAE.Config(num_latents=problem.M, k=problem.K, num_experts=num_experts)
-        sae = (MaskedDenseSwitch if masked else SwitchSAE)(config, problem.D, generator)
-    prepare(sae, x_TD, normalize_activations=False)
-    return sae
+    owners = (MaskedDense, MaskedDenseSwitch) if masked else (TopKSAE, SwitchSAE)
+    return contenders.build_sae(shape, x_TD, owners=owners, normalize=False)
 
 
-def activations(problem: Problem) -> list[Tensor]:
-    return list(torch.randn(BATCHES, problem.T, problem.D, generator=torch.Generator().manual_seed(1)))
+def activations(shape: Shape) -> list[Tensor]:
+    return list(torch.randn(BATCHES, shape.T, shape.D, generator=torch.Generator().manual_seed(1)))
 
 
-def contender(name: str, num_experts: int, problem: Problem, x_TD: Tensor) -> Step:
+def contender(name: str, shape: Shape, x_TD: Tensor) -> Step:
     """By name: `switch`, `topk`, `masked-dense`, `masked-dense, fused Adam`, or `encoder GEMM`: the 2*T*D*F FLOPs that no step can do without."""
     if name == FLOOR:
-        W_FD = torch.randn(problem.M // num_experts, problem.D)
+        W_FD = torch.randn(shape.F, shape.D)
         return lambda x_TD: torch.mm(x_TD, W_FD.T)[0, 0].item()
-    trainer = Trainer(build_sae(problem, num_experts, x_TD, masked="masked" in name), TRAINER, total_steps=1_000_000, batch_size=problem.T)
+    trainer = Trainer(build_sae(shape, x_TD, masked="masked" in name), TRAINER, total_steps=1_000_000, batch_size=shape.T)
     if name == "masked-dense":  # torch.optim.Adam as it comes
         engine = trainer.engine
         assert isinstance(engine, TorchEngine)
@@ -117,13 +96,13 @@ def line_up(experts: list[int]) -> list[tuple[str, int]]:
 
 
 def check_formulations(experts: list[int]) -> float:
-    """Largest relative difference between fast and masked-dense outputs and gradients, in float64. Raises Disagreement above 1e-9."""
+    """Largest relative difference between fast and masked-dense outputs and gradients, in float64. Raises NotTrustedError above 1e-9."""
     worst = 0.0
     for num_experts in (1, *experts):
         generator = torch.Generator().manual_seed(2)
         x_TD = torch.randn(96, 32, generator=generator, dtype=torch.float64)
-        tiny = Problem(T=96, D=32, M=16 * num_experts, K=4)
-        fast, slow = (build_sae(tiny, num_experts, x_TD.float(), masked).double() for masked in (False, True))
+        tiny = Shape(T=96, D=32, M=16 * num_experts, E=num_experts, K=4)
+        fast, slow = (build_sae(tiny, x_TD.float(), masked).double() for masked in (False, True))
         for parameter, other in zip(fast.parameters(), slow.parameters(), strict=True):  # away from the start, where biases are equal or zero
             parameter.data.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.05)
             other.data.copy_(parameter.data)
@@ -137,12 +116,12 @@ def check_formulations(experts: list[int]) -> float:
             difference = ((found[what] - tensor).abs().max() / tensor.abs().max()).item()
             worst = max(worst, difference)
             if not difference <= 1e-9:
-                raise Disagreement(f"E={num_experts}: {what} differs from masked-dense by {difference:.1e} relative (float64); the limit is 1e-9.")
+                raise NotTrustedError(f"E={num_experts}: {what} differs from masked-dense by {difference:.1e} relative (float64); the limit is 1e-9.")
     return worst
 
 
 def check_losses(losses: dict[tuple[str, int], list[float]], experts: list[int], peer_fvu: float | None, x_TD: Tensor) -> None:
-    """Before anything is timed, at full size in float32: equal losses at the start and after a step. Raises Disagreement above 1e-4."""
+    """Before anything is timed, at full size in float32: equal losses at the start and after a step. Raises NotTrustedError above 1e-4."""
     reference, same = losses["masked-dense", experts[0]], ("switch", "masked-dense, fused Adam")
     pairs = [(f"the loss of {name} at step {step}", losses[name, experts[0]][step], reference[step]) for name in same for step in (0, 1)]
     if peer_fvu is not None:
@@ -150,7 +129,7 @@ def check_losses(losses: dict[tuple[str, int], list[float]], experts: list[int],
         pairs.append((f"{Sparsify.PACKAGE}'s FVU at step 0", peer_fvu, fvu))
     for what, found, expected in pairs:
         if not abs(found - expected) <= 1e-4 * abs(expected):
-            raise Disagreement(f"{what} is {found:.6g}; it should be {expected:.6g}.")
+            raise NotTrustedError(f"{what} is {found:.6g}; it should be {expected:.6g}.")
 
 
 @dataclass(frozen=True)
@@ -179,10 +158,10 @@ Peaks = dict[tuple[str, int], tuple[float, float]]
 """(MB above the imports, MB of the imports alone) by name and E."""
 
 
-def measure(problem: Problem, experts: list[int], repeats: int, peer: Sparsify | None = None) -> list[Timing]:
-    """Rounds of one step each (A B C A B C ...) after two rounds of warm-up, whose losses must agree. Raises Disagreement."""
-    batches = activations(problem)
-    steps = {(name, e): contender(name, e, problem, batches[0]) for name, e in line_up(experts)}
+def measure(shape: Shape, experts: list[int], repeats: int, peer: Sparsify | None = None) -> list[Timing]:
+    """Rounds of one step each (A B C A B C ...) after two rounds of warm-up, whose losses must agree. Raises NotTrustedError."""
+    batches = activations(shape)
+    steps = {(name, e): contender(name, replace(shape, E=e), batches[0]) for name, e in line_up(experts)}
     if peer is not None:
         steps[peer.name, 1] = lambda _: peer.step()  # its FVU stands in for its loss
     times: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
@@ -214,8 +193,8 @@ def memory(timings: list[Timing], threads: int, start_peer: Callable[[], Sparsif
                     peer.step()
                 peaks[t.key] = (peer.peak_mb() - peer.import_mb, peer.import_mb)
         elif not t.is_floor:
-            command = ("--cpu", "--peak-memory-of", t.name, "--experts", str(t.E), "--threads", str(threads))
-            done = subprocess.run((sys.executable, "-m", "experiments.benchmark", *command), stdout=subprocess.PIPE, check=True, text=True)
+            command = ("--peak-memory-of", t.name, "--experts", str(t.E), "--threads", str(threads))
+            done = subprocess.run((sys.executable, "-m", "experiments.benchmarks.cpu", *command), stdout=subprocess.PIPE, check=True, text=True)
             total, imports = json.loads(done.stdout)
             peaks[t.key] = (total - imports, imports)
     return peaks
@@ -224,8 +203,8 @@ def memory(timings: list[Timing], threads: int, start_peer: Callable[[], Sparsif
 def print_own_peak(name: str, num_experts: int) -> None:
     """What `memory` asks of a fresh process: [peak MB, of which imports]."""
     imports = peak_mb()
-    batches = activations(Problem())
-    step = contender(name, num_experts, Problem(), batches[0])
+    batches = activations(SIZES)
+    step = contender(name, replace(SIZES, E=num_experts), batches[0])
     for number in range(MEMORY_STEPS):
         step(batches[number % BATCHES])
     print(json.dumps([peak_mb(), imports]))
@@ -251,74 +230,49 @@ def record(path: Path, timings: list[Timing], peaks: Peaks, threads: int) -> Non
     append(path, rows)
 
 
-def commit() -> str:
-    """The checkout's commit, with a plus sign if files differ from it; "none" where there is no history."""
-    about = environment()
-    return (about["git_commit"] or "none")[:12] + ("+" if about["git_dirty"] else "")
-
-
-def append(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Adds rows of equal columns to the CSV file at `path`, whole or not at all. Raises ValueError where the file has other columns."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    before = path.read_bytes() if path.is_file() else b""
-    header = next(csv.reader(io.StringIO(before.decode())), list(rows[0]))
-    if header != list(rows[0]):
-        raise ValueError(f"{path} has the columns {header}, the new rows have {list(rows[0])}. Move the old table away.")
-    if not before:
-        writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, before + text.getvalue().encode())
-
-
 def peer_starter(threads: int) -> Callable[[], Sparsify]:
     """Starts eai-sparsify with the weights and activations of our TopK SAE, as often as asked; installs it first."""
-    Sparsify.install()
-    batches = activations(Problem())
-    tensors = {name.rsplit("_", 1)[0]: parameter.detach() for name, parameter in build_sae(Problem(), 1, batches[0]).named_parameters()}
-    return lambda: Sparsify({**tensors, "x": torch.stack(batches)}, Problem().K, threads)
+    Sparsify.ENVIRONMENT.make()
+    batches = activations(SIZES)
+    tensors = {name.rsplit("_", 1)[0]: parameter.detach() for name, parameter in build_sae(SIZES, batches[0]).named_parameters()}
+    return lambda: Sparsify({**tensors, "x": torch.stack(batches)}, SIZES.K, threads)
 
 
-def main() -> None:
-    if torch.cuda.is_available() and "--cpu" not in sys.argv[1:]:
-        from experiments import benchmark_gpu
-
-        return benchmark_gpu.main(sys.argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true", help="time the CPU also where there is a CUDA device")
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="experiments.benchmarks.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 16, 32, 64], help="the first is also that of masked-dense")
     parser.add_argument("--repeats", type=int, default=15, help="rounds; every contender does one step in each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", action="store_true", help=f"also {Sparsify.PACKAGE}, installed into {Sparsify.FOLDER.name}/ the first time")
     parser.add_argument("--quick", action="store_true", help="small sizes, without peers and memory; nothing is recorded")
     parser.add_argument("--peak-memory-of", metavar="NAME", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     # Threads that spin while they wait make a step several times slower on a shared machine. The policy is read once, at start.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.execv(sys.executable, [sys.executable, "-m", "experiments.benchmark", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, "-m", "experiments.benchmarks.cpu", *(sys.argv[1:] if arguments is None else arguments)])
     torch.set_num_threads(options.threads)
     if options.peak_memory_of:
         return print_own_peak(options.peak_memory_of, options.experts[0])
     if min(options.experts) < 2 or options.repeats < 1:
         parser.error("--experts takes numbers of at least 2 (the dense SAE is always there), --repeats at least 1")
-    problem = QUICK if options.quick else Problem()
-    print(f"{cpu_model()}, {options.threads} threads, torch {torch.__version__}, float32; T={problem.T} D={problem.D} M={problem.M} K={problem.K}")
+    shape = QUICK if options.quick else SIZES
+    print(f"{cpu_model()}, {options.threads} threads, torch {torch.__version__}, float32; T={shape.T} D={shape.D} M={shape.M} K={shape.K}")
     with ExitStack() as stack:
         try:
             print(f"all formulations agree: largest relative difference {check_formulations(options.experts):.1e} (float64)", flush=True)
             start_peer = peer_starter(options.threads) if options.peers and not options.quick else None
             peer = stack.enter_context(start_peer()) if start_peer else None
-            timings = measure(problem, options.experts, options.repeats, peer)
-        except (Disagreement, ValueError) as error:
+            timings = measure(shape, options.experts, options.repeats, peer)
+        except (NotTrustedError, ValueError) as error:
             sys.exit(f"no speed is reported: {error}")
         peaks = {} if options.quick else memory(timings, options.threads, start_peer)
-    print(table(timings, problem.T, peaks))
+    print(table(timings, shape.T, peaks))
     if not peer:
         print(f"{Sparsify.PACKAGE}: not measured (--peers measures it, except with --quick)")
     if not options.quick:
-        record(RESULTS, timings, peaks, options.threads)
-        print(f"recorded in {RESULTS}")
+        record(TABLE, timings, peaks, options.threads)
+        print(f"recorded in {TABLE}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A competitor in an environment of its own, as a process that does one training step on request: eai-sparsify's TopK SAE.
 
-Both ends are here, and neither needs switch_sae: `experiments.benchmark` uses `Sparsify`, which runs this file with the interpreter of that
+Both ends are here, and neither needs switch_sae: `experiments.benchmarks.cpu` uses `Sparsify`, which runs this file with the interpreter of that
 environment and talks to it line by line ("step" -> {"ms": ..., "fvu": ...}), so that its steps interleave with ours in one run.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".benchmark-peers"
 
 
@@ -75,15 +75,10 @@ class Sparsify:
         self._folder = tempfile.TemporaryDirectory()
         weights = f"{self._folder.name}/weights.safetensors"
         save_file(tensors, weights)
-        command = [str(self.PYTHON), __file__, "--weights", weights, "--k", str(k), "--threads", str(threads)]
+        command = [str(self.PYTHON), "-P", __file__, "--weights", weights, "--k", str(k), "--threads", str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         hello = self._answer()
         self.name, self.import_mb, self.last_ms = f"{self.PACKAGE} {hello['version']}", hello["import_mb"], 0.0
-
-    @classmethod
-    def install(cls) -> None:
-        """Makes its environment the first time."""
-        cls.ENVIRONMENT.make()
 
     def __enter__(self) -> Self:
         return self

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.benchmark_cases import Case
-from experiments.benchmark_contenders import LEARNING_RATE, MaskedDense, OurStep, activations, build_sae
-from experiments.benchmark_roofline import Shape
-from switch_kernels import Backend, Moments, Precision
+from experiments.benchmarks.cases import Case
+from experiments.benchmarks.contenders import LEARNING_RATE, MaskedDense, OurStep, activations, build_sae
+from switch_kernels import Backend, Moments, Precision, Shape
 from switch_kernels.adam import BETAS
 from switch_sae.models import TopKSAE
 from switch_sae.training import TrainerConfig
@@ -22,6 +21,10 @@ LOSS_LIMIT = {Precision.float32: 2e-6, Precision.tf32: 3e-4, Precision.bf16: 3e-
 STEPS = 8
 """Enough for a trainer that captures its step in a graph to replay it."""
 LOSS_TOLERANCE, L0_TOLERANCE, DEAD_TOLERANCE = 0.01, 0.005, 0.01
+
+
+class NotTrustedError(Exception):
+    """A check failed, so speeds mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def check_step(case: Case, device: torch.device, backend: Backend) -> list[Findi
 
 
 def references(sae: TopKSAE, case: Case) -> tuple[MaskedDense | OurStep, MaskedDense | OurStep]:
-    """(float64 truth, PyTorch in the precision of the case). With dead latents both are our trainer on PyTorch, which knows AuxK, in float32 at best."""
+    """(float64 truth, PyTorch in the case's precision). With dead latents both are our trainer on PyTorch, which knows AuxK, in float32 at best."""
     if not case.dead:
         return MaskedDense(sae, "float64", dense_decode=True), MaskedDense(sae, case.precision.value, dense_decode=True)
     assert case.precision is Precision.float32, "PyTorch's trainer has no lower precision to compare with"

@@ -1,6 +1,6 @@
 """Trains the bundled language model: a small GPT-2 on Python sources, on a CPU, without a network.
 
-    python -m experiments.train_language_model --out runs/language_model            # about 1.5 hours on 2 cores, 52M tokens
+    python -m experiments.bundled_model.train --out runs/language_model            # about 1.5 hours on 2 cores, 52M tokens
 
 Text: the standard library and every package installed beside this project; one file in twenty is held out by name
 (`switch_sae.activations.text.is_held_out`). Every row starts with the beginning-of-sequence token, as transformer_lens will present it.
@@ -119,8 +119,8 @@ def main() -> None:
     packages = Counter()
     for document in train_documents:
         packages["/".join(document.name.split("/")[: 1 if document.name.startswith("stdlib/") else 2])] += len(document.text)
-    print(f"{len(train_documents)} documents, {sum(packages.values()) / 1e6:.0f} MB, {len(stream) / 1e6:.1f}M tokens; "
-          f"held out {len(held_out_documents)} documents, {len(held_out) / 1e6:.2f}M tokens; {bytes_per_token:.2f} bytes per token", flush=True)  # fmt: skip
+    print(f"{len(train_documents)} documents, {sum(packages.values()) / 1e6:.0f} MB, {len(stream) / 1e6:.1f}M tokens", flush=True)
+    print(f"held out {len(held_out_documents)} documents, {len(held_out) / 1e6:.2f}M tokens; {bytes_per_token:.2f} bytes per token", flush=True)
     base = baselines(stream, held_out, args.vocabulary)
     print(f"baselines in nats: {base}", flush=True)
 
@@ -195,9 +195,10 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
     record = {
-        "command": "python -m experiments.train_language_model", "arguments": {k: str(v) for k, v in vars(args).items() if k != "out"},
+        "command": "python -m experiments.bundled_model.train", "arguments": {k: str(v) for k, v in vars(args).items() if k != "out"},
         "parameters": sum(p.numel() for p in model.parameters()), "tokens_seen": step * per_step, "training_stream_tokens": len(stream),
-        "held_out_tokens_scored": scored[:, 1:].numel(), "bytes_per_token": bytes_per_token, "held_out_nats": nats, "held_out_nats_standard_library": stdlib_nats,
+        "held_out_tokens_scored": scored[:, 1:].numel(), "bytes_per_token": bytes_per_token,
+        "held_out_nats": nats, "held_out_nats_standard_library": stdlib_nats,
         "held_out_bits_per_byte": bits, "samples": samples, "characters_by_package": dict(packages.most_common()), "log": log,
     }  # fmt: skip
     (args.out / "model" / "training.json").write_text(json.dumps(record, indent=1))

@@ -7,41 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.benchmark_cases import Case
-from experiments.benchmark_contenders import LEARNING_RATE, OurStep
-from experiments.benchmark_roofline import FLUSH_BYTES, Floor, Shape, alone_us, graph_us, synchronize
-from switch_kernels import Backend
+from experiments.benchmarks.cases import Case
+from experiments.benchmarks.contenders import LEARNING_RATE, OurStep
+from experiments.benchmarks.roofline import FLUSH_BYTES, Floor, alone_us, graph_us, synchronize
+from switch_kernels import Backend, Shape
 from switch_sae.models import TopKSAE
 
-STAGE_OF = {
-    "_route": "router, dispatch",
-    "_route_backward": "router, dispatch",
-    "_count_experts": "router, dispatch",
-    "_sum_counts": "router, dispatch",
-    "_place_pairs": "router, dispatch",
-    "_gather_rows": "router, dispatch",
-    "_encode_kernel": "encode",
-    "_select_rows": "top-k",
-    "_select_jointly": "top-k",
-    "_scatter_latents": "top-k",
-    "_decode_loss_kernel": "decode, loss, dz",
-    "_decode_rows_kernel": "decode, loss, dz",
-    "_combine_slots_kernel": "decode, loss, dz",
-    "_latent_gradients_kernel": "decode, loss, dz",
-    "_decode_loss": "decode, loss, dz",
-    "_weight_gradient_kernel": "weight gradients",
-    "sum_chunks": "weight gradients",
-    "gradient_rows": "weight gradients",
-    "_update_rows": "update",
-    "_update_flat": "update",
-    "update_latents": "update",
-    "_weighted_row_sum": "other",
-    "_mark_fired": "other",
-    "_keep_topk": "other",
-    "_keep_topk_streamed": "other",
-    "_sparse_decode": "other",
+KERNELS_OF = {
+    "router, dispatch": ("_route", "_route_backward", "_count_experts", "_sum_counts", "_place_pairs", "_gather_rows"),
+    "encode": ("_encode_kernel",),
+    "top-k": ("_select_rows", "_select_jointly", "_scatter_latents"),
+    "decode, loss, dz": ("_decode_loss_kernel", "_decode_rows_kernel", "_combine_slots_kernel", "_latent_gradients_kernel", "_decode_loss"),
+    "weight gradients": ("_weight_gradient_kernel", "sum_chunks", "gradient_rows"),
+    "update": ("_update_rows", "_update_flat", "update_latents"),
+    "other": ("_weighted_row_sum", "_mark_fired", "_keep_topk", "_keep_topk_streamed", "_sparse_decode"),
 }
-"""By kernel. The clip's norm is computed with the weight gradients; "other" has no floor."""
+"""By stage. The clip's norm is computed with the weight gradients; "other" has no floor."""
+STAGE_OF = {kernel: stage for stage, kernels in KERNELS_OF.items() for kernel in kernels}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Twelve SAEs from one pass over the language model against twelve separate runs: time, and whether the weights are the same bits.
 
-python -m experiments.benchmark_sweep                # about 3 minutes; a quiet machine
+python -m experiments.benchmarks.sweep                # about 3 minutes; a quiet machine
 
 Both train, save and score the same SAEs on the bundled language model in this process, imports done. A pass is what its activations cost a separate
 run: loading the model, reading the text, the model's forward passes. The sweep may take the separate runs' time less eleven passes, plus 5 %.
@@ -9,7 +9,8 @@ run: loading the model, reading the text, the model's forward passes. The sweep 
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,67 +42,61 @@ def config(folder: Path, tokens: int) -> SweepConfig:
     )  # fmt: skip
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 def seconds(action: Callable[[], object]) -> float:
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
 
 
-class PassClock:
-    """Seconds that runs spend on their activations inside the block: loading the model, reading the text, its passes."""
+@contextmanager
+def passes() -> Iterator[list[float]]:
+    """Collects the seconds that runs spend on their activations inside the block: loading the model, reading the text, its passes."""
+    spent: list[float] = []
+    is_inside = False
 
-    def __init__(self) -> None:
-        self.seconds, self._inside = 0.0, False
-
-    def __enter__(self) -> "PassClock":
-        self._patches = [
-            patch.object(Stream, "__init__", self._timed(Stream.__init__)),
-            patch.object(LanguageModelSource, "__next__", self._timed(LanguageModelSource.__next__)),
-        ]
-        for patched in self._patches:
-            patched.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for patched in self._patches:
-            patched.stop()
-
-    def _timed(self, action: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            if self._inside:  # the calibration rows are drawn while the stream is built
+    def timed(action: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal is_inside
+            if is_inside:  # the calibration rows are drawn while the stream is built
                 return action(*arguments)
-            self._inside, began = True, time.perf_counter()
+            is_inside, began = True, time.perf_counter()
             try:
                 return action(*arguments)
             finally:
-                self._inside = False
-                self.seconds += time.perf_counter() - began
+                is_inside = False
+                spent.append(time.perf_counter() - began)
 
-        return timed
+        return call
+
+    with (
+        patch.object(Stream, "__init__", timed(Stream.__init__)),
+        patch.object(LanguageModelSource, "__next__", timed(LanguageModelSource.__next__)),
+    ):
+        yield spent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=100_000)
     options = parser.parse_args()
+
+    def quiet(line: str) -> None:
+        pass
+
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
         settings = config(Path(folder), options.tokens)
         run_training(replace(settings.base, tokens=settings.batch_size), quiet)  # imports, first use of everything
         together = seconds(lambda: run_sweep(settings, quiet))
         sweep = SweepFolder.open(Path(folder) / "sweep")
         runs: dict[str, RunDir] = {}
-        with PassClock() as clock:
+        with passes() as spent:
             alone = seconds(lambda: runs.update({name: run_training(member, quiet) for name, member in sweep.members.items()}))
         same = all(
             torch.equal(ours, theirs)
             for name, run in runs.items()
             for ours, theirs in zip(load_sae(sweep.run(name).path).state_dict().values(), load_sae(run.path).state_dict().values(), strict=True)
         )
-    count, one = len(runs), clock.seconds / len(runs)
+    count, one = len(runs), sum(spent) / len(runs)
     allowed = 1.05 * (alone - (count - 1) * one)
     print(f"\n{count} separate runs     {alone:7.1f} s, of which a pass takes {one:.1f} s")
     print(f"one sweep            {together:7.1f} s, {alone / together:.2f} times as fast")

@@ -1,7 +1,7 @@
 """Whole training steps on a GPU, all from the same weights and on the same activations: ours, and what others would run.
 
 A step is forward, loss, backward, clipping, projection, Adam, unit norm and dead-latent bookkeeping, without AuxK (no latent is dead). Letters as
-in `benchmark_roofline`.
+in `experiments.benchmarks.roofline`.
 """
 
 import importlib.util
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.benchmark_cases import Case
-from experiments.benchmark_roofline import Shape
-from switch_kernels import Backend, Moments, Precision, resolve
+from experiments.benchmarks.cases import Case
+from experiments.benchmarks.peers import PEERS, Sparsify
+from switch_kernels import Backend, Moments, Precision, Shape, resolve
 from switch_kernels.adam import BETAS
 from switch_sae.models import SwitchSAE, TopKSAE
 from switch_sae.models.losses import load_balance_loss, reconstruction_loss
@@ -28,8 +28,8 @@ from switch_sae.training import StepResult, Trainer, TrainerConfig, prepare
 LEARNING_RATE = 1e-3
 CLIP = 1.0
 NEVER = 2**62
-SPARSIFY, SPARSIFY_VERSION = "eai-sparsify", "1.3.3"
-SPARSIFY_FOLDER = Path(__file__).resolve().parents[1] / ".benchmark-peers" / "kernels"
+SPARSIFY, SPARSIFY_VERSION = Sparsify.PACKAGE, Sparsify.VERSION
+SPARSIFY_FOLDER = PEERS / "kernels"
 
 
 def activations(shape: Shape, batches: int, device: torch.device, seed: int = 1) -> Tensor:
@@ -54,16 +54,19 @@ def activations(shape: Shape, batches: int, device: torch.device, seed: int = 1)
     return out_BTD
 
 
-def build_sae(shape: Shape, x_TD: Tensor, seed: int = 0) -> TopKSAE:
-    """An SAE at its start, on the device of `x_TD`. With one expert it is the dense TopK SAE."""
+def build_sae(
+    shape: Shape, x_TD: Tensor, seed: int = 0, owners: tuple[type[TopKSAE], type[SwitchSAE]] = (TopKSAE, SwitchSAE), normalize: bool = True
+) -> TopKSAE:
+    """An SAE at its start, on the device of `x_TD`: of the first of `owners` with one expert (the dense TopK SAE), else of the second."""
+    dense, switch = owners
     with x_TD.device:
         generator = torch.Generator(x_TD.device).manual_seed(seed)
         if shape.E == 1:
-            sae = TopKSAE(TopKSAE.Config(num_latents=shape.M, k=shape.K), shape.D, generator)
+            sae = dense(TopKSAE.Config(num_latents=shape.M, k=shape.K), shape.D, generator)
         else:
             config = SwitchSAE.Config(num_latents=shape.M, k=shape.K, num_experts=shape.E, experts_per_token=shape.S)
-            sae = SwitchSAE(config, shape.D, generator)
-    prepare(sae, x_TD[:2048], normalize_activations=True)
+            sae = switch(config, shape.D, generator)
+    prepare(sae, x_TD[:2048], normalize_activations=normalize)
     return sae
 
 

@@ -1,12 +1,13 @@
 """The benchmark on a GPU: checks first, then times whole training steps against their floor and against others. One call, within `--minutes`.
 
-    python -m experiments.benchmark_gpu                      # everything; `make benchmark` does the same on a machine with a CUDA device
-    python -m experiments.benchmark_gpu --sections parity    # some sections (kernels, roofs and correctness always come first)
-    python -m experiments.benchmark_gpu --quick              # tiny sizes, on a CPU too, to see that it works; nothing is recorded
+    python -m experiments.benchmarks.gpu                      # everything; `make benchmark` does the same on a machine with a CUDA device
+    python -m experiments.benchmarks.gpu --sections parity    # some sections (kernels, roofs and correctness always come first)
+    python -m experiments.benchmarks.gpu --quick              # tiny sizes, on a CPU too, to see that it works; nothing is recorded
 
-Needs torch, triton, numpy and safetensors; where the project is not installed, PYTHONPATH=kernels in front. eai-sparsify's kernels are compared if the package can be found on PYTHONPATH (its own dependencies are
-not needed: pip install --no-deps --target FOLDER eai-sparsify==1.3.3), or with `--peers`, which fetches it. Nothing is timed unless single steps
-agree with float64 PyTorch. Sections run by importance; what the time does not allow is skipped with a line that says so.
+Needs torch, triton, numpy and safetensors; where the project is not installed, PYTHONPATH=kernels in front. eai-sparsify's kernels are compared if
+the package can be found on PYTHONPATH (its own dependencies are not needed: pip install --no-deps --target FOLDER eai-sparsify==1.3.3), or with
+`--peers`, which fetches it. Nothing is timed unless single steps agree with float64 PyTorch. Sections run by importance; what the time does not
+allow is skipped with a line that says so.
 """
 
 import argparse
@@ -26,8 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.benchmark import append, commit
-from experiments.benchmark_cases import (
+from experiments.benchmarks.cases import (
     FLOOR_TARGET,
     MASKED_TARGET,
     PARITY_STEPS,
@@ -39,8 +39,8 @@ from experiments.benchmark_cases import (
     parity_cases,
     target_cases,
 )
-from experiments.benchmark_checks import Trained, compare, train
-from experiments.benchmark_contenders import (
+from experiments.benchmarks.checks import Trained, compare, train
+from experiments.benchmarks.contenders import (
     NEVER,
     SPARSIFY,
     SPARSIFY_VERSION,
@@ -55,14 +55,15 @@ from experiments.benchmark_contenders import (
     fetch_sparsify,
     sparsify_modules,
 )
-from experiments.benchmark_roofline import Shape, floor
-from experiments.benchmark_stages import kernel_times, optimizer_contest, profile, stage_table, stage_times
-from experiments.benchmark_suite import COLUMNS, SECTIONS, Budget, Suite, is_fatal, say
-from switch_kernels import Backend, Precision
+from experiments.benchmarks.record import RESULTS, append, commit
+from experiments.benchmarks.roofline import floor
+from experiments.benchmarks.stages import kernel_times, optimizer_contest, profile, stage_table, stage_times
+from experiments.benchmarks.suite import COLUMNS, SECTIONS, Budget, Suite, is_fatal, say
+from switch_kernels import Backend, Precision, Shape
 from switch_sae.runs import write_atomically
 from switch_sae.training import TrainerConfig
 
-RESULTS = Path(__file__).with_name("results") / "benchmark_gpu.csv"
+TABLE = RESULTS / "benchmark_gpu.csv"
 CHECKED_STEPS, LOSS_LIMIT, DECREASE_LIMIT = 4, {"bf16": 5e-3, "tf32": 1e-3, "float32": 1e-4}, 0.1
 OURS = "ours"
 MASKED = "masked-dense, float32"
@@ -160,7 +161,7 @@ class Benchmark(Suite):
         if self.kernels is not None:
             decoder, encoder = self.kernels
             for rows in (True, False):
-                starts[SparsifyDecode.title(rows)] = (low, lambda rows=rows: SparsifyDecode(sae, low, decoder, rows))
+                starts[SparsifyDecode.title(rows)] = (low, partial(SparsifyDecode, sae, low, decoder, rows))
             if case.shape.E == 1:
                 starts[SparsifyNative.name] = ("bf16", lambda: SparsifyNative(sae, decoder, encoder))
         starts[OURS] = (case.precision.value, lambda: OurStep(copy.deepcopy(sae), case, self.backend))
@@ -351,7 +352,7 @@ def clocks() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="experiments.benchmark_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="experiments.benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all sections together")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--out", type=Path, help="a folder that receives a copy of the table, for machines whose checkout does not come back")
@@ -362,7 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compile", metavar="NUMBERS", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.quick:
-        parser.error("there is no CUDA device. Use --quick for tiny sizes on a CPU, or python -m experiments.benchmark for the CPU's table.")
+        parser.error("there is no CUDA device. Use --quick for tiny sizes on a CPU, or python -m experiments.benchmarks.cpu for the CPU's table.")
     if options.minutes <= 0 or options.jobs < 1:
         parser.error("--minutes and --jobs must be positive")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -372,11 +373,11 @@ def main(arguments: list[str] | None = None) -> None:
     backend = Backend.triton if device.type == "cuda" or interpreted else Backend.torch
     about = versions(device, options.commit)
     say(", ".join(f"{key} {value}" for key, value in about.items()) + f", python {sys.version.split()[0]}, backend {backend.value}; {clocks()}")
-    record = (lambda rows: None) if options.quick else recorder(RESULTS, options.out)
+    record = (lambda rows: None) if options.quick else recorder(TABLE, options.out)
     suite = Benchmark(device, backend, options.quick, Budget(options.minutes), record, about, options.jobs, options.peers)
     status = suite.run(options.sections)
     if not options.quick:
-        say(f"recorded in {RESULTS}" + (f" and {options.out}" if options.out else ""))
+        say(f"recorded in {TABLE}" + (f" and {options.out}" if options.out else ""))
     sys.exit(status)
 
 

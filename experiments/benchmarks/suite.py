@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from experiments.benchmark_cases import MAIN, TINY, Case, compile_groups, shape_cases, step_cases, target_cases
-from experiments.benchmark_checks import check_step
-from experiments.benchmark_contenders import OurStep, activations, build_sae, skew
-from experiments.benchmark_roofline import Roofs, Shape, calibrate, floor, synchronize, times_and_host_us
-from switch_kernels import Backend, Moments, Precision
+from experiments.benchmarks.cases import MAIN, TINY, Case, compile_groups, shape_cases, step_cases, target_cases
+from experiments.benchmarks.checks import NotTrustedError, check_step
+from experiments.benchmarks.contenders import OurStep, activations, build_sae, skew
+from experiments.benchmarks.peers import ROOT
+from experiments.benchmarks.roofline import Roofs, calibrate, floor, synchronize, times_and_host_us
+from switch_kernels import Backend, Moments, Precision, Shape
 
 SECTIONS = {
     "compile": 140,
@@ -34,7 +35,6 @@ SECTIONS = {
     "profile": 30,
 }
 """In order of importance, with the most seconds that each may take."""
-ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 5.0
 STEPS_WARM, STEPS_TIMED, BATCHES = 8, 40, 4
 Item = TypeVar("Item")
@@ -89,10 +89,6 @@ class Measured:
     @property
     def ratio(self) -> float | None:
         return None if self.floor_us is None else self.floor_us / self.median_us
-
-
-class NotTrustedError(Exception):
-    """A check failed, so speeds mean nothing."""
 
 
 class Suite:
@@ -163,7 +159,8 @@ class Suite:
             last = max(0.0 if self.tiny else LEAST_SECONDS, time.monotonic() - started)
 
     def row(self, section: str, name: str, shape: Shape, **values: Any) -> dict[str, Any]:
-        given = {**self.about, "section": section, "name": name, **vars(shape), **values}
+        sizes = {column: size for column, size in vars(shape).items() if column in COLUMNS}
+        given = {**self.about, "section": section, "name": name, **sizes, **values}
         assert set(given) <= set(COLUMNS)
         shown = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in given.items() if value is not None}
         return dict.fromkeys(COLUMNS, "") | shown
@@ -177,7 +174,7 @@ class Suite:
         jobs = min(self.jobs, groups)
         with tempfile.TemporaryDirectory() as folder:
             logs = [Path(folder, f"{job}.log") for job in range(jobs)]
-            command = [sys.executable, "-m", "experiments.benchmark_gpu", *(["--quick"] if self.tiny else []), "--sections", *sections]
+            command = [sys.executable, "-m", "experiments.benchmarks.gpu", *(["--quick"] if self.tiny else []), "--sections", *sections]
             processes = []
             for job, log in enumerate(logs):
                 with log.open("w") as file:

@@ -4,8 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import product
 
-from experiments.benchmark_roofline import Shape
-from switch_kernels import Moments, Precision, Regime
+from switch_kernels import Moments, Precision, Regime, Shape
 
 MAIN = Shape(T=8192, D=768, M=32768, E=32, K=32)
 TINY = Shape(T=64, D=32, M=256, E=4, K=4)
@@ -84,7 +83,7 @@ def step_cases(tiny: bool, triton: bool) -> list[Case]:
 
 
 def compile_groups(tiny: bool, sections: Collection[str]) -> list[list[Case]]:
-    """What these sections run, by importance; cases of a group share most of their kernels, which depend on all of a case but its number of tokens."""
+    """What these sections run, by importance; cases of a group share most kernels, which depend on all of a case but its number of tokens."""
     parity = [*parity_cases(tiny)]
     for case in parity_cases(tiny):
         if case.moments is Moments.float32:  # AuxK's kernels, whose widths are the powers of two that cover an expert's dead latents

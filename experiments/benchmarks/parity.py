@@ -1,8 +1,9 @@
-"""Our SAEs against the libraries that researchers use, on the same weights: python -m experiments.peer_parity [--golden]
+"""Our SAEs against the libraries that researchers use, on the same weights: python -m experiments.benchmarks.parity [--golden]
 
 Each library runs in an environment of its own (`.benchmark-peers/`), as a process that is handed weights and activations as safetensors and hands
 back what its classes make of them. Both ends are here; the library's end needs neither switch_sae nor this environment.
-Prints a table and, of all libraries, writes experiments/results/peer_parity.csv; `--golden` also writes tests/golden/peers.safetensors, which CI reproduces.
+Prints a table and, of all libraries, writes experiments/results/peer_parity.csv; `--golden` also writes tests/golden/peers.safetensors, which CI
+reproduces.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSV, GOLDEN = ROOT / "experiments" / "results" / "peer_parity.csv", ROOT / "tests" / "golden" / "peers.safetensors"
 LIMIT = 1e-5
 L1, L0, TANH, PRE_ACT, BANDWIDTH = 0.7, 0.3, 0.5, 0.2, 0.3
@@ -323,14 +324,14 @@ def serve(library: str, folder: str) -> None:
 
 def peer_outputs(library: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`library/class:output` -> tensor, computed by the library. Raises CalledProcessError where it fails; what it printed is on the terminal."""
-    from experiments.benchmark_peers import PeerEnvironment
+    from experiments.benchmarks.peers import PeerEnvironment
 
     version, _, without = PEERS[library]
     environment = PeerEnvironment(library, version, without)
     environment.make()
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, f"{folder}/inputs.safetensors")
-        command = [str(environment.python), __file__, "--serve", library, folder]
+        command = [str(environment.python), "-P", __file__, "--serve", library, folder]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "SPARSIFY_DISABLE_TRITON": "1"})
         return load_file(f"{folder}/outputs.safetensors")
 

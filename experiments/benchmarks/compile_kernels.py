@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for a GPU without having one: exactly what the launch code requests at production sizes, and nothing else.
 
-    python -m experiments.compile_kernels                              # for sm_90; 2 processes
-    python -m experiments.compile_kernels --target sm_80 gfx942 --only encode
-    python -m experiments.compile_kernels --check                      # exit 1 on a failed compilation, a spill, or too much shared memory
+    python -m experiments.benchmarks.compile_kernels                              # for sm_90; 2 processes
+    python -m experiments.benchmarks.compile_kernels --target sm_80 gfx942 --only encode
+    python -m experiments.benchmarks.compile_kernels --check                      # exit 1 on a failed compilation, a spill, or too much shared memory
 
 The launchers run on meta tensors, their launches are caught, and what differs is compiled once. Per kernel: registers a thread, bytes of stack,
 loads and stores of spilled registers (LDL, STL), shared memory, programs that fit on a multiprocessor, counts of tensor-core, bulk-copy (TMA) and
@@ -33,7 +33,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from experiments.kernel_cases import CASES
+from experiments.benchmarks.kernel_cases import CASES
 from switch_kernels.gpu.gemm_tiles import compiling_for
 from switch_kernels.gpu.launch import Launch, launches_to
 

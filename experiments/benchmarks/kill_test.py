@@ -1,6 +1,6 @@
 """Kills a training run again and again, and shows that what comes out is bit for bit what an undisturbed run makes.
 
-    python -m experiments.kill_test --kills 20 --seed 0
+    python -m experiments.benchmarks.kill_test --kills 20 --seed 0
 
 A small run (synthetic activations, a Switch SAE and two baselines on one stream) is trained once in peace. Then it is trained again in a process
 that is ended by SIGKILL at random moments of its whole life, half of them inside the writing of a file, and resumed each time as
@@ -198,7 +198,8 @@ def compare(expected: Path, found: Path) -> list[str]:
             if one.metadata() != other.metadata() or one.keys() != other.keys():
                 differences.append(f"{name}: headers differ")
                 continue
-            differences += [f"{name}: {key} differs" for key in one.keys() if not _same_bits(one.get_tensor(key), other.get_tensor(key))]  # noqa: SIM118
+            names_of_tensors = one.keys()
+            differences += [f"{name}: {key} differs" for key in names_of_tensors if not _same_bits(one.get_tensor(key), other.get_tensor(key))]
     rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (expected, found)]
     if rows[0] != rows[1]:
         steps = sorted({row["step"] for row in rows[0] + rows[1] if rows[0].count(row) != rows[1].count(row)})

@@ -14,36 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from switch_kernels import Shape
+
 L2_RESIDENT = 40e6
 """Bytes of rows that stay in an H200's L2 cache while they are gathered; larger tables are read at the memory's speed."""
 CLOCK_HZ, SCHEDULERS = 1.755e9, 4
 LAUNCHES = 12
 FLUSH_BYTES = 512 * 2**20
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one problem. `routing` "zipf" sends expert e tokens in proportion to 1 / (e + 1); "learned" is what a random router does."""
-
-    T: int
-    D: int
-    M: int
-    E: int
-    K: int
-    S: int = 1
-    routing: str = "learned"
-
-    @property
-    def F(self) -> int:
-        return self.M // self.E
-
-    @property
-    def R(self) -> int:
-        return self.T * self.S
-
-    def __str__(self) -> str:
-        skew = "" if self.routing == "learned" else f" {self.routing}"
-        return f"D={self.D} M={self.M} E={self.E} K={self.K} T={self.T}" + (f" S={self.S}" if self.S > 1 else "") + skew
 
 
 @dataclass(frozen=True)
@@ -242,9 +219,9 @@ def _gathers(table: Tensor, index: Tensor, out: Tensor) -> list[Callable[[], obj
     expected = torch.nn.functional.embedding_bag(index.long(), table.float(), mode="sum")
     if table.device.type != "cuda":
         return [lambda: torch.nn.functional.embedding_bag(index, table, mode="sum")]
-    from experiments.benchmark_gather import CONFIGS, gather_sum
+    from experiments.benchmarks.gather import CONFIGS, gather_sum
 
-    calls = [partial(gather_sum, table, index, out, columns, warps) for columns, warps in CONFIGS]
+    calls: list[Callable[[], object]] = [partial(gather_sum, table, index, out, columns, warps) for columns, warps in CONFIGS]
     for call in calls:
         out.fill_(float("nan"))
         call()

@@ -1,0 +1,74 @@
+"""What `experiments.benchmarks.compile_kernels` compiles: whole training steps and evaluation at production sizes, on meta tensors.
+
+The sizes are those of the benchmark on a GPU, thinned out: every kernel appears in every form that those sizes ask for.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.benchmarks.cases import MAIN, Case
+from switch_kernels import Dispatch, Execution, Moments, Precision, Shape, choose_plan
+from switch_kernels.gpu import inference, topk
+from switch_kernels.gpu.adam import FusedAdam
+from switch_kernels.gpu.step import DeadLatents, Settings, Weights, training_step
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def train(case: Case, x_dtype: torch.dtype = torch.float32, bias: bool = True) -> None:
+    """One training step and its update."""
+    s, dot = case.shape, Execution(precision=case.precision).dot
+    parameters = {"W_enc_MD": meta(s.M, s.D), "W_dec_MD": meta(s.M, s.D), "b_pre_D": meta(s.D)}
+    if bias:
+        parameters["b_enc_M"] = meta(s.M)
+    if s.E > 1:
+        parameters |= {"W_router_ED": meta(s.E, s.D), "b_router_D": meta(s.D)}
+    adam = FusedAdam(parameters, dot, torch.bfloat16 if case.moments is Moments.bfloat16 else torch.float32)
+    others = [parameters.get(name) for name in ("b_enc_M", "W_router_ED", "b_router_D")]
+    weights = Weights(adam.operands["W_enc_MD"], adam.operands["W_dec_MD"], others[0], parameters["b_pre_D"], *others[1:])
+    plan = choose_plan(s.T, s.M, s.E, s.K, s.S)
+    settings = Settings(s.E, s.S, s.K, s.joint, balance=3.0, train_router=s.E > 1, dot=dot, plan=plan)
+    dead = None
+    if case.dead:
+        B = s.E * case.dead
+        dead = DeadLatents(meta(B, dtype=torch.int64), meta(B, dtype=torch.bool), meta(s.M, dtype=torch.int32), s.D // 2, 1 / 32)
+    step = training_step(meta(s.T, s.D, dtype=x_dtype), meta(), weights, settings, dead)
+    topk.mark_fired_(meta(s.M, dtype=torch.int64), step.values_TK, step.indices_TK, s.T)
+    adam.step(step.gradients, meta(6), meta(1, dtype=torch.int32))
+
+
+def evaluate(s: Shape) -> None:
+    """Encoding and decoding outside of training."""
+    dispatch = Dispatch.from_experts(meta(s.T, s.S, dtype=torch.int64), s.E)
+    values_RK, indices_RK = inference.select_rows(meta(s.T, s.D), meta(s.M, s.D), meta(s.M), dispatch, s.K, "bf16")
+    inference.decode(values_RK, indices_RK, meta(s.M, s.D), "bf16")
+
+
+WIDE = replace(MAIN, M=131072)
+TRAIN: dict[Case, dict[str, Any]] = {
+    Case(MAIN, dead=256): {"x_dtype": torch.bfloat16},
+    Case(replace(MAIN, E=8), dead=1024): {},
+    Case(replace(MAIN, E=1)): {},
+    Case(replace(MAIN, M=24576, E=128, K=64)): {},
+    Case(replace(WIDE, K=64, T=32768)): {},
+    Case(replace(WIDE, E=128, T=2048)): {"bias": False},
+    Case(replace(MAIN, M=2**20, E=64), moments=Moments.bfloat16): {},
+    Case(replace(WIDE, K=64, D=4096)): {},
+    Case(replace(WIDE, E=8, D=4096), moments=Moments.bfloat16): {},
+    Case(replace(MAIN, S=2)): {},
+    Case(replace(MAIN, E=8, S=4, joint=False)): {},
+    Case(MAIN, Precision.tf32): {},
+    Case(replace(MAIN, E=8), Precision.tf32): {},
+    Case(MAIN, Precision.float32): {},
+    Case(MAIN, moments=Moments.bfloat16): {},
+}
+"""With what differs from a plain step."""
+CASES: dict[str, Callable[[], None]] = {f"train {case}": partial(train, case, **changes) for case, changes in TRAIN.items()}
+CASES["evaluate"] = partial(evaluate, MAIN)
