@@ -2,7 +2,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 PY      := $(VENV)/bin/python
-EXPERTS ?= 8
+EXPERTS ?=
 MODEL   ?=
 ARGS    ?=
 
@@ -23,13 +23,13 @@ OLD_TRITON = 3.6.0
 INTERPRETED = TRITON_INTERPRET=1 $(PY) -m pytest -n 2 tests/interpreter $(ARGS) || [ $$? -eq 5 ]
 
 model = $(if $(MODEL),$(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),source.model=$(MODEL)))
-overrides = sae.num_experts=$(EXPERTS) $(model) $(if $(K),sae.k=$(K)) $(if $(TOKENS),tokens=$(TOKENS)) $(if $(SEED),seed=$(SEED)) $(ARGS)
+overrides = $(if $(EXPERTS),sae.num_experts=$(EXPERTS)) $(model) $(if $(K),sae.k=$(K)) $(if $(TOKENS),tokens=$(TOKENS)) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
-sweep_overrides = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(model) $(if $(EXPERTS),'sweep.experts=[$(EXPERTS)]') $(if $(K),'sweep.k=[$(K)]') \
+sweep_overrides = $(if $(EXPERIMENT),experiment=sweep/$(EXPERIMENT)) $(model) $(if $(EXPERTS),'sweep.experts=[$(EXPERTS)]') $(if $(K),'sweep.k=[$(K)]') \
 	$(if $(SEEDS),sweep.seeds=$(SEEDS)) $(if $(MATCH),sweep.match=$(MATCH)) $(if $(TOKENS),tokens=$(TOKENS)) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare sweep results figures evaluate notebook benchmark test kernels check clean
+.PHONY: help setup train compare sweep results figures analyze evaluate notebook benchmark test kernels check clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,9 +49,8 @@ train: $(VENV)/.installed  ## train and evaluate a Switch SAE: make train EXPERT
 	$(if $(RESUME),$(PY) -m experiments.resume $(RESUME),$(PY) -m experiments.train $(overrides))
 
 compare: $(VENV)/.installed  ## Switch against dense TopK SAEs, width-matched and FLOP-matched, on one activation stream
-	$(PY) -m experiments.train experiment=compare $(overrides)
+	$(PY) -m experiments.train experiment=run/compare $(overrides)
 
-sweep: EXPERTS =
 sweep: $(VENV)/.installed  ## many SAEs from one pass: make sweep EXPERTS=1,2,4,8 K=16,32 SEEDS=3 MATCH=flops, or EXPERIMENT=small/frontier, or RESUME=runs/...
 	$(if $(RESUME),$(PY) -m experiments.sweep --resume $(RESUME) $(ARGS),$(PY) -m experiments.sweep $(sweep_overrides))
 
@@ -64,8 +63,11 @@ figures: $(VENV)/.installed  ## the paper's figures from any run folders and swe
 evaluate: $(VENV)/.installed  ## score a finished run again, or on other rows: make evaluate RUN=runs/... ARGS='--rows 500000'
 	$(PY) -m experiments.evaluate $(RUN) $(ARGS)
 
-notebook: $(VENV)/.installed  ## execute the comparison notebook on your latest runs (or RUNS="runs/a runs/b")
-	$(PY) -m experiments.run_notebook $(RUNS)
+analyze: $(VENV)/.installed  ## an analysis, its table and figure: make analyze NAME=duplication RUNS="runs/a runs/b"
+	$(PY) -m experiments.analyze $(or $(NAME),duplication) $(or $(RUNS),runs) $(ARGS)
+
+notebook: $(VENV)/.installed  ## execute a notebook on your latest runs (or NAME=compare RUNS="runs/a runs/b")
+	$(PY) -m experiments.run_notebook $(RUNS) $(if $(NAME),--notebook $(NAME))
 
 benchmark: $(VENV)/.installed  ## time a training step against masked-dense and eai-sparsify, after checking that all agree
 	$(PY) -m experiments.benchmarks --peers $(ARGS)

@@ -1,51 +1,85 @@
 """Composes Hydra's YAML into the typed `RunConfig`, for every command: the only place, with the commands, that knows Hydra."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
 from switch_sae.activations import SOURCES
+from switch_sae.choices import Choice
 from switch_sae.config import RunConfig
 from switch_sae.models import SAES
-from switch_sae.pipeline import Interrupted
+from switch_sae.orchestrator import Interrupted
+from switch_sae.plain import to_plain
 from switch_sae.runs import RunError
 from switch_sae.sweep import SweepConfig
 
-USUAL_K = {"bundled": 16, "gpt2": 32, "synthetic": 8}
-"""sae.k by model. Not in conf/model, because there it would reach architectures that have no k, and Hydra would refuse it."""
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
+@dataclass
+class Run(RunConfig):
+    """A run's settings, and what a model or a preset finds usual for those architectures that have such a setting."""
+
+    usual: dict[str, Any] = field(default_factory=dict)
+
+
 def register_schemas() -> None:
-    """Makes the dataclasses Hydra's schema, so that a mistyped key or a wrong type is refused before anything runs."""
+    """Makes the dataclasses Hydra's schema, so that a mistyped key or a wrong type is refused before anything runs; tables become Hydra's groups."""
     store = ConfigStore.instance()
-    store.store(name="base_run", node=RunConfig(source=MISSING, sae=MISSING))
+    store.store(name="base_run", node=Run(source=MISSING, sae=MISSING))
     store.store(name="base_sweep", node=SweepConfig(source=MISSING, sae=MISSING))
-    for group, table in (("source", SOURCES), ("sae", SAES)):
-        for name, owner in table.items():
-            store.store(group=group, name=f"base_{name}", node=owner.Config)
-    for name, owner in SAES.items():
-        if hasattr(owner.Config, "k"):
-            for model, k in USUAL_K.items():
-                store.store(group="k", name=f"{name}_{model}", node={"k": k}, package="sae")
+    files = (file for group in ("model", "preset") for file in Path(CONF, group).glob("*.yaml"))
+    usual = {key for file in files for key in OmegaConf.load(file).get("usual", {})}
+    _register(store, "source", SOURCES, set())
+    _register(store, "sae", SAES, usual)
+
+
+def _register(store: ConfigStore, group: str, table: Choice[Any], usual: set[str]) -> None:
+    """One option of a group for each entry of a table; choices inside an entry become groups below it (`sae/router=sigmoid`)."""
+    for name, owner in table.items():
+        node, inner = OmegaConf.structured(owner.Config), []
+        for f in fields(owner.Config):
+            if "choice" in f.metadata:
+                choice, node[f.name] = f.metadata["choice"], MISSING
+                _register(store, f"{group}/{f.name}", choice, usual)
+                inner.append({f.name: choice.key_of(f.default_factory())})
+            elif f.name in usual:
+                default = to_plain(getattr(owner.Config(), f.name))
+                # k has no default that fits a model whose file does not name one.
+                OmegaConf.update(node, f.name, "${usual.k}" if f.name == "k" else f"${{oc.select:usual.{f.name},{json.dumps(default)}}}")
+        store.store(group=group, name=f"base_{name}", node=node)
+        store.store(group=group, name=name, node={"defaults": [f"base_{name}", *inner, "_self_"]})
 
 
 def run_config(composed: DictConfig) -> RunConfig:
     """The plain typed config; relations between values are checked here, by the dataclasses."""
-    config = OmegaConf.to_object(composed)
+    config = _object(composed)
     assert isinstance(config, RunConfig)
-    return config
+    return RunConfig(**{f.name: getattr(config, f.name) for f in fields(RunConfig)})
 
 
 def sweep_config(composed: DictConfig) -> SweepConfig:
     """As `run_config`, for a sweep."""
-    config = OmegaConf.to_object(composed)
+    config = _object(composed)
     assert isinstance(config, SweepConfig)
     return config
+
+
+def _object(composed: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_object(composed)
+    except InterpolationKeyError as error:
+        raise ValueError(
+            f"{error.full_key} is set by nothing: conf/model/MODEL.yaml should say `usual: {{k: ...}}`, or give {error.full_key}=..."
+        ) from error
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Executes the comparison notebook on finished runs and writes it, with its outputs, as compare.ipynb into the first run's folder.
+"""Executes a notebook of experiments/notebooks on finished runs and writes it, with its outputs, as NAME.ipynb into the first run's folder.
 
-python -m experiments.run_notebook                                   # the two newest runs in runs/
-python -m experiments.run_notebook runs/a runs/b --out comparison.ipynb
+python -m experiments.run_notebook                                   # compare, on the two newest runs in runs/
+python -m experiments.run_notebook runs/a runs/b --notebook compare --out comparison.ipynb
 """
 
 import argparse
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.compose import clear_errors
-from switch_sae.report import finished_runs
+from switch_sae.results import finished_runs
 from switch_sae.runs import RunDir, write_atomically
 
-NOTEBOOK = Path(__file__).resolve().parent / "notebooks" / "compare.py"
+NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).resolve().parent / "notebooks").glob("*.py"))}
 NEWEST = 2
 
 
-def execute(runs: Sequence[RunDir], out: Path) -> None:
-    """Runs the notebook in a Jupyter kernel of this Python and writes it to `out`.
+def execute(notebook_file: Path, runs: Sequence[RunDir], out: Path) -> None:
+    """Runs a notebook in a Jupyter kernel of this Python and writes it to `out`.
 
     Raises ModuleNotFoundError without the notebook extra, and SystemExit, after writing the outputs so far, when a cell fails.
     """
@@ -33,7 +33,7 @@ def execute(runs: Sequence[RunDir], out: Path) -> None:
         raise ModuleNotFoundError(f"{error.name} is not installed. The notebook needs the notebook extra: pip install -e '.[notebook]'") from error
     for run in runs:
         run.read_json("results.json")
-    notebook = jupytext.read(NOTEBOOK)
+    notebook = jupytext.read(notebook_file)
     environment = {**os.environ, "SWITCH_SAE_RUNS": os.pathsep.join(str(run.path.resolve()) for run in runs)}
     # Below errors, the kernel only warns that it talks over TCP. It listens on this machine alone, and messages are signed.
     quiet = ["--log-level=ERROR"]
@@ -51,15 +51,16 @@ def execute(runs: Sequence[RunDir], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help=f"folders of finished runs; default: the {NEWEST} newest in runs/")
-    parser.add_argument("--out", type=Path, help="where the notebook goes; default: compare.ipynb in the first run's folder")
+    parser.add_argument("--notebook", choices=NOTEBOOKS, default="compare", help="default: compare")
+    parser.add_argument("--out", type=Path, help="where the notebook goes; default: NAME.ipynb in the first run's folder")
     arguments = parser.parse_args()
     with clear_errors():
         runs = [RunDir.open(path) for path in arguments.runs] or finished_runs("runs")[:NEWEST]
         if not runs:
             raise FileNotFoundError("there is no finished run in runs/. Train one (make train), or give the folders of some: make notebook RUNS=...")
-        out = arguments.out or runs[0].path / "compare.ipynb"
-        print(f"executing {NOTEBOOK.name} on {', '.join(str(run.path) for run in runs)}")
-        execute(runs, out)
+        out = arguments.out or runs[0].path / f"{arguments.notebook}.ipynb"
+        print(f"executing {arguments.notebook} on {', '.join(str(run.path) for run in runs)}")
+        execute(NOTEBOOKS[arguments.notebook], runs, out)
         print(f"notebook: {out}")
 
 

@@ -1,7 +1,7 @@
 """Trains many SAEs from one pass over the activations: expert counts, k, seeds, dense baselines, any grid of settings; then prints their table.
 
 python -m experiments.sweep sweep.experts=[1,2,4,8] sweep.k=[16,32] sweep.seeds=3
-python -m experiments.sweep experiment=small/flops                   # the experiment files of conf/experiment
+python -m experiments.sweep experiment=sweep/small/evidence                   # the experiment files of conf/experiment
 python -m experiments.sweep --resume runs/2026-01-31_12-00-00_sweep  # finished members are skipped, the others go on
 python -m experiments.sweep --multirun hydra/launcher=joblib sweep.worker=0,1,2,3 sweep.folder=runs/big sweep.at_once=4 ...   # workers on one sweep
 """

@@ -3,7 +3,7 @@
 python -m experiments.train sae.num_experts=8                       # the bundled language model, about 3 minutes on 2 cores
 python -m experiments.train model=gpt2 sae.num_experts=16           # GPT-2, where the hub can be reached
 python -m experiments.train --multirun sae.num_experts=2,4,8 seed=0,1,2
-python -m experiments.train experiment=compare                      # Switch against width-matched and FLOP-matched dense SAEs
+python -m experiments.train experiment=run/compare                      # Switch against width-matched and FLOP-matched dense SAEs
 python -m experiments.train --cfg job                               # every setting
 """
 
@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments.compose import CONF, command, register_schemas, run_config
-from switch_sae.pipeline import run_training
+from switch_sae.orchestrator import run_training
 from switch_sae.report import report
 
 register_schemas()

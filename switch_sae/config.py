@@ -1,27 +1,16 @@
 """The configuration of one run: the dataclasses of every room, composed. They are the schema, the defaults and the validation."""
 
-from dataclasses import dataclass, field, fields
-from enum import Enum
+from dataclasses import dataclass, field
 from typing import Any
 
 from switch_kernels import Backend, Precision
 from switch_sae.activations import SOURCES
-from switch_sae.models import SwitchSAE
+from switch_sae.checks import all_at_least
+from switch_sae.models import SAES
+from switch_sae.models.baselines import Baseline, why_no_baseline
 from switch_sae.plain import from_plain, to_plain
-from switch_sae.runs import architecture_of, sae_config
 from switch_sae.training import TrainerConfig
 from switch_sae.wandb_logger import WandbConfig
-
-
-class Baseline(Enum):
-    """What trains beside the main SAE, on the same batches."""
-
-    flop_matched = "flop_matched"
-    """Dense TopK of the width that costs as many FLOPs per token, router included."""
-    width_matched = "width_matched"
-    """Dense TopK with as many latents in all."""
-    frozen_router = "frozen_router"
-    """The same Switch SAE with its router frozen at its random start."""
 
 
 @dataclass
@@ -34,23 +23,22 @@ class EvaluationConfig:
     """Resamples of documents for the 95 % intervals."""
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", 1), ("downstream_contexts", 0), ("bootstrap", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"evaluation.{name}={getattr(self, name)} must be at least {least}.")
+        all_at_least(self, "evaluation.", rows=1, downstream_contexts=0, bootstrap=0)
 
 
 @dataclass
 class RunConfig:
     """Everything one training run needs."""
 
-    source: Any = field(default_factory=SOURCES["language_model"].Config)
+    source: Any = SOURCES.field("language_model")
     """The `Config` of one of `SOURCES`."""
-    sae: Any = field(default_factory=SwitchSAE.Config)
+    sae: Any = SAES.field("switch")
     """The `Config` of one of `SAES`."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    baselines: list[Baseline] = field(default_factory=list)
+    baselines: list[Baseline] | None = None
+    """What trains beside the SAE, on the same batches; null is what the architecture suggests (`usual_baselines`)."""
     normalize_activations: bool = True
     """Scale activations once so that their mean squared norm is D; the factor is saved with the SAE."""
     calibration_rows: int = 32_768
@@ -78,17 +66,15 @@ class RunConfig:
     """Name in the run folder's name; None is made from the architecture."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("batch_size", 1), ("calibration_rows", 2), ("log_every", 0), ("checkpoint_every", 0), ("threads", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        all_at_least(self, tokens=1, batch_size=1, calibration_rows=2, log_every=0, checkpoint_every=0, threads=0)
         if self.tokens < self.batch_size:
             raise ValueError(f"tokens={self.tokens} is less than one batch (batch_size={self.batch_size}). Raise tokens or lower batch_size.")
-        if len(set(self.baselines)) != len(self.baselines):
-            raise ValueError(f"baselines {[b.name for b in self.baselines]} name one twice.")
-        if self.baselines and architecture_of(self.sae) != "switch":
-            raise ValueError(
-                f"baselines are derived from a Switch SAE; this run trains {architecture_of(self.sae)!r}. Use baselines=[] or sae=switch."
-            )
+        if self.baselines:
+            if len(set(self.baselines)) != len(self.baselines):
+                raise ValueError(f"baselines {[b.name for b in self.baselines]} name one twice.")
+            for baseline in self.baselines:
+                if why := why_no_baseline(self.sae, baseline):
+                    raise ValueError(f"baselines: there is no {baseline.name} for this SAE: {why}. Leave it out, or use baselines=[].")
 
     @property
     def total_steps(self) -> int:
@@ -101,20 +87,12 @@ class RunConfig:
 
 
 def config_to_plain(config: RunConfig) -> dict[str, Any]:
-    """The config as JSON values; tables are named by their keys (`architecture: switch`), never by import paths."""
-    plain = {f.name: to_plain(getattr(config, f.name)) for f in fields(config)}
-    plain["sae"] = {"architecture": architecture_of(config.sae), **plain["sae"]}
-    kind = next(name for name, source in SOURCES.items() if type(config.source) is source.Config)
-    plain["source"] = {"kind": kind, **plain["source"]}
+    """The config as JSON values; entries of tables are named by their keys (`architecture: switch`), never by import paths."""
+    plain: dict[str, Any] = to_plain(config)
     return plain
 
 
 def config_from_plain(plain: dict[str, Any]) -> RunConfig:
-    """The inverse of `config_to_plain`. Raises ValueError for names that this version does not know."""
-    values = dict(plain)
-    source = dict(values.pop("source"))
-    kind = source.pop("kind", None)
-    if kind not in SOURCES:
-        raise ValueError(f"unknown source of activations {kind!r}; this version knows {', '.join(SOURCES)}.")
-    sae = sae_config(values.pop("sae"))
-    return from_plain(RunConfig, values, source=from_plain(SOURCES[kind].Config, source), sae=sae)
+    """The inverse of `config_to_plain`, in any version. Raises ValueError for names that this version does not know."""
+    config: RunConfig = from_plain(RunConfig, plain)
+    return config

@@ -13,7 +13,8 @@ from switch_kernels.adam import Adam
 from switch_kernels.backend import Dot
 from switch_sae.models import SparseAutoencoder
 from switch_sae.models.fused import FusedTraining
-from switch_sae.models.losses import expert_shares
+from switch_sae.models.routers.base import expert_shares
+from switch_sae.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Outcome:
     dead_M: Tensor
     """bool [M]: the latents that counted as dead."""
     squared_error: Callable[[], Tensor]
-    """sum_t ||x - recon||^2 in units of the raw activations; computed when asked for."""
+    """sum_t ||target - recon||^2 in units of the raw activations; computed when asked for."""
     values_TK: Tensor
     load_E: Callable[[], Tensor] | None
     """Experts' shares of the batch; None without a router."""
@@ -34,7 +35,7 @@ class Outcome:
 class Engine(Protocol):
     """Computes steps of one SAE and applies them. It changes weights, optimiser state and `tokens_since_fired_M`, and nothing else."""
 
-    def step(self, x_TD: Tensor, step: int) -> Outcome: ...
+    def step(self, rows: Rows, step: int) -> Outcome: ...
     def state(self) -> dict[str, Tensor]: ...
     def load(self, state: dict[str, Tensor], step: int) -> None: ...
     def seconds(self) -> float: ...
@@ -75,28 +76,29 @@ class TorchEngine:
     def __init__(self, sae: SparseAutoencoder, settings: EngineSettings, tokens_since_fired_M: Tensor) -> None:
         self.sae, self.settings, self.tokens_since_fired_M = sae, settings, tokens_since_fired_M
         unit_rows = next((name for name, p in trainable(sae).items() if p is sae.decoder_weight()), None) if sae.recipe.unit_decoder else None
-        self.optimizer = Adam(trainable(sae), unit_rows, betas=sae.recipe.betas)
+        self.optimizer = Adam(trainable(sae), unit_rows, betas=sae.recipe.betas, group=sae.group)
 
-    def step(self, x_TD: Tensor, step: int) -> Outcome:
+    def step(self, rows: Rows, step: int) -> Outcome:
         sae = self.sae
         sae.begin_step(step, self.settings.total_steps)
         dead_M = self.tokens_since_fired_M >= self.settings.dead_after_tokens
-        output = sae(x_TD)
-        terms = sae.loss_terms(x_TD, output, dead_M if bool(dead_M.any()) else None)
+        output = sae(rows.x_TD)
+        terms = sae.loss_terms(rows, output, dead_M if bool(dead_M.any()) else None)
         loss = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(loss):
+        if not torch.isfinite(sae.group.mean([loss])[0]):
             raise not_finite(step, terms)
         parameters = self.optimizer.parameters
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         grad_norm = self.optimizer.step(dict(zip(parameters, gradients, strict=True)), self.settings.lr(step), self.settings.clip)
         with torch.no_grad():
-            sae.end_step(output)
+            sae.end_step(rows, output)
             fired_M = output.latents.firing_counts() > 0
-            self.tokens_since_fired_M.add_(x_TD.shape[0]).masked_fill_(fired_M, 0)
+            sae.group.any_(fired_M)
+            self.tokens_since_fired_M.add_(len(rows) * sae.group.size).masked_fill_(fired_M, 0)
         recon_TD, routing = output.recon_TD.detach(), output.routing
         load_E = (lambda: expert_shares(routing.expert_TS, routing.probs_TE.shape[1])) if routing is not None else None
         return Outcome(
-            {name: term.detach() for name, term in terms.items()}, grad_norm, dead_M, lambda: (x_TD - recon_TD).pow(2).sum(),
+            {name: term.detach() for name, term in terms.items()}, grad_norm, dead_M, lambda: (rows.target_TD - recon_TD).pow(2).sum(),
             output.latents.values_TK.detach(), load_E,
         )  # fmt: skip
 
@@ -108,6 +110,12 @@ class TorchEngine:
 
     def seconds(self) -> float:
         return 0.0
+
+
+def same_form(a: Rows, b: Rows) -> bool:
+    """Whether two batches have the same shapes and dtypes, and both or neither have targets of their own."""
+    pairs = ((a.x_TD, b.x_TD), (a.target_TD, b.target_TD))
+    return all(x.shape == y.shape and x.dtype == y.dtype for x, y in pairs) and (a.x_TD is a.target_TD) == (b.x_TD is b.target_TD)
 
 
 class TritonEngine:
@@ -131,7 +139,7 @@ class TritonEngine:
         self.optimizer = FusedAdam(trainable(sae), dot, moments)
         self.hyper_IH = torch.zeros(self.INTERVAL, 6, device=self.device)
         self.position, self.seed = (torch.zeros(1, dtype=dtype, device=self.device) for dtype in (torch.int64, torch.int32))
-        self.worst_square = torch.zeros((), device=self.device)
+        self.worst_norm = torch.zeros((), device=self.device)
         self.dead_M = torch.zeros(sae.num_latents, dtype=torch.bool, device=self.device)
         self.dead: Any = None
         self.next_reading = 0
@@ -139,25 +147,27 @@ class TritonEngine:
         self.eager_steps: dict[int, int] = {}
         self.events: list[tuple[Any, Any]] = []
         self.elapsed = 0.0
-        self.x_TD: Tensor | None = None
+        self.rows: Rows | None = None
 
     @torch.no_grad()
-    def step(self, x_TD: Tensor, step: int) -> Outcome:
+    def step(self, rows: Rows, step: int) -> Outcome:
         if step >= self.next_reading:
             self._read(step)
         if self.keeps_time:
             self.events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
             self.events[-1][0].record()
-        if self.x_TD is None or self.x_TD.shape != x_TD.shape or self.x_TD.dtype != x_TD.dtype:
-            self.x_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+        if self.rows is None or not same_form(self.rows, rows):
+            self.rows = rows.map(lambda rows_TD: torch.empty_like(rows_TD, memory_format=torch.contiguous_format))
             self.graphs.clear()
             self.eager_steps.clear()
-        self.x_TD.copy_(x_TD)
+        self.rows.x_TD.copy_(rows.x_TD)
+        if rows.target_TD is not rows.x_TD:
+            self.rows.target_TD.copy_(rows.target_TD)
         computed, grad_norm = self._replay() if self.keeps_time else self._compute()
         if self.keeps_time:
             self.events[-1][1].record()
         self.optimizer.steps_taken = step + 1
-        scale = self.sae.activation_scale
+        scale = self.sae.target_scale
         pairs_E = computed.pairs_E
         return Outcome(
             computed.terms, grad_norm, self.dead_M, lambda: computed.squared_error / scale.square(), computed.values_TK,
@@ -168,19 +178,18 @@ class TritonEngine:
         """All device work of one step, on buffers that stay where they are."""
         from switch_kernels.gpu.topk import mark_fired_
 
-        assert self.x_TD is not None
-        computed = self.sae.training_step(self.x_TD, self.optimizer.operands, self.dead, self.dot)
+        assert self.rows is not None
+        computed = self.sae.training_step(self.rows, self.optimizer.operands, self.dead, self.dot)
         hyper = self.hyper_IH.index_select(0, self.position)[0]
         grad_norm = self.optimizer.step(computed.gradients, hyper, self.seed)
-        mark_fired_(self.tokens_since_fired_M, computed.values_TK, computed.indices_TK, self.x_TD.shape[0])
-        self.worst_square.copy_(torch.maximum(self.worst_square, computed.gradients.total_square))  # keeps NaN
+        mark_fired_(self.tokens_since_fired_M, computed.values_TK, computed.indices_TK, len(self.rows))
+        self.worst_norm.copy_(torch.maximum(self.worst_norm, grad_norm))  # keeps NaN
         self.position.add_(1)
         self.seed.add_(1)
         return computed, grad_norm
 
     def _replay(self) -> tuple[Any, Tensor]:
         """Runs `_compute` eagerly at first, then captures it once for every number of dead latents (rounded up), and replays."""
-        assert self.x_TD is not None
         key = 0 if self.dead is None else self.dead.latent_B.shape[0]
         if key not in self.graphs:
             done = self.eager_steps.get(key, 0)
@@ -219,7 +228,7 @@ class TritonEngine:
             self.dead = fresh
 
     def check(self) -> None:
-        if not math.isfinite(self.worst_square.item()):
+        if not math.isfinite(self.worst_norm.item()):
             raise FloatingPointError(
                 f"the gradient was not finite at a step before step {self.optimizer.steps_taken}. No weight was changed at such a step. "
                 "Look for NaN or huge values in the activations, or lower the learning rate: trainer.lr=..."

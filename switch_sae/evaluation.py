@@ -74,17 +74,18 @@ def evaluate(sae: Evaluable, evaluation_set: EvaluationSet, downstream: Downstre
     """
     if downstream is not None and downstream.evaluation_set is not evaluation_set:
         raise ValueError("downstream was prepared from another evaluation set: its numbers would not belong to these rows. Make it from this one.")
+    rows = evaluation_set.rows
     documents, document_T = evaluation_set.document_T.cpu().unique(return_inverse=True)
-    if len(document_T) != len(evaluation_set.x_TD):
-        raise ValueError(f"the evaluation set has {len(evaluation_set.x_TD)} rows but {len(document_T)} document numbers; it needs one per row.")
-    setup = MetricSetup.of(evaluation_set.x_TD, len(documents), sae.num_latents, sae.num_experts)
+    if len(document_T) != len(rows):
+        raise ValueError(f"the evaluation set has {len(rows)} rows but {len(document_T)} document numbers; it needs one per row.")
+    setup = MetricSetup.of(rows.target_TD, len(documents), sae.num_latents, sae.num_experts)
     metrics = {name: metric(setup) for name, metric in METRICS.items() if metric.applies(setup)}
     firing = metrics["firing"]
     assert isinstance(firing, Firing)
     outliers = 0
-    for chosen, x_TD, output in sae_outputs(sae, evaluation_set.x_TD):
-        batch = MetricBatch.of(x_TD, output, document_T[chosen])
-        outliers += len(batch.x_TD) - int(batch.inlier_T(setup.norm_limit).sum())
+    for chosen, target_TD, output in sae_outputs(sae, rows):
+        batch = MetricBatch.of(target_TD, output, document_T[chosen])
+        outliers += len(batch.target_TD) - int(batch.inlier_T(setup.norm_limit).sum())
         for metric in metrics.values():
             metric.update(batch)
     estimates = _estimates(list(metrics.values()), len(documents), bootstrap)

@@ -1,6 +1,6 @@
 """Typed configuration to plain JSON values and back."""
 
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from types import UnionType
@@ -8,9 +8,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses, enums, paths and tuples as plain JSON values."""
+    """Dataclasses, enums, paths and tuples as plain JSON values; a config of a `Choice` with its tag."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {key: to_plain(item) for key, item in asdict(value).items()}
+        pairs = ((f, getattr(value, f.name)) for f in fields(value))
+        return {f.name: f.metadata["choice"].to_plain(item) if "choice" in f.metadata else to_plain(item) for f, item in pairs}
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, dict):
@@ -20,8 +21,8 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def from_plain(cls: type, plain: dict[str, Any], **ready: Any) -> Any:
-    """The dataclass `cls` from what `to_plain` made of it; `ready` are fields that are typed already.
+def from_plain(cls: type, plain: dict[str, Any]) -> Any:
+    """The dataclass `cls` from what `to_plain` made of it.
 
     Raises ValueError for a name that `cls` does not have and for an enum value that does not exist.
     """
@@ -31,7 +32,8 @@ def from_plain(cls: type, plain: dict[str, Any], **ready: Any) -> Any:
         raise ValueError(
             f"unknown settings {unknown} for {cls.__qualname__}; it has {sorted(hints)}. A newer version of switch_sae may have made this."
         )
-    return cls(**{name: _convert(name, hints[name], value) for name, value in plain.items()}, **ready)
+    choices = {f.name: f.metadata["choice"] for f in fields(cls) if "choice" in f.metadata}
+    return cls(**{name: choices[name].from_plain(value) if name in choices else _convert(name, hints[name], value) for name, value in plain.items()})
 
 
 def _convert(name: str, hint: Any, value: Any) -> Any:

@@ -8,6 +8,7 @@
       model.safetensors    the SAE: weights, and in its header architecture, config, and what its activations were
       results.json         evaluation
       figures/
+      analysis/            what analyses of its weights found (`analysis.base`)
 
 Every file is whole or not there, whatever a reader, a killed process or a full disk does (`files.write_atomically`). Nothing here is ever
 unpickled.
@@ -21,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +34,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from switch_sae.files import RunError, remove_part_files, write_atomically
+from switch_sae.interop import FORMATS
 from switch_sae.models import SAES, SparseAutoencoder
-from switch_sae.plain import from_plain, to_plain
+from switch_sae.plain import to_plain
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = ("1", "2")
+"""Version 2: the router of an SAE is a part with settings and weights of its own."""
 MODEL_FILE = "model.safetensors"
 _KEPT_CHECKPOINTS = 2
 
@@ -186,21 +190,10 @@ class RunDir:
         return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
 
 
-def architecture_of(value: Any) -> str:
-    """The table key (`switch`) of an SAE or of its config."""
-    for name, cls in SAES.items():
-        if type(value) is cls or type(value) is cls.Config:
-            return name
-    raise ValueError(f"{type(value).__qualname__} is not in the table SAES ({', '.join(SAES)}). Add a line for it in switch_sae/models/__init__.py.")
-
-
-def sae_config(plain: dict[str, Any]) -> Any:
-    """The typed config of a saved one: `{"architecture": "switch", "num_latents": ..., ...}`. Raises ValueError for unknown names."""
-    fields = dict(plain)
-    architecture = fields.pop("architecture", None)
-    if architecture not in SAES:
-        raise ValueError(f"unknown SAE architecture {architecture!r}; this version knows {', '.join(SAES)}.")
-    return from_plain(SAES[architecture].Config, fields)
+def renamed(tensors: dict[str, Tensor], former_names: Mapping[str, str]) -> dict[str, Tensor]:
+    """A checkpoint's or a model's tensors by today's names; a name may stand alone, or in a longer one between slashes (`adam/W_ED/exp_avg`)."""
+    today = {former: name for name, former in former_names.items()}
+    return {"/".join(today.get(part, part) for part in key.split("/")): tensor for key, tensor in tensors.items()}
 
 
 def save_sae(path: str | Path, sae: SparseAutoencoder, activations: dict[str, Any] | None = None) -> None:
@@ -208,7 +201,7 @@ def save_sae(path: str | Path, sae: SparseAutoencoder, activations: dict[str, An
     header = {
         "format": "switch_sae",
         "version": str(FORMAT_VERSION),
-        "architecture": architecture_of(sae),
+        "architecture": SAES.key_of(sae),
         "d_in": str(sae.d_in),
         "config": json.dumps(to_plain(sae.config)),
         "activations": json.dumps(activations or {}),
@@ -219,12 +212,16 @@ def save_sae(path: str | Path, sae: SparseAutoencoder, activations: dict[str, An
 
 
 def load_sae(path: str | Path) -> SparseAutoencoder:
-    """The SAE of a run folder or of one model.safetensors, in evaluation mode, ready for raw activations.
+    """The SAE of a run folder, of one model.safetensors, or of a file or folder in one of `FORMATS`, in evaluation mode, ready for raw activations.
 
     `sae.activations` holds what it was trained on. Raises FileNotFoundError where there is none, and ValueError, naming what is wrong, for a
     truncated or foreign file, an unknown version or architecture, tensors whose shapes contradict the config, and non-finite values.
     """
     file = Path(path)
+    if not _is_ours(file):
+        for cls in FORMATS.values():
+            if (foreign := cls()).recognises(file):
+                return foreign.load(file).eval()
     if file.is_dir():
         if not (file / MODEL_FILE).is_file() and RunDir(file).last_checkpoint() is not None:
             raise FileNotFoundError(
@@ -232,14 +229,15 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
             )
         file = file / MODEL_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist. Give a run folder (training prints its path) or a {MODEL_FILE}.")
+        raise FileNotFoundError(f"{file} does not exist. Give a run folder (training prints its path) or a {MODEL_FILE}.{_other_formats()}")
     tensors, header = _read_safetensors(file, "switch_sae")
     try:
-        config = sae_config({"architecture": header["architecture"], **json.loads(header["config"])})
-        sae = SAES[header["architecture"]](config, int(header["d_in"]))
+        config = SAES.from_plain({"architecture": header["architecture"], **json.loads(header["config"])})
+        sae = SAES.build(config, int(header["d_in"]))
         activations = json.loads(header["activations"])
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{file}: its header does not describe an SAE: {error}") from error
+    tensors = renamed(tensors, sae.former_names)
     expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
@@ -250,6 +248,19 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     sae.load_state_dict(tensors)
     sae.activations = activations
     return sae.eval()
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a run folder's model file, or a file, says that it is of this library."""
+    try:
+        with safe_open(file / MODEL_FILE if file.is_dir() else file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("format") == "switch_sae"
+    except (SafetensorError, OSError):
+        return False
+
+
+def _other_formats() -> str:
+    return f" Other formats that can be read: {', '.join(FORMATS)}." if FORMATS else ""
 
 
 def environment() -> dict[str, Any]:
@@ -288,11 +299,11 @@ def _read_safetensors(file: Path, expected_format: str) -> tuple[dict[str, Tenso
             keys = ", ".join(sorted(opened.keys())[:6])
             raise ValueError(
                 f"{file} is not a {expected_format} file (its header says format={header.get('format')!r}; tensors: {keys}). "
-                "It comes from another library or is another kind of file; only files written by switch_sae can be read."
+                f"It comes from another library or is another kind of file; only files written by switch_sae can be read.{_other_formats()}"
             )
-        if header.get("version") != str(FORMAT_VERSION):
+        if header.get("version") not in _READABLE:
             raise ValueError(
-                f"{file} has format version {header.get('version')}; this version of switch_sae reads {FORMAT_VERSION}. Install a matching one."
+                f"{file} has format version {header.get('version')}; this version of switch_sae reads {', '.join(_READABLE)}. Install a matching one."
             )
         return {name: opened.get_tensor(name) for name in opened.keys()}, header  # noqa: SIM118
 

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_kernels import Execution, Moments
+from switch_kernels import ALONE, Execution, Group, Moments
+from switch_sae.checks import all_at_least
 from switch_sae.engines import Engine, EngineSettings, Outcome, TorchEngine, TritonEngine
 from switch_sae.models import SparseAutoencoder
 from switch_sae.models.fused import FusedTraining, why_not_fused
-from switch_sae.runs import Checkpoint
+from switch_sae.rows import Rows
+from switch_sae.runs import Checkpoint, renamed
 
 DEFAULT_EXECUTION = Execution()
 
@@ -58,10 +60,7 @@ class TrainerConfig:
                 raise ValueError(f"trainer.{name}={value} must be a positive number.")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"trainer.decay_fraction={self.decay_fraction} must lie between 0 (no decay) and 1.")
-        for name in ("warmup_steps", "dead_after_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"trainer.{name}={value} must not be negative.")
+        all_at_least(self, "trainer.", warmup_steps=0, dead_after_tokens=0)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class StepResult:
     Valid until the next step of the same trainer, which may write where this reads.
     """
 
-    x_TD: Tensor
+    rows: Rows
     outcome: Outcome
     lr: float
 
@@ -109,8 +108,8 @@ class StepResult:
     @torch.no_grad()
     def fvu(self) -> float:
         """Centred fraction of variance unexplained, of this batch."""
-        x_TD = self.x_TD.float() if self.x_TD.dtype == torch.bfloat16 else self.x_TD
-        return (self.outcome.squared_error() / (x_TD - x_TD.mean(dim=0)).pow(2).sum()).item()
+        target_TD = self.rows.target_TD.float() if self.rows.target_TD.dtype == torch.bfloat16 else self.rows.target_TD
+        return (self.outcome.squared_error() / (target_TD - target_TD.mean(dim=0)).pow(2).sum()).item()
 
     def dead_share(self) -> float:
         return self.dead_M.float().mean().item()
@@ -120,7 +119,7 @@ class StepResult:
         row = {f"loss/{name}": term.item() for name, term in self.terms.items()}
         grad_norm = self.outcome.grad_norm.item()
         row = {"loss": sum(row.values()), **row, "fvu": self.fvu(), "dead": self.dead_share(), "grad_norm": grad_norm, "lr": self.lr}
-        row["l0"] = (self.outcome.values_TK > 0).sum().item() / self.x_TD.shape[0]
+        row["l0"] = (self.outcome.values_TK > 0).sum().item() / len(self.rows)
         if self.outcome.load_E is not None:
             load_E = self.outcome.load_E()
             row |= {"load/max": load_E.max().item(), "load/min": load_E.min().item()}
@@ -130,13 +129,21 @@ class StepResult:
 class Trainer:
     """Trains one SAE: learning rate, engine, dead-latent bookkeeping.
 
-    `execution` says who may compute: with Triton, its kernels do unless `why_not_fused` finds a reason, and autograd otherwise.
+    `execution` says who may compute: with Triton, its kernels do unless `why_not_fused` finds a reason, and autograd otherwise. `group` are
+    the processes that share a batch of `batch_size` rows; each steps on its part of it, and all end with the same weights.
     """
 
     def __init__(
-        self, sae: SparseAutoencoder, config: TrainerConfig, total_steps: int, batch_size: int, execution: Execution = DEFAULT_EXECUTION
+        self,
+        sae: SparseAutoencoder,
+        config: TrainerConfig,
+        total_steps: int,
+        batch_size: int,
+        execution: Execution = DEFAULT_EXECUTION,
+        group: Group = ALONE,
     ) -> None:
-        self.sae, self.config = sae, config
+        sae.share_batches(group)
+        self.sae, self.config, self.batch_size = sae, config, batch_size
         self.schedule = Schedule.resolve(config, sae, total_steps)
         limit = config.dead_after_tokens
         self.dead_after_tokens = limit if limit is not None else min(10_000_000, total_steps * batch_size // 10)
@@ -168,18 +175,18 @@ class Trainer:
         self._seconds += self.engine.seconds()
         return self._seconds
 
-    def step(self, x_TD: Tensor) -> StepResult:
-        """One optimiser step on one batch of raw activations: the only function that changes weights or counters.
+    def step(self, rows: Rows) -> StepResult:
+        """One optimiser step on one batch of raw activations (this process's share of it): the only function that changes weights or counters.
 
         Raises FloatingPointError, before anything has changed, when the loss is not finite (Triton: up to 64 steps later, still nothing has changed).
         """
         started = time.perf_counter()
         lr = self.schedule(self.steps_done)
-        outcome = self.engine.step(x_TD, self.steps_done)
+        outcome = self.engine.step(rows, self.steps_done)
         self.steps_done += 1
         if not self.engine.keeps_time:
             self._seconds += time.perf_counter() - started
-        return StepResult(x_TD, outcome, lr)
+        return StepResult(rows, outcome, lr)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, plain values) from which `load_state_dict` goes on bit for bit. Raises FloatingPointError for a step that was not finite."""
@@ -189,6 +196,7 @@ class Trainer:
         return tensors, {"steps_done": self.steps_done, "seconds": self.seconds}
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        tensors = renamed(tensors, self.sae.former_names)
         self.sae.load_state_dict({name.removeprefix("sae/"): t for name, t in tensors.items() if name.startswith("sae/")})
         self.tokens_since_fired_M.copy_(tensors["tokens_since_fired"])
         self.steps_done, self._seconds = state["steps_done"], state["seconds"]
@@ -196,20 +204,20 @@ class Trainer:
 
 
 @torch.no_grad()
-def prepare(sae: SparseAutoencoder, calibration_TD: Tensor, normalize_activations: bool) -> None:
+def prepare(sae: SparseAutoencoder, calibration: Rows, normalize_activations: bool) -> None:
     """The data-dependent start: one scale so that the mean squared norm of activations is D (or 1 if switched off), then the biases.
 
     The rows may be on another device than the SAE, which stays where it is. Raises ValueError for activations that are all zero or not finite.
     """
-    calibration_TD = calibration_TD.to(sae.activation_scale.device)
-    if not torch.isfinite(calibration_TD).all():
-        raise ValueError("the first activations hold NaN or infinite values: check the model, the hook and its dtype.")
-    energy = calibration_TD.double().pow(2).sum(dim=1).mean().item()
-    if energy == 0:
-        raise ValueError("the first activations are all zero: this hook carries nothing. Choose another.")
+    calibration = calibration.to(sae.activation_scale.device)
+    for rows_TD in (calibration.x_TD, calibration.target_TD):
+        if not torch.isfinite(rows_TD).all():
+            raise ValueError("the first activations hold NaN or infinite values: check the model, the hook and its dtype.")
+        if not rows_TD.any():
+            raise ValueError("the first activations are all zero: this hook carries nothing. Choose another.")
     if normalize_activations:
-        sae.activation_scale.fill_(math.sqrt(sae.d_in / energy))
-    sae.initialize(calibration_TD)
+        sae.set_scale(calibration)
+    sae.initialize(calibration)
 
 
 @dataclass
@@ -286,8 +294,8 @@ def train(
 
     device = next(iter(trainers.values())).sae.decoder_weight().device
     while step < total_steps and trainers:
-        x_TD = next(source).to(device)
-        results: dict[str, StepResult] = each(step, lambda trainer, x_TD=x_TD: trainer.step(x_TD))  # type: ignore[misc]
+        rows = next(source).to(device)
+        results: dict[str, StepResult] = each(step, lambda trainer, rows=rows: trainer.step(rows))  # type: ignore[misc]
         if not results:
             break
         step += 1
@@ -314,26 +322,31 @@ def group_checkpoint(states: dict[str, tuple[dict[str, Tensor], dict[str, Any]]]
     return Checkpoint(step, tensors, {"members": {name: state for name, (_, state) in states.items()}, "source": source.state_dict(), **extra_state})
 
 
-def split_checkpoint(checkpoint: Checkpoint, name: str, alone: str) -> Checkpoint:
-    """The checkpoint of member `name` as if it had trained alone under the name `alone`; it shares the tensors."""
-    tensors = {f"{alone}:{key.removeprefix(f'{name}:')}": tensor for key, tensor in checkpoint.tensors.items() if key.startswith(f"{name}:")}
-    state = checkpoint.state | {"members": {alone: checkpoint.state["members"][name]}}
+def part_of(checkpoint: Checkpoint, keys: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint of the members `keys` alone, each under the name that `keys` gives it; it shares the tensors."""
+    tensors = {
+        f"{key}:{tensor.removeprefix(f'{name}:')}": value
+        for name, key in keys.items()
+        for tensor, value in checkpoint.tensors.items()
+        if tensor.startswith(f"{name}:")
+    }
+    state = checkpoint.state | {"members": {key: checkpoint.state["members"][name] for name, key in keys.items()}}
     return Checkpoint(checkpoint.step, {"torch_rng": checkpoint.tensors["torch_rng"], **tensors}, state)
 
 
-def join_checkpoints(alone: dict[str, Checkpoint]) -> Checkpoint:
-    """The inverse of `split_checkpoint`: a group's checkpoint from those of its members, by name, each of which trained alone on the same stream.
+def joined(parts: Sequence[tuple[Checkpoint, Mapping[str, str]]]) -> Checkpoint:
+    """The inverse of `part_of`: a group's checkpoint from parts that trained on the same stream.
 
     Raises ValueError where they stand at different places of the stream.
     """
-    first = next(iter(alone.values()))
+    first = parts[0][0]
     tensors: dict[str, Tensor] = {"torch_rng": first.tensors["torch_rng"]}
     members: dict[str, Any] = {}
-    for name, checkpoint in alone.items():
+    for checkpoint, keys in parts:
         if checkpoint.step != first.step or checkpoint.state["source"] != first.state["source"]:
-            raise ValueError(f"the checkpoint of {name} is at step {checkpoint.step} of its stream, that of {next(iter(alone))} at {first.step}.")
-        ((own, members[name]),) = checkpoint.state["members"].items()
-        tensors |= {f"{name}:{key.removeprefix(f'{own}:')}": t for key, t in checkpoint.tensors.items() if key.startswith(f"{own}:")}
+            raise ValueError(f"the checkpoint of {', '.join(keys)} is at step {checkpoint.step} of its stream, another one at {first.step}.")
+        whole = part_of(checkpoint, {key: name for name, key in keys.items()})
+        tensors, members = tensors | whole.tensors, members | whole.state["members"]
     return Checkpoint(first.step, tensors, first.state | {"members": members})
 
 

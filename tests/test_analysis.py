@@ -8,18 +8,10 @@ import torch
 from torch import nn
 
 from switch_sae.activations.base import EvaluationSet
-from switch_sae.analysis import (
-    PCABaseline,
-    decoder_geometry,
-    expert_tokens,
-    format_example,
-    normalized_mutual_information,
-    participation_ratio,
-    pca_variance_left,
-    recovery,
-    sample_latents,
-    top_examples,
-)
+from switch_sae.analysis.geometry import decoder_geometry
+from switch_sae.analysis.pca import PCABaseline, participation_ratio
+from switch_sae.analysis.recovery import normalized_mutual_information, recovery
+from switch_sae.analysis.text_examples import expert_tokens, format_example, sample_latents, top_examples
 from switch_sae.models import Flops, Routing, SAEOutput, SparseLatents
 
 M, E, D = 24, 3, 4
@@ -95,15 +87,6 @@ def test_duplicates_are_told_apart_by_kind_and_counted_once():
     assert decoder_geometry(weight, 1).similarity_EE().tolist() == [[5 / 8]]
 
 
-def test_closest_pairs_are_listed_once_most_similar_first():
-    pairs = decoder_geometry(decoder(), E).closest_pairs(3)
-    assert pairs[0][:2] == (5, 20) and pairs[0][2] > 0.9999
-    assert [p[2] for p in pairs] == sorted((p[2] for p in pairs), reverse=True) and len({p[:2] for p in pairs}) == 3
-    assert all(a < b and a // F != b // F for a, b, _ in pairs)
-    assert {p[:2] for p in decoder_geometry(decoder(), E).closest_pairs(2, across_only=False)} == {(1, 3), (5, 20)}
-    assert decoder_geometry(decoder(), 1).closest_pairs(3) == []
-
-
 def test_geometry_refuses_what_has_no_direction_or_no_experts():
     weight = decoder()
     weight[2] = 0
@@ -172,8 +155,6 @@ def test_pca_equals_a_direct_svd():
         output = PCABaseline.fit(x, k)(x)
         assert torch.allclose(output.recon_TD, mean + (x - mean) @ directions[:k].T @ directions[:k], atol=1e-10)
         assert (output.latents.values_TK >= 0).all() and output.latents.to_dense().shape == (200, 2 * k)
-    left = pca_variance_left(x, [0, 1, 3, 4])
-    assert left == pytest.approx({r: float(sizes[r:].square().sum() / sizes.square().sum()) for r in (0, 1, 3, 4)}, abs=1e-12)
     assert participation_ratio(x) == pytest.approx(float(sizes.square().sum() ** 2 / sizes.pow(4).sum()))
 
 
@@ -195,8 +176,6 @@ def test_pca_decodes_what_it_encodes_and_refuses_bad_sizes():
         PCABaseline.fit(x / 0, 2)
     with pytest.raises(ValueError, match="all 3 rows are equal"):
         participation_ratio(torch.ones(3, D))
-    with pytest.raises(ValueError, match=r"ranks \[9\]"):
-        pca_variance_left(x, [1, 9])
 
 
 C, S, WORDS = 6, 9, 5

@@ -13,6 +13,7 @@ from switch_sae.models.dense import encoder_linear
 from switch_sae.models.jumprelu import Sparsity
 from switch_sae.models.losses import normalized_auxk_loss
 from switch_sae.models.pairs import decode_pairs, encode_pairs, largest
+from switch_sae.rows import Rows
 from switch_sae.training import Trainer, TrainerConfig, prepare
 
 D, T, M = 6, 40, 32
@@ -33,7 +34,7 @@ def build(owner, dtype=torch.float64, **settings):
         for seed, (name, parameter) in enumerate(sae.named_parameters()):
             if name != "W_dec_MD":
                 parameter.add_(0.2 * normal(*parameter.shape, seed=100 + seed).to(dtype))
-    prepare(sae, activations(7, 512).to(dtype), normalize_activations=True)
+    prepare(sae, Rows.of(activations(7, 512).to(dtype)), normalize_activations=True)
     return sae
 
 
@@ -76,7 +77,7 @@ def test_relu_loss_is_the_april_update_formula():
     f = (scaled @ sae.W_enc_MD.T + sae.b_enc_M).relu()
     mse = (scaled - f @ sae.W_dec_MD - sae.b_pre_D).pow(2).sum(1).mean()
     l1 = 0.7 * (f * sae.W_dec_MD.norm(dim=1)).sum(1).mean()
-    terms = sae.loss_terms(x, sae(x))
+    terms = sae.loss_terms(Rows.of(x), sae(x))
     torch.testing.assert_close(terms, {"mse": mse, "l1": l1}, rtol=1e-12, atol=1e-12)
     assert_same_gradients(sum(terms.values()), mse + l1, sae)
 
@@ -98,7 +99,7 @@ def test_gated_loss_is_the_papers_formula_with_a_frozen_decoder_in_the_auxiliary
         "l1": 0.7 * gate.relu().sum(1).mean(),
         "gate_mse": (scaled - gate.relu() @ sae.W_dec_MD.detach() - sae.b_pre_D.detach()).pow(2).sum(1).mean(),
     }
-    terms = sae.loss_terms(x, sae(x))
+    terms = sae.loss_terms(Rows.of(x), sae(x))
     torch.testing.assert_close(terms, expected, rtol=1e-11, atol=1e-11)
     assert_same_gradients(sum(terms.values()), sum(expected.values()), sae)
     frozen = torch.autograd.grad(terms["gate_mse"], [sae.W_dec_MD], allow_unused=True)[0]
@@ -118,7 +119,7 @@ def test_jumprelu_l0_gradients_are_the_papers_estimators():
     scaled, pre, theta, window, f = jumprelu_by_hand(sae, x)
     residual = f @ sae.W_dec_MD + sae.b_pre_D - scaled
     assert window.sum() > 20
-    terms = sae.loss_terms(x, sae(x))
+    terms = sae.loss_terms(Rows.of(x), sae(x))
     torch.testing.assert_close(terms["mse"], residual.pow(2).sum(1).mean())
     torch.testing.assert_close(terms["l0"], 0.03 * D * (pre > theta).double().sum(1).mean())
     of_mse = torch.autograd.grad(terms["mse"], [sae.log_threshold_M, sae.W_enc_MD], retain_graph=True)
@@ -143,7 +144,7 @@ def test_jumprelu_tanh_is_anthropics_loss_and_its_estimator_reaches_the_encoder(
         "tanh": 0.3 * D * torch.tanh(1.5 * f * norm).sum(1).mean(),
         "pre_act": 0.2 * ((theta - pre).relu() * norm).sum(1).mean(),
     }
-    terms = sae.loss_terms(x, sae(x))
+    terms = sae.loss_terms(Rows.of(x), sae(x))
     torch.testing.assert_close(terms, expected)
     downstream = 0.3 * D * 1.5 * norm * (1 - torch.tanh(1.5 * f * norm) ** 2) / T  # d tanh / d f
     jump = window * theta / 0.8 * downstream
@@ -172,10 +173,10 @@ def test_jumprelu_published_defaults_follow_the_scale_of_activations():
 def test_the_sparsity_coefficient_rises_linearly_and_depends_on_the_step_alone(owner, settings, scales):
     sae, x = build(owner, **settings), activations()
     term = {ReLUSAE: "l1", GatedSAE: "l1", JumpReLUSAE: settings.get("sparsity", Sparsity.l0).value}[owner]
-    full = sae.loss_terms(x, sae(x))
+    full = sae.loss_terms(Rows.of(x), sae(x))
     for step, scale in reversed(scales.items()):
         sae.begin_step(step, 100)
-        terms = sae.loss_terms(x, sae(x))
+        terms = sae.loss_terms(Rows.of(x), sae(x))
         assert terms[term].item() == pytest.approx(scale * full[term].item(), abs=1e-12)
         assert all(torch.equal(terms[name], full[name]) for name in terms.keys() - {term})
 
@@ -201,7 +202,7 @@ def test_training_lowers_the_loss_of_every_baseline():
         sae = build(SAES[name], torch.float32, **settings)
         trainer = Trainer(sae, TrainerConfig(lr=3e-3, warmup_steps=0, dead_after_tokens=10**9), total_steps=300, batch_size=400)
         x = activations(rows=400).float()
-        fvus = [trainer.step(x).fvu() for _ in range(60)]
+        fvus = [trainer.step(Rows.of(x)).fvu() for _ in range(60)]
         assert fvus[-1] < 0.7 * fvus[0], (name, fvus[0], fvus[-1])
 
 
@@ -233,7 +234,7 @@ def test_batch_topk_trains_without_encoder_biases(owner):
     trainer = Trainer(sae, TrainerConfig(lr=1e-2, dead_after_tokens=1), total_steps=3, batch_size=T)
     before = {name: parameter.clone() for name, parameter in sae.named_parameters()}
     for step in range(3):
-        trainer.step(activations(step).float())
+        trainer.step(Rows.of(activations(step).float()))
     assert before.keys() == {"W_dec_MD", "W_enc_MD", "b_pre_D"}
     assert not any(torch.equal(before[name], parameter) for name, parameter in sae.named_parameters())
 
@@ -286,18 +287,18 @@ def test_the_threshold_starts_at_calibration_and_follows_the_smallest_kept_laten
     assert sae.threshold.item() == pytest.approx(smallest[smallest > 0].min().item())
     sae.begin_step(90, 1000)
     before, output = sae.threshold.item(), sae(x)
-    sae.end_step(output)
+    sae.end_step(Rows.of(x), output)
     kept = output.latents.to_dense()
     beta = 91 / 100
     assert sae.threshold.item() == pytest.approx(beta * before + (1 - beta) * kept[kept > 0].min().item())
     sae.begin_step(10**6, 10**7)
     before = sae.threshold.item()
-    sae.end_step(output)
+    sae.end_step(Rows.of(x), output)
     assert sae.threshold.item() == pytest.approx(0.999 * before + 0.001 * kept[kept > 0].min().item())
     with torch.no_grad():
         sae.b_enc_M.fill_(-1e6)
     before = sae.threshold.item()
-    sae.end_step(sae(x))
+    sae.end_step(Rows.of(x), sae(x))
     assert sae.threshold.item() == before
 
 
@@ -305,7 +306,7 @@ def test_evaluation_after_training_has_nearly_k_latents_per_token():
     sae = build(BatchTopKSAE, torch.float32, k=3)
     trainer = Trainer(sae, TrainerConfig(lr=3e-3), total_steps=60, batch_size=400)
     for step in range(60):
-        trainer.step(activations(step, 400).float())
+        trainer.step(Rows.of(activations(step, 400).float()))
     l0 = (sae.eval().encode(activations(99, 2000).float()).to_dense() > 0).sum(1).float().mean().item()
     assert 0.9 * 3 < l0 < 1.1 * 3
 
@@ -319,7 +320,7 @@ def test_matryoshka_loss_is_the_weighted_mean_over_prefixes(weights):
     w = weights or [1.0] * 4
     expected = sum(weight * loss for weight, loss in zip(w, losses, strict=True)) / sum(w)
     output = sae(x)
-    terms = sae.loss_terms(x, output)
+    terms = sae.loss_terms(Rows.of(x), output)
     torch.testing.assert_close(terms, {"mse": expected})
     assert_same_gradients(terms["mse"], expected, sae)
     for prefix, end in zip(output.prefixes_GTD, (4, 8, 16, 32), strict=True):
@@ -333,13 +334,13 @@ def test_auxk_of_matryoshka_looks_at_the_residual_of_all_groups():
     pre = (scaled - sae.b_pre_D) @ sae.W_enc_MD.T + sae.b_enc_M
     recon = pre.relu()[:, dead_M] @ sae.W_dec_MD[dead_M]
     residual = (x - output.recon_TD) * sae.activation_scale
-    torch.testing.assert_close(sae.loss_terms(x, output, dead_M)["auxk"], D / 32 * normalized_auxk_loss(residual, recon))
+    torch.testing.assert_close(sae.loss_terms(Rows.of(x), output, dead_M)["auxk"], D / 32 * normalized_auxk_loss(residual, recon))
 
 
 def test_one_group_is_batch_topk():
     nested, flat = build(MatryoshkaSAE, k=3, group_fractions=[]), build(BatchTopKSAE, k=3)
     x = activations()
-    torch.testing.assert_close(nested.loss_terms(x, nested(x)), flat.loss_terms(x, flat(x)))
+    torch.testing.assert_close(nested.loss_terms(Rows.of(x), nested(x)), flat.loss_terms(Rows.of(x), flat(x)))
 
 
 def test_flops_are_counted_by_hand():
@@ -360,19 +361,19 @@ def test_k_is_known_only_where_it_is_set():
 
 def test_latents_without_fixed_k_log_their_mean_number():
     sae, x = build(ReLUSAE, torch.float32), activations().float()
-    numbers = Trainer(sae, TrainerConfig(), total_steps=10, batch_size=T).step(x).numbers()
+    numbers = Trainer(sae, TrainerConfig(), total_steps=10, batch_size=T).step(Rows.of(x)).numbers()
     assert numbers["l0"] == pytest.approx((F.linear(x * sae.activation_scale, sae.W_enc_MD, sae.b_enc_M) > 0).sum(1).float().mean().item(), abs=0.1)
 
 
 @pytest.mark.parametrize(
     ("owner", "settings", "message"),
     [
-        (ReLUSAE, {"l1": -1.0}, "l1=-1.0 must be a number of at least 0; 0 switches the term off"),
-        (GatedSAE, {"l1": float("nan")}, "l1=nan must be a number"),
-        (ReLUSAE, {"num_latents": 0}, "num_latents=0 is too small"),
+        (ReLUSAE, {"l1": -1.0}, "l1=-1.0 must be at least 0. 0 switches the term off"),
+        (GatedSAE, {"l1": float("nan")}, "l1=nan must be at least 0"),
+        (ReLUSAE, {"num_latents": 0}, "num_latents=0 must be at least 1"),
         (GatedSAE, {"sparsity_warmup": 1.5}, r"sparsity_warmup=1.5 must lie between 0 \(full from the start\) and 1"),
         (JumpReLUSAE, {"bandwidth": 0.0}, "bandwidth=0.0 must be a positive number"),
-        (JumpReLUSAE, {"l0": -0.1}, "l0=-0.1 must be a number of at least 0"),
+        (JumpReLUSAE, {"l0": -0.1}, "l0=-0.1 must be at least 0"),
         (BatchTopKSAE, {"threshold_beta": 1.0}, r"threshold_beta=1.0 must lie in \[0, 1\)"),
         (BatchTopKSAE, {"k": 5000}, "k=5000 is more than num_latents=4096"),
         (MatryoshkaSAE, {"group_fractions": [0.5, 0.5]}, "must be positive and sum to less than 1"),

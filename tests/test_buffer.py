@@ -11,6 +11,7 @@ import torch
 from switch_sae.activations.buffer import Block, Prefetcher, ShuffleBuffer, seeded
 from switch_sae.activations.text import Document
 from switch_sae.activations.tokens import ContextRules, LocalFeed, Packing, StreamFeed, cut, stack, tokenize
+from switch_sae.rows import Rows
 
 BOS, EOS, PAD = 1, 2, 3
 
@@ -48,7 +49,7 @@ def make_buffer(feed, batch_size=10, block_rows=60, prefetch=False, seed=0):
         document_T = torch.empty(contexts.rows, dtype=torch.int64)
         x_TD[place_T, 0] = contexts.tokens_CS[contexts.keep_CS].float()
         document_T[place_T] = contexts.document_CS[contexts.keep_CS].long()
-        return Block(x_TD, document_T, following)
+        return Block(Rows.of(x_TD), document_T, following)
 
     return ShuffleBuffer(make, feed.start, batch_size, feed.expected_documents(batch_size), prefetch)
 
@@ -108,11 +109,11 @@ def test_an_epoch_gives_every_row_exactly_once(make_feed):
     everything = Counter(contexts_of(CORPUS, rules()).tokens_CS[contexts_of(CORPUS, rules()).keep_CS].tolist())
     rows = sum(everything.values())
     buffer = make_buffer(feed, batch_size=rows)  # a batch spans many blocks
-    epochs = [next(buffer)[:, 0].int().tolist() for _ in range(3)]
+    epochs = [next(buffer).x_TD[:, 0].int().tolist() for _ in range(3)]
     assert all(Counter(epoch) == everything for epoch in epochs)
     assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
     odd = make_buffer(make_feed(), batch_size=7)
-    seen = [row for _ in range(rows) for row in next(odd)[:, 0].int().tolist()]
+    seen = [row for _ in range(rows) for row in next(odd).x_TD[:, 0].int().tolist()]
     assert Counter(seen) == Counter({token: 7 for token in everything}), "7 epochs in batches that cross their edges"
 
 
@@ -123,7 +124,7 @@ def test_resume_anywhere_is_bit_identical(make_feed, prefetch):
     states, batches = [], []
     for _ in range(200):  # 60-row blocks, 10-row batches, about 430 rows in an epoch: block edges, middles and epoch edges
         states.append(json.loads(json.dumps(straight.state_dict(), sort_keys=True)))
-        batches.append(next(straight))
+        batches.append(next(straight).x_TD)
     assert {state["position"]["epoch"] for state in states} >= {0, 1, 2}
     assert any(state["offset"] == 0 for state in states[1:]) and any(state["offset"] % 10 for state in states)
     numbers = torch.randperm(190, generator=torch.Generator().manual_seed(0))[:12].tolist()
@@ -132,7 +133,7 @@ def test_resume_anywhere_is_bit_identical(make_feed, prefetch):
         resumed = make_buffer(make_feed(), prefetch=prefetch)
         next(resumed)
         resumed.load_state_dict(states[number])
-        assert all(torch.equal(next(resumed), batch) for batch in batches[number : number + 8])
+        assert all(torch.equal(next(resumed).x_TD, batch) for batch in batches[number : number + 8])
         assert resumed.state_dict() == (states[number + 8])
         resumed.close()
 
@@ -141,7 +142,7 @@ def test_prefetch_changes_neither_the_stream_nor_its_state():
     plain, ahead = make_buffer(local_feed()), make_buffer(local_feed(), prefetch=True)
     for _ in range(100):
         assert plain.state_dict() == ahead.state_dict()
-        assert torch.equal(next(plain), next(ahead))
+        assert torch.equal(next(plain).x_TD, next(ahead).x_TD)
     assert plain.mixing() == ahead.mixing()
     ahead.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -156,10 +157,10 @@ def test_an_error_in_the_prefetch_thread_reaches_the_consumer():
         calls.append(position["n"])
         if position["n"] == 2:
             raise FloatingPointError("NaN in block 2")
-        return Block(torch.full((4, 1), float(position["n"])), torch.zeros(4, dtype=torch.int64), {"n": position["n"] + 1})
+        return Block(Rows.of(torch.full((4, 1), float(position["n"]))), torch.zeros(4, dtype=torch.int64), {"n": position["n"] + 1})
 
     buffer = ShuffleBuffer(make, {"n": 0}, 4, 1.0, prefetch=True)
-    assert [int(next(buffer)[0]) for _ in range(2)] == [0, 1]
+    assert [int(next(buffer).x_TD[0]) for _ in range(2)] == [0, 1]
     before = buffer.state_dict()
     for _ in range(2):
         with pytest.raises(FloatingPointError, match="NaN in block 2"):
@@ -178,13 +179,13 @@ def test_close_stops_the_thread_and_resuming_calls_off_what_it_was_making():
                 time.sleep(0.001)
             stopped.append(position["n"])
             raise InterruptedError("called off")
-        return Block(torch.full((4, 1), float(position["n"])), torch.zeros(4, dtype=torch.int64), {"n": position["n"] + 1})
+        return Block(Rows.of(torch.full((4, 1), float(position["n"]))), torch.zeros(4, dtype=torch.int64), {"n": position["n"] + 1})
 
     threads = threading.active_count()
     prefetcher = Prefetcher(make)
     prefetcher.get({"n": 0})
     assert started.wait(5)
-    assert prefetcher.get({"n": 7}).x_TD[0] == 7
+    assert prefetcher.get({"n": 7}).rows.x_TD[0] == 7
     assert stopped == [1]
     prefetcher.close()
     assert threading.active_count() == threads

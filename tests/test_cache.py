@@ -82,7 +82,7 @@ def cached(text, cache, rows=None, model=None, said=None, **fields):
 
 
 def take(source, batches):
-    return torch.cat([next(source) for _ in range(batches)])
+    return torch.cat([next(source).x_TD for _ in range(batches)])
 
 
 def everything(source):
@@ -190,7 +190,7 @@ def test_build_source_caches_where_a_folder_is_named(text, tmp_path, monkeypatch
     monkeypatch.setattr("switch_sae.activations.language_model_source.LanguageModel", lambda *_: Model())
     assert type(build_source(config(text, None), BATCH, 500)) is LanguageModelSource
     source = build_source(config(text, tmp_path), BATCH, 500)
-    assert type(source) is CachedSource and next(source).shape == (BATCH, WIDTH)
+    assert type(source) is CachedSource and next(source).x_TD.shape == (BATCH, WIDTH)
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said] == ["activations"] * 3
     assert said[0].startswith(f"activations: cached in {tmp_path}/") and "building 2 of 2 shards" in said[0]
@@ -229,13 +229,13 @@ def test_a_state_goes_on_exactly_with_and_without_prefetch_after_the_cache_has_g
     states, batches = [], []
     for _ in range(80):
         states.append(json.loads(json.dumps(straight.state_dict())))
-        batches.append(next(straight))
+        batches.append(next(straight).x_TD)
     assert states[-1]["position"]["epoch"] >= 1 and states[-1]["shards"] == 3
     take(cached(text, tmp_path, 2000), 1)
     for number, prefetch in ((1, True), (29, False), (70, True)):
         resumed = cached(text, tmp_path, rows, seed=5, prefetch=prefetch)
         resumed.load_state_dict(states[number])
-        assert all(torch.equal(next(resumed), batch) for batch in batches[number : number + 9])
+        assert all(torch.equal(next(resumed).x_TD, batch) for batch in batches[number : number + 9])
         assert resumed.state_dict() == states[number + 9]
         resumed.close()
     if rows is not None:
@@ -244,7 +244,7 @@ def test_a_state_goes_on_exactly_with_and_without_prefetch_after_the_cache_has_g
     shutil.rmtree(tmp_path)
     rebuilt = cached(text, tmp_path, seed=5)
     rebuilt.load_state_dict(states[40])
-    assert torch.equal(next(rebuilt), batches[40]) and len(shards_of(tmp_path)) == 3
+    assert torch.equal(next(rebuilt).x_TD, batches[40]) and len(shards_of(tmp_path)) == 3
     with pytest.raises(ValueError, match="seed: saved 5, now 6"):
         cached(text, tmp_path, rows, seed=6).load_state_dict(states[3])
     with pytest.raises(ValueError, match="has 7 shards, the saved stream read 99"):
@@ -259,10 +259,10 @@ def test_rows_keep_their_documents_and_one_shard_is_mixed_anew_in_every_epoch(te
     next(source)
     ((_, stored),) = shards_of(tmp_path).items()
     blocks = [source._make_block({"epoch": epoch, "shard": 0}, threading.Event()) for epoch in range(2)]
-    assert not torch.equal(blocks[0].x_TD, blocks[1].x_TD)
+    assert not torch.equal(blocks[0].rows.x_TD, blocks[1].rows.x_TD)
     expected = sorted(zip(stored["x_TD"].tolist(), stored["document_T"].tolist(), strict=True))
     for block in blocks:
-        assert sorted(zip(block.x_TD.tolist(), block.document_T.tolist(), strict=True)) == expected and block.document_T.dtype == torch.int64
+        assert sorted(zip(block.rows.x_TD.tolist(), block.document_T.tolist(), strict=True)) == expected and block.document_T.dtype == torch.int64
 
 
 def test_a_folder_that_cannot_be_read_says_so(text, tmp_path):
@@ -353,7 +353,7 @@ def test_a_waiting_job_goes_on_as_soon_as_its_own_share_is_there(text, tmp_path)
     timer = threading.Timer(0.3, lambda: (folder / "manifest.json").write_text(manifest))
     timer.start()
     said = []
-    assert next(cached(text, tmp_path, 600, said=said)).shape == (BATCH, WIDTH)
+    assert next(cached(text, tmp_path, 600, said=said)).x_TD.shape == (BATCH, WIDTH)
     assert "waiting for process" in said[0] and "reading" in said[1]
     held.release()
 
@@ -394,7 +394,7 @@ def test_an_interrupted_builder_lets_go_of_the_lock_and_is_followed_up(text, tmp
     assert held is not None and len(manifest_of(tmp_path)["shards"]) == 1
     held.release()
     model.activations = activations
-    assert torch.equal(next(source), next(cached(text, tmp_path / "whole", 1600)))
+    assert torch.equal(next(source).x_TD, next(cached(text, tmp_path / "whole", 1600)).x_TD)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
@@ -539,7 +539,7 @@ def test_streamed_text_is_stored_once_and_then_read_again(tmp_path, monkeypatch,
     live_TD, position = [], live.start
     while not position["epoch"]:
         block = live.make_block(position, threading.Event())
-        live_TD.append(block.x_TD)
+        live_TD.append(block.rows.x_TD)
         position = block.next_position
     live_TD = torch.cat(live_TD)
     take(cached(streamed, tmp_path, 300), 1)
@@ -550,7 +550,7 @@ def test_streamed_text_is_stored_once_and_then_read_again(tmp_path, monkeypatch,
     model = Model()
     again = cached(streamed, tmp_path, 10**6, model)
     again.load_state_dict(source.state_dict())
-    assert torch.equal(next(again), next(source)) and model.own == 0
+    assert torch.equal(next(again).x_TD, next(source).x_TD) and model.own == 0
     assert torch.equal(live.evaluation_set(60).x_TD, source.evaluation_set(60).x_TD)
 
 
@@ -604,4 +604,4 @@ def test_the_bundled_language_model_is_cached_exactly(tmp_path):
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(model, "activations", side_effect=AssertionError("no pass is needed")))
         again = CachedSource(replace(live_config, cache=str(tmp_path), seed=4), BATCH, rows, model, said.append)
-        assert next(again).shape == (BATCH, source.d_in)
+        assert next(again).x_TD.shape == (BATCH, source.d_in)

@@ -11,9 +11,10 @@ from experiments.compose import CONF, register_schemas, run_config
 from switch_sae.activations import LanguageModelSource, SyntheticSource
 from switch_sae.activations.language_model import BUNDLED
 from switch_sae.config import Baseline, RunConfig, config_from_plain, config_to_plain
-from switch_sae.models import SwitchSAE, TopKSAE
+from switch_sae.models import ROUTERS, SAES, SwitchSAE
 from switch_sae.models.topk import EncoderInit
-from switch_sae.pipeline import baseline_config, build_members, run_training
+from switch_sae.orchestrator import build_sae, run_members, run_training
+from switch_sae.runs import RunDir
 from switch_sae.training import LRWidth
 
 register_schemas()
@@ -34,17 +35,32 @@ def test_the_default_is_a_switch_sae_on_the_bundled_model():
     assert type(config.source) is LanguageModelSource.Config and config.source.model == "bundled" and (BUNDLED / "config.json").is_file()
 
 
-@pytest.mark.parametrize(
-    "override", [*(f"model={m}" for m in names("model")), *(f"sae={s}" for s in names("sae")), *(f"preset={p}" for p in names("preset"))]
-)
-def test_every_choice_composes_and_comes_back_from_json(override):
-    config = composed(override, *(["baselines=[]"] if override.startswith("sae=") and override != "sae=switch" else []))
+CHOICES = [*(f"model={m}" for m in names("model")), *(f"sae={s}" for s in SAES), *(f"sae/router={r}" for r in ROUTERS)]
+
+
+@pytest.mark.parametrize("preset", [None, *names("preset")])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_with_every_preset_and_comes_back_from_json(choice, preset):
+    config = composed(choice, *([] if preset is None else [f"preset={preset}"]))
     assert config_from_plain(config_to_plain(config)) == config
+    group, key = choice.split("=")
+    if group != "model":
+        value, table = (config.sae, SAES) if group == "sae" else (config.sae.router, ROUTERS)
+        assert table.key_of(value) == key
+
+
+def test_a_model_that_names_no_usual_k_is_refused_not_given_one(tmp_path, monkeypatch):
+    with initialize_config_dir(version_base="1.3", config_dir=CONF):
+        without = compose("train", overrides=["~usual.k"])
+        assert run_config(compose("train", overrides=["~usual.k", "sae.k=5"])).sae.k == 5
+        assert type(run_config(compose("train", overrides=["~usual.k", "sae=relu"])).sae) is SAES["relu"].Config
+    with pytest.raises(ValueError, match=r"sae.k is set by nothing: conf/model/MODEL.yaml should say `usual: \{k: ...\}`, or give sae.k=..."):
+        run_config(without)
 
 
 def test_an_experiment_overrides_the_defaults_of_a_run():
-    assert composed("experiment=compare").baselines == [Baseline.flop_matched, Baseline.width_matched, Baseline.frozen_router]
-    assert composed().baselines == [Baseline.flop_matched, Baseline.frozen_router]
+    assert composed("experiment=run/compare").baselines == [Baseline.flop_matched, Baseline.width_matched, Baseline.frozen_router]
+    assert composed().baselines is None
 
 
 def test_the_seed_reaches_the_stream():
@@ -55,18 +71,18 @@ def test_the_seed_reaches_the_stream():
 @pytest.mark.parametrize("model", ["gpt2", "bundled"])
 def test_preset_paper_is_the_paper(model):
     config = composed("preset=paper", f"model={model}")
-    assert (config.sae.encoder_bias, config.sae.auxk, config.sae.load_balance, config.sae.encoder_init) == (False, 0, 3, EncoderInit.linear)
+    assert (config.sae.encoder_bias, config.sae.auxk, config.sae.router.load_balance, config.sae.encoder_init) == (False, 0, 3, EncoderInit.linear)
     assert not config.normalize_activations
     trainer = config.trainer
     assert (trainer.warmup_steps, trainer.lr, trainer.lr_at_16k, trainer.lr_width, trainer.decay_fraction) == (0, None, 2e-4, LRWidth.total, 0.2)
 
 
-@pytest.mark.parametrize("name", names("experiment"))
+@pytest.mark.parametrize("name", names("experiment/run"))
 def test_every_experiment_runs_a_few_steps(name, tmp_path):
-    lines = Path(CONF, "experiment", f"{name}.yaml").read_text().splitlines()
+    lines = Path(CONF, "experiment", "run", f"{name}.yaml").read_text().splitlines()
     assert [line.split()[1] for line in lines[1:5]] == ["Question:", "Command:", "Time:", "Expected:"]
     config = composed(
-        f"experiment={name}", "model=synthetic", "tokens=2048", "batch_size=512", "calibration_rows=1024", "evaluation.rows=512",
+        f"experiment=run/{name}", "model=synthetic", "tokens=2048", "batch_size=512", "calibration_rows=1024", "evaluation.rows=512",
         "evaluation.bootstrap=10", "sae.num_latents=128", "wandb.mode=disabled", f"runs={tmp_path}",
     )  # fmt: skip
     run = run_training(config, say=lambda line: None)
@@ -83,7 +99,11 @@ def test_every_experiment_runs_a_few_steps(name, tmp_path):
         (["trainer.lr_width=both"], (HydraException, OmegaConfBaseException), "both"),
         (["sae.num_latents=4097"], Exception, "num_latents=4097 is not divisible by num_experts"),
         (["tokens=10"], Exception, "tokens=10 is less than one batch"),
-        (["sae=topk", "baselines=[width_matched]"], Exception, "baselines are derived from a Switch SAE"),
+        (["sae=topk", "baselines=[width_matched]"], Exception, "no width_matched for this SAE: it is the dense TopK SAE that others are compared"),
+        (["sae=relu", "baselines=[flop_matched]"], Exception, "no flop_matched for this SAE: relu has no fixed number of active latents (k)"),
+        (["sae=batch_topk", "baselines=[frozen_router]"], Exception, "no frozen_router for this SAE: batch_topk has no router"),
+        (["sae/router=cosine_kmeans", "baselines=[frozen_router]"], Exception, "no frozen_router for this SAE: its router is not trained"),
+        (["sae=topk", "sae.num_experts=8"], (HydraException, OmegaConfBaseException), "sae.num_experts"),
     ],
 )
 def test_mistakes_are_refused_before_anything_runs(overrides, error, message):
@@ -93,18 +113,18 @@ def test_mistakes_are_refused_before_anything_runs(overrides, error, message):
     assert message in told
 
 
-def test_flop_matched_dense_sae_costs_the_same_per_token():
-    switch = SwitchSAE.Config(num_latents=512, k=8, num_experts=8)
-    for trained, slots in ((True, 1), (False, 1), (True, 3)):
-        switch.train_router, switch.experts_per_token = trained, slots
-        dense = baseline_config(switch, Baseline.flop_matched)
-        assert TopKSAE(dense, 32).flops().total == SwitchSAE(switch, 32).flops().total
-    assert baseline_config(switch, Baseline.width_matched).num_latents == 512
+def test_members_start_from_the_seed_whatever_trains_beside_them(tmp_path):
+    config = composed("model=synthetic", "baselines=[width_matched,frozen_router]")
+    members = {member.key: member for member in run_members(RunDir(tmp_path), config, 64)}
+    alone = build_sae(config.sae, 64, config.seed)
+    assert build_sae(members["frozen_router"].sae, 64, config.seed).router.W_ED.equal(alone.router.W_ED)
+    assert [(key, member.role, member.folder.path) for key, member in members.items()] == [
+        ("switch", "main", tmp_path),
+        ("width_matched", "baseline", tmp_path / "baselines" / "width_matched"),
+        ("frozen_router", "baseline", tmp_path / "baselines" / "frozen_router"),
+    ]
 
 
-def test_members_start_from_the_seed_whatever_trains_beside_them():
-    config = composed("model=synthetic", "baselines=[]")
-    alone = build_members(config, 64)["switch"]
-    config.baselines = [Baseline.width_matched, Baseline.frozen_router]
-    together = build_members(config, 64)
-    assert alone.W_enc_MD.equal(together["switch"].W_enc_MD) and alone.W_router_ED.equal(together["frozen_router"].W_router_ED)
+@pytest.mark.parametrize(("sae", "expected"), [("switch", ["flop_matched", "frozen_router"]), ("topk", []), ("relu", [])])
+def test_what_trains_beside_an_sae_unless_it_is_said(sae, expected, tmp_path):
+    assert [member.key for member in run_members(RunDir(tmp_path), composed("model=synthetic", f"sae={sae}"), 64)[1:]] == expected

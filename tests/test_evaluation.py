@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from switch_sae.activations.base import EvaluationSet
-from switch_sae.analysis import PCABaseline
+from switch_sae.analysis.pca import PCABaseline
 from switch_sae.evaluation import Estimate, Results, evaluate
 from switch_sae.metrics import Downstream
 from switch_sae.models import Flops, SAEOutput, SparseLatents, SwitchSAE, TopKSAE

@@ -97,7 +97,7 @@ def test_a_killed_process_holds_nothing(tmp_path):
         assert try_lock(path) is None and holder(path).startswith(f"process {process.pid} on ")
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
     held = try_lock(path)
     assert held is not None and holder(path).startswith(f"process {os.getpid()} on ")
     held.release()

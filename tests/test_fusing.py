@@ -1,13 +1,18 @@
 """Who trains in Triton kernels: exactly what they know, by exact class, router and recipe; everything else by autograd, with the reason said."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from configs import CONTRACTS, ROUTED, switch
 from torch.overrides import TorchFunctionMode
 
-from switch_kernels import Backend, Execution, Precision
+from switch_kernels import ALONE, Backend, Execution, Group, Precision
 from switch_sae.engines import TorchEngine
-from switch_sae.models import SAES, Recipe, SwitchSAE, TopKSAE
+from switch_sae.models import ROUTERS, SAES, Recipe, SwitchSAE, TopKSAE
 from switch_sae.models.fused import why_not_fused
+from switch_sae.models.routers import SoftmaxRouter
+from switch_sae.rows import Rows
 from switch_sae.training import Trainer, TrainerConfig, prepare
 
 D = 8
@@ -32,7 +37,7 @@ class OtherRecipe(SwitchSAE):
 
 def built(cls, config):
     sae = cls(config, D, torch.Generator().manual_seed(0))
-    prepare(sae, torch.randn(64, D, generator=torch.Generator().manual_seed(1)), True)
+    prepare(sae, Rows.of(torch.randn(64, D, generator=torch.Generator().manual_seed(1))), True)
     return sae
 
 
@@ -78,18 +83,82 @@ def test_a_variant_is_trained_by_autograd_and_says_why(name):
     trainer = Trainer(sae, TrainerConfig(lr=1e-3), total_steps=10, batch_size=64, execution=ON_A_GPU)
     assert type(trainer.engine) is TorchEngine and not trainer.execution.is_triton
     assert reason in why_not_fused(sae) and why_not_fused(sae) in trainer.choice and "torch, float32" in trainer.choice
-    result = trainer.step(torch.randn(64, D, generator=torch.Generator().manual_seed(2)))
+    result = trainer.step(Rows.of(torch.randn(64, D, generator=torch.Generator().manual_seed(2))))
     if isinstance(sae, OtherLoss):
         assert result.terms["extra"] == 1
 
 
 def test_only_what_the_kernels_were_written_for_is_fused():
-    fused = {
-        name
-        for name, cls in SAES.items()
-        if why_not_fused(built(cls, cls.Config(num_latents=32, **({"k": 2} if hasattr(cls.Config, "k") else {})))) is None
-    }
-    assert fused == {"topk", "switch"}
+    fused = {name for name, config in CONTRACTS.items() if why_not_fused(built(SAES[SAES.key_of(config)], config)) is None}
+    assert fused == {"topk", "switch, softmax", "switch, softmax, two experts per token"}
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTED if name != "softmax"])
+def test_the_reason_names_the_router_that_kernels_do_not_know(name):
+    sae = built(SwitchSAE, switch(name))
+    trainer = Trainer(sae, TrainerConfig(lr=1e-3), total_steps=10, batch_size=64, execution=ON_A_GPU)
+    assert type(trainer.engine) is TorchEngine
+    kind = ROUTERS[name.split()[0]].__name__
+    assert f"no Triton kernels know its router, {kind}(" in trainer.choice
+    assert not name.startswith("softmax ") or f"<Gate.{name.split()[1]}" in trainer.choice
+
+
+class OtherShares(SoftmaxRouter):
+    def route(self, x_TD):
+        routing = super().route(x_TD)
+        return replace(routing, gate_TS=routing.gate_TS * 2)
+
+
+class OtherHook(SoftmaxRouter):
+    """Overrides nothing that the kernels read, but is called after each step."""
+
+    def end_step(self, x_TD, routing):
+        self.steps = getattr(self, "steps", 0) + 1
+
+
+class KernelOfItsOwn(SoftmaxRouter):
+    """Says in its own body that the kernels compute it, as `has_kernels` does for SAEs."""
+
+    def kernel(self):
+        return super().kernel()
+
+
+def with_router(cls):
+    sae = built(SwitchSAE, SWITCH)
+    sae.router = cls(SWITCH.router, D, 4, 1)
+    return sae
+
+
+@pytest.mark.parametrize("cls", [OtherShares, OtherHook])
+def test_a_subclass_of_a_router_is_not_fused_and_keeps_its_hooks(cls):
+    sae = with_router(cls)
+    assert f"its router, {cls.__name__}(" in why_not_fused(sae) and why_not_fused(with_router(KernelOfItsOwn)) is None
+    Trainer(sae, TrainerConfig(lr=1e-3), 10, 64, ON_A_GPU).step(Rows.of(torch.randn(64, D, generator=torch.Generator().manual_seed(2))))
+    assert cls is OtherShares or sae.router.steps == 1
+
+
+def test_what_a_router_has_of_its_own_is_not_fused():
+    def own_route():
+        sae = with_router(SoftmaxRouter)
+        sae.router.route = lambda x_TD: SoftmaxRouter.route(sae.router, x_TD)
+        return sae
+
+    def hooked():
+        sae = with_router(SoftmaxRouter)
+        sae.router.register_full_backward_pre_hook(lambda *args: None)
+        return sae
+
+    for make in (own_route, hooked):
+        assert "know its router, SoftmaxRouter(" in why_not_fused(make())
+
+
+def test_a_batch_that_processes_share_is_trained_by_autograd():
+    class Two(Group):
+        size = 2
+
+    sae = built(SwitchSAE, SWITCH)
+    assert "2 processes share a batch" in Trainer(sae, TrainerConfig(), total_steps=10, batch_size=64, execution=ON_A_GPU, group=Two()).choice
+    assert sae.group.size == sae.router.group.size == 2 and SwitchSAE.group is ALONE
 
 
 def test_without_a_choice_nothing_is_said():
@@ -135,16 +204,15 @@ class OtherDevice(TorchFunctionMode):
         return result
 
 
-@pytest.mark.parametrize("name", list(SAES))
-def test_every_architecture_can_start_on_another_device_than_the_activations(name):
-    cls = SAES[name]
-    sae = cls(cls.Config(num_latents=32, **({"k": 2} if hasattr(cls.Config, "k") else {})), D, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", list(CONTRACTS))
+def test_every_architecture_and_router_can_start_on_another_device_than_the_activations(name):
+    sae = SAES.build(CONTRACTS[name], D, torch.Generator().manual_seed(0))
     calibration = torch.randn(64, D, generator=torch.Generator().manual_seed(1))
     device = OtherDevice()
     for tensor in (*sae.parameters(), *sae.buffers()):
         device.move(tensor)
     with device:
-        prepare(sae, calibration, True)
+        prepare(sae, Rows.of(calibration), True)
         output = sae(calibration.to(GPU))
         assert device.is_there(output.recon_TD) and all(device.is_there(tensor) for tensor in sae.buffers())
         with pytest.raises(RuntimeError, match="on the CPU"):

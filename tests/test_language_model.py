@@ -203,7 +203,7 @@ def test_a_model_that_looks_ahead_is_not_padded(folder):
     fields = {"model": str(folder / "bert"), "hook": "blocks.2.hook_resid_pre"}
     with pytest.raises(ValueError, match=r"not causal\. Use packed"):
         LanguageModelSource(config(folder, packing="truncated", **fields), 32, bert)
-    assert next(LanguageModelSource(config(folder, **fields), 32, bert)).shape == (32, WIDTH)
+    assert next(LanguageModelSource(config(folder, **fields), 32, bert)).x_TD.shape == (32, WIDTH)
 
 
 @pytest.mark.parametrize("packing", ["packed", "truncated"])
@@ -212,7 +212,7 @@ def test_rows_are_the_kept_positions_of_the_training_text(folder, model, packing
     made = LanguageModelSource(config(folder, packing=packing, buffer_rows=rows), rows, model)
     contexts = made._feed.contexts
     truth_TD = model.activations(contexts.tokens_CS)[contexts.keep_CS]
-    epoch_TD = next(made)
+    epoch_TD = next(made).x_TD
     assert epoch_TD.shape == truth_TD.shape == (rows, WIDTH) and epoch_TD.dtype == torch.float32
     views_DP = torch.randn(WIDTH, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close((epoch_TD @ views_DP).sort(0).values, (truth_TD @ views_DP).sort(0).values, rtol=1e-4, atol=1e-4)
@@ -226,12 +226,12 @@ def test_resume_is_bit_identical_with_and_without_prefetch(folder, model):
     states, batches = [], []
     for _ in range(60):
         states.append(json.loads(json.dumps(straight.state_dict())))
-        batches.append(next(straight))
+        batches.append(next(straight).x_TD)
     assert states[-1]["position"]["epoch"] >= 1
     for number, prefetch in ((0, True), (3, False), (29, True), (50, False)):
         resumed = LanguageModelSource(config(folder, prefetch=prefetch), 32, model)
         resumed.load_state_dict(states[number])
-        assert all(torch.equal(next(resumed), batch) for batch in batches[number : number + 9])
+        assert all(torch.equal(next(resumed).x_TD, batch) for batch in batches[number : number + 9])
         assert resumed.state_dict() == states[number + 9]
         resumed.close()
 
@@ -266,7 +266,7 @@ def test_evaluating_while_a_block_is_being_prefetched_disturbs_neither(folder, m
     ahead = LanguageModelSource(config(folder, prefetch=True), 32, model)
     expected = model.logits(tokens_CS)
     for _ in range(25):
-        assert torch.equal(next(plain), next(ahead))
+        assert torch.equal(next(plain).x_TD, next(ahead).x_TD)
         assert torch.equal(model.logits(tokens_CS, lambda x_CSD: x_CSD), expected)
     ahead.close()
 
@@ -284,12 +284,12 @@ def test_streamed_datasets_train_resume_and_evaluate(folder, model, monkeypatch)
     states, batches = [], []
     for _ in range(170):
         states.append(json.loads(json.dumps(straight.state_dict())))
-        batches.append(next(straight))
+        batches.append(next(straight).x_TD)
     assert states[-1]["position"]["epoch"] == 1
     for number in (0, 13, 100, 150):
         resumed = LanguageModelSource(streamed, 32, model)
         resumed.load_state_dict(states[number])
-        assert all(torch.equal(next(resumed), batch) for batch in batches[number : number + 5])
+        assert all(torch.equal(next(resumed).x_TD, batch) for batch in batches[number : number + 5])
     held_out = straight.evaluation_set(90)
     assert all(text_module.is_held_out(held_out.document_names[n]) for n in held_out.document_T.tolist()) and len(held_out.x_TD) > 70
     assert straight.mixing()["expected_documents_per_batch"] == 32

@@ -273,7 +273,7 @@ def test_bad_input_is_refused_with_the_row_that_is_bad():
         MetricSetup.of(broken, DOCUMENTS, M, E)
     with pytest.raises(ValueError, match="rows of the reconstruction hold NaN"):
         MetricBatch.of(x, SAEOutput(broken, output.latents), document)
-    with pytest.raises(ValueError, match="must be that of the input"):
+    with pytest.raises(ValueError, match="must be that of the target"):
         MetricBatch.of(x, SAEOutput(x[:, :-1], output.latents), document)
     with pytest.raises(ValueError, match="all 4 evaluation rows are equal"):
         MetricSetup.of(torch.ones(4, D), 1, M, E)

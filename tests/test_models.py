@@ -4,34 +4,31 @@ from dataclasses import replace
 
 import pytest
 import torch
+from configs import ARCHITECTURES, CONTRACTS, ROUTED
 
 from switch_kernels import encode_topk_reference, sparse_decode_reference
-from switch_sae.models import SAES, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, SwitchSAE, TopKSAE
-from switch_sae.models.losses import geometric_median, load_balance_loss
+from switch_sae.models import ROUTERS, SAES, SwitchSAE, TopKSAE
+from switch_sae.models.losses import geometric_median
+from switch_sae.models.routers import Gate
+from switch_sae.models.routers.base import load_balance_loss
 from switch_sae.models.topk import EncoderInit
+from switch_sae.rows import Rows
 from switch_sae.runs import load_sae, save_sae
 from switch_sae.training import Trainer, TrainerConfig, prepare
 
 D, T = 12, 96
-CONFIGS = {
-    "topk": TopKSAE.Config(num_latents=48, k=4),
-    "switch": SwitchSAE.Config(num_latents=48, k=4, num_experts=4),
-    "batch_topk": BatchTopKSAE.Config(num_latents=48, k=4),
-    "matryoshka": MatryoshkaSAE.Config(num_latents=48, k=4),
-    "relu": ReLUSAE.Config(num_latents=48),
-    "gated": GatedSAE.Config(num_latents=48),
-    "jumprelu": JumpReLUSAE.Config(num_latents=48),
-}
-WITH_AUXK = [name for name, config in CONFIGS.items() if hasattr(config, "auxk")]
-K_BOUNDS_EVERY_TOKEN = ("topk", "switch")
+WITH_AUXK = [name for name, config in CONTRACTS.items() if hasattr(config, "auxk")]
 B_PRE_STARTS_AT_0 = ("relu", "jumprelu")
 
 
-def test_every_architecture_is_under_contract():
-    assert CONFIGS.keys() == SAES.keys()
+def test_every_architecture_and_router_is_under_contract():
+    assert ARCHITECTURES.keys() == SAES.keys() and {SAES.key_of(config) for config in CONTRACTS.values()} == SAES.keys()
+    assert all(SAES.key_of(config) == name for name, config in ARCHITECTURES.items())
+    assert {ROUTERS.key_of(config) for config in ROUTED.values()} == ROUTERS.keys()
+    assert {config.gate for config in ROUTED.values() if hasattr(config, "gate")} == set(Gate)
 
 
-@pytest.fixture(params=list(SAES))
+@pytest.fixture(params=list(CONTRACTS))
 def name(request):
     return request.param
 
@@ -46,18 +43,17 @@ def activations(seed: int = 0, rows: int = T) -> torch.Tensor:
 
 
 def build(config, dtype: torch.dtype = torch.float32):
-    owner = next(cls for cls in SAES.values() if type(config) is cls.Config)
-    sae = owner(config, D, torch.Generator().manual_seed(1)).to(dtype)
-    prepare(sae, activations(7, 512).to(dtype), normalize_activations=True)
+    sae = SAES.build(config, D, torch.Generator().manual_seed(1)).to(dtype)
+    prepare(sae, Rows.of(activations(7, 512).to(dtype)), normalize_activations=True)
     return sae
 
 
 def losses_of(sae, x, dead=None):
-    return sae.loss_terms(x, sae(x), dead)
+    return sae.loss_terms(Rows.of(x), sae(x), dead)
 
 
 def test_every_parameter_gets_a_gradient(name):
-    sae = build(CONFIGS[name])
+    sae = build(CONTRACTS[name])
     sum(losses_of(sae, activations()).values()).backward()
     for parameter_name, parameter in sae.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
@@ -65,7 +61,7 @@ def test_every_parameter_gets_a_gradient(name):
 
 @pytest.mark.parametrize("name", WITH_AUXK)
 def test_auxk_reaches_every_parameter_of_dead_latents_and_no_others(name):
-    sae = build(replace(CONFIGS[name], auxk_latents=6))
+    sae = build(replace(CONTRACTS[name], auxk_latents=6))
     with torch.no_grad():
         sae.b_enc_M[::3] = -50.0  # these cannot fire
         sae.b_enc_M[::3].add_(torch.rand(16))
@@ -76,7 +72,7 @@ def test_auxk_reaches_every_parameter_of_dead_latents_and_no_others(name):
     assert output.latents.firing_counts()[dead_M].sum() == 0
     with torch.no_grad():
         sae.b_enc_M[::3] = 0.0
-    term = sae.loss_terms(x, output, dead_M)["auxk"]
+    term = sae.loss_terms(Rows.of(x), output, dead_M)["auxk"]
     gradients = dict(
         zip(("W_enc", "W_dec", "b_enc"), torch.autograd.grad(term, (sae.W_enc_MD, sae.W_dec_MD, sae.b_enc_M), retain_graph=True), strict=True)
     )
@@ -90,7 +86,7 @@ def test_auxk_reaches_every_parameter_of_dead_latents_and_no_others(name):
 
 @pytest.mark.parametrize("name", WITH_AUXK)
 def test_auxk_lowers_the_residual_of_dead_latents_when_it_is_all_that_trains(name):
-    sae = build(replace(CONFIGS[name], auxk_latents=8))
+    sae = build(replace(CONTRACTS[name], auxk_latents=8))
     x = activations(rows=400)
     dead_M = torch.zeros(48, dtype=torch.bool)
     dead_M[::2] = True
@@ -99,7 +95,7 @@ def test_auxk_lowers_the_residual_of_dead_latents_when_it_is_all_that_trains(nam
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     seen = []
     for _ in range(60):
-        term = sae.loss_terms(x, output, dead_M)["auxk"]
+        term = sae.loss_terms(Rows.of(x), output, dead_M)["auxk"]
         seen.append(term.item())
         optimizer.zero_grad()
         term.backward()
@@ -113,27 +109,27 @@ def training(request):
 
 
 def test_decode_of_encode_equals_forward_exactly(name, training):
-    sae, x = build(CONFIGS[name]).train(training), activations()
+    sae, x = build(CONTRACTS[name]).train(training), activations()
     assert torch.equal(sae.decode(sae.encode(x)), sae(x).recon_TD)
 
 
 def test_dense_latents_times_decoder_is_the_reconstruction(name, training):
-    sae, x = build(CONFIGS[name], torch.float64).train(training), activations().double()
+    sae, x = build(CONTRACTS[name], torch.float64).train(training), activations().double()
     dense = sae.encode(x).to_dense() @ sae.W_dec_MD + sae.b_pre_D
     torch.testing.assert_close(dense / sae.activation_scale, sae(x).recon_TD, rtol=1e-10, atol=1e-10)
 
 
 def test_at_most_k_latents_fire_and_only_positive_ones_count(name):
-    latents = build(CONFIGS[name]).encode(activations())
+    latents = build(CONTRACTS[name]).encode(activations())
     dense = latents.to_dense()
     assert dense.shape == (T, 48) and (dense >= 0).all()
-    if name in K_BOUNDS_EVERY_TOKEN:
+    if name == "topk" or name.startswith("switch"):
         assert ((dense > 0).sum(1) <= 4).all()
     assert torch.equal(latents.firing_counts(), (dense > 0).sum(0).float())
 
 
 def test_zero_valued_slots_do_not_count_as_fired(name, training):
-    sae = build(CONFIGS[name]).train(training)
+    sae = build(CONTRACTS[name]).train(training)
     with torch.no_grad():
         for bias in encoder_biases(sae):
             bias.fill_(-1e3)
@@ -143,7 +139,7 @@ def test_zero_valued_slots_do_not_count_as_fired(name, training):
 
 
 def test_permuting_tokens_permutes_outputs(name, training):
-    sae, x = build(CONFIGS[name], torch.float64).train(training), activations().double()
+    sae, x = build(CONTRACTS[name], torch.float64).train(training), activations().double()
     order = torch.randperm(T, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(sae(x).recon_TD[order], sae(x[order]).recon_TD, rtol=1e-11, atol=1e-11)
 
@@ -151,9 +147,9 @@ def test_permuting_tokens_permutes_outputs(name, training):
 def test_a_step_keeps_decoder_rows_on_the_unit_sphere_and_is_deterministic(name):
     weights = []
     for _ in range(2):
-        trainer = Trainer(build(CONFIGS[name]), TrainerConfig(lr=1e-2), total_steps=5, batch_size=T)
+        trainer = Trainer(build(CONTRACTS[name]), TrainerConfig(lr=1e-2), total_steps=5, batch_size=T)
         for step in range(5):
-            trainer.step(activations(step))
+            trainer.step(Rows.of(activations(step)))
         weights.append(trainer.sae.W_dec_MD.detach().clone())
     assert torch.equal(*weights)
     if trainer.sae.recipe.unit_decoder:
@@ -162,17 +158,17 @@ def test_a_step_keeps_decoder_rows_on_the_unit_sphere_and_is_deterministic(name)
 
 def test_stop_and_resume_equals_a_straight_run_bit_for_bit(name):
     def trainer():
-        return Trainer(build(CONFIGS[name]), TrainerConfig(lr=1e-2, dead_after_tokens=2 * T), total_steps=8, batch_size=T)
+        return Trainer(build(CONTRACTS[name]), TrainerConfig(lr=1e-2, dead_after_tokens=2 * T), total_steps=8, batch_size=T)
 
     straight, first, second = trainer(), trainer(), trainer()
     for step in range(8):
-        straight.step(activations(step))
+        straight.step(Rows.of(activations(step)))
         if step < 4:
-            first.step(activations(step))
+            first.step(Rows.of(activations(step)))
     tensors, state = first.state_dict()
     second.load_state_dict({key: tensor.clone() for key, tensor in tensors.items()}, state)
     for step in range(4, 8):
-        second.step(activations(step))
+        second.step(Rows.of(activations(step)))
     expected, found = straight.state_dict()[0], second.state_dict()[0]
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
@@ -180,9 +176,9 @@ def test_stop_and_resume_equals_a_straight_run_bit_for_bit(name):
 
 
 def test_save_and_load_is_bit_exact_and_takes_no_arguments(name, tmp_path):
-    trainer, x = Trainer(build(CONFIGS[name]), TrainerConfig(lr=1e-2), total_steps=3, batch_size=T), activations()
+    trainer, x = Trainer(build(CONTRACTS[name]), TrainerConfig(lr=1e-2), total_steps=3, batch_size=T), activations()
     for step in range(3):
-        trainer.step(activations(step))
+        trainer.step(Rows.of(activations(step)))
     save_sae(tmp_path / "model.safetensors", trainer.sae)
     loaded = load_sae(tmp_path / "model.safetensors")
     assert type(loaded) is type(trainer.sae) and loaded.config == trainer.sae.config and not loaded.training
@@ -192,7 +188,7 @@ def test_save_and_load_is_bit_exact_and_takes_no_arguments(name, tmp_path):
 
 
 def test_folding_the_scale_leaves_the_function_unchanged(name, training):
-    sae, x = build(CONFIGS[name], torch.float64).train(training), activations().double()
+    sae, x = build(CONTRACTS[name], torch.float64).train(training), activations().double()
     with torch.no_grad():
         for bias in encoder_biases(sae):
             bias.normal_(generator=torch.Generator().manual_seed(5))
@@ -209,7 +205,7 @@ def test_folding_the_scale_leaves_the_function_unchanged(name, training):
 
 
 def test_the_scale_makes_the_mean_squared_norm_d(name):
-    sae, x = build(CONFIGS[name]), activations(7, 512)
+    sae, x = build(CONTRACTS[name]), activations(7, 512)
     assert abs((x * sae.activation_scale).pow(2).sum(1).mean().item() / D - 1) < 1e-5
     start = torch.zeros(D) if name in B_PRE_STARTS_AT_0 else geometric_median(x)
     torch.testing.assert_close(sae.b_pre_D.detach() / sae.activation_scale, start, rtol=1e-3, atol=1e-3)
@@ -217,7 +213,7 @@ def test_the_scale_makes_the_mean_squared_norm_d(name):
 
 def test_wrong_width_is_refused_with_the_rule(name):
     with pytest.raises(ValueError, match=r"shape \(3, 5\); this SAE takes \[tokens, d_in=12\]"):
-        build(CONFIGS[name]).encode(torch.zeros(3, 5))
+        build(CONTRACTS[name]).encode(torch.zeros(3, 5))
 
 
 @pytest.mark.parametrize(("experts", "slots", "joint"), [(1, 1, True), (4, 1, True), (8, 1, True), (4, 2, True), (4, 2, False), (4, 4, True)])
@@ -229,12 +225,12 @@ def test_outputs_and_gradients_equal_the_masked_dense_formulation(experts, slots
     gradients = torch.autograd.grad(sum(terms.values()), list(sae.parameters()))
 
     scaled = x * sae.activation_scale
-    probs = torch.softmax((scaled - sae.b_router_D) @ sae.W_router_ED.T, dim=1)
+    probs = torch.softmax((scaled - sae.router.b_D) @ sae.router.W_ED.T, dim=1)
     gate, expert = probs.topk(slots, dim=1)
     _, dispatch = sae.route(scaled)
     selection = encode_topk_reference(scaled, sae.b_pre_D, gate, sae.W_enc_MD, sae.b_enc_M, dispatch, 4, joint)
     recon = sparse_decode_reference(selection.values_TK, selection.indices_TK, sae.W_dec_MD) + sae.b_pre_D
-    loss = (scaled - recon).pow(2).sum(1).mean() + config.load_balance * D * load_balance_loss(expert, probs)
+    loss = (scaled - recon).pow(2).sum(1).mean() + config.router.load_balance * D * load_balance_loss(expert, probs)
     expected = torch.autograd.grad(loss, list(sae.parameters()))
 
     torch.testing.assert_close(sum(terms.values()), loss, rtol=1e-11, atol=1e-11)
@@ -244,12 +240,12 @@ def test_outputs_and_gradients_equal_the_masked_dense_formulation(experts, slots
 
 
 def test_one_expert_equals_topk_exactly_through_training():
-    topk = build(CONFIGS["topk"])
+    topk = build(ARCHITECTURES["topk"])
     switch = build(SwitchSAE.Config(num_latents=48, k=4, num_experts=1))
     trainers = [Trainer(sae, TrainerConfig(lr=1e-2, dead_after_tokens=200), total_steps=8, batch_size=T) for sae in (topk, switch)]
     for step in range(8):
         for trainer in trainers:
-            trainer.step(activations(step))
+            trainer.step(Rows.of(activations(step)))
     for parameter_name, parameter in topk.named_parameters():
         assert torch.equal(parameter, dict(switch.named_parameters())[parameter_name]), parameter_name
     assert torch.equal(topk(activations()).recon_TD, switch(activations()).recon_TD)
@@ -268,30 +264,30 @@ def test_auxk_with_two_experts_per_token_equals_the_dense_formula():
         top = pre.masked_fill(~allowed, float("-inf")).topk(3, dim=1)
         recon += gate[:, None] * (torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()) @ sae.W_dec_MD)
     expected = (residual - recon).pow(2).sum() / (residual - residual.mean(0)).pow(2).sum() / 32 * D
-    torch.testing.assert_close(sae.loss_terms(x, output, dead_M)["auxk"], expected)
+    torch.testing.assert_close(sae.loss_terms(Rows.of(x), output, dead_M)["auxk"], expected)
 
 
 def test_experts_own_consecutive_latents():
-    output = build(CONFIGS["switch"])(activations())
+    output = build(ARCHITECTURES["switch"])(activations())
     assert torch.equal(output.latents.indices_TK // 12, output.routing.expert_TS.expand(-1, 4))
 
 
 def test_router_and_centre_have_biases_of_their_own():
-    sae = build(CONFIGS["switch"])
-    assert sae.b_pre_D.data_ptr() != sae.b_router_D.data_ptr()
+    sae = build(ARCHITECTURES["switch"])
+    assert sae.b_pre_D.data_ptr() != sae.router.b_D.data_ptr()
     trainer = Trainer(sae, TrainerConfig(lr=1e-2), total_steps=4, batch_size=T)
     for step in range(4):
-        trainer.step(activations(step))
-    assert not torch.allclose(sae.b_pre_D, sae.b_router_D)
+        trainer.step(Rows.of(activations(step)))
+    assert not torch.allclose(sae.b_pre_D, sae.router.b_D)
 
 
 def test_a_frozen_router_stays_as_it_was():
-    sae = build(replace(CONFIGS["switch"], train_router=False))
-    before = sae.W_router_ED.clone()
+    sae = build(replace(ARCHITECTURES["switch"], router=replace(ROUTED["softmax"], train=False)))
+    before = sae.router.W_ED.clone()
     trainer = Trainer(sae, TrainerConfig(lr=1e-2), total_steps=3, batch_size=T)
     for step in range(3):
-        trainer.step(activations(step))
-    assert torch.equal(before, sae.W_router_ED) and "W_router_ED" not in trainer.engine.optimizer.parameters
+        trainer.step(Rows.of(activations(step)))
+    assert torch.equal(before, sae.router.W_ED) and "router.W_ED" not in trainer.engine.optimizer.parameters
 
 
 def test_load_balance_loss_is_1_when_balanced_and_e_when_collapsed():
@@ -322,10 +318,9 @@ def test_flops_are_counted_by_hand():
     [
         ({"num_latents": 50, "num_experts": 8}, r"num_latents=50 is not divisible by num_experts=8.*nearest that fits is num_latents=48"),
         ({"num_latents": 48, "num_experts": 8, "k": 7}, r"k=7 is more than the 6 latents of one expert.*Use k <= 6, or num_latents >= 56"),
-        ({"num_experts": 0}, "num_experts=0 is too small"),
-        ({"k": 0}, "k=0 is too small"),
-        ({"load_balance": -1.0}, "load_balance=-1.0 is negative"),
-        ({"auxk": -1.0}, "auxk=-1.0 is negative"),
+        ({"num_experts": 0}, "num_experts=0 must be at least 1"),
+        ({"k": 0}, "k=0 must be at least 1"),
+        ({"auxk": -1.0}, "auxk=-1.0 must be at least 0. 0 switches AuxK off"),
         ({"num_experts": 4, "experts_per_token": 5}, "experts_per_token=5 must lie between 1 and num_experts=4"),
         ({"k": 5, "experts_per_token": 2, "joint_topk": False}, "k=5 does not divide evenly among experts_per_token=2. Use k=4, or joint_topk=true"),
     ],

@@ -14,29 +14,32 @@ pytest.importorskip("IPython")
 pytest.importorskip("scipy")
 
 
+SAYS = {
+    "compare": (
+        *("2 switch", "FVU of switch relative to", "NMI of experts and topics 0.", "of the directions of flop_matched are in switch", "cut into 4"),
+    ),
+}
+"""What each notebook must print."""
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook") / "runs"
     return [tiny_run(folder), tiny_run(folder, seed=1)]
 
 
-def test_its_cells_run_in_order_on_the_newest_runs(runs, monkeypatch, capsys):
+@pytest.mark.parametrize("name", run_notebook.NOTEBOOKS)
+def test_its_cells_run_in_order_on_the_newest_runs(name, runs, monkeypatch, capsys):
     monkeypatch.chdir(runs[0].path.parents[1])
     monkeypatch.delenv("SWITCH_SAE_RUNS", raising=False)
     before = {file for file in runs[0].path.rglob("*")}
     names = {"__name__": "__main__"}
-    for cell in jupytext.read(run_notebook.NOTEBOOK).cells:
+    for cell in jupytext.read(run_notebook.NOTEBOOKS[name]).cells:
         if cell.cell_type == "code":
-            exec(compile(cell.source, "compare.py", "exec"), names)
+            exec(compile(cell.source, f"{name}.py", "exec"), names)
     assert {run.path.name for run in names["RUNS"]} == {run.path.name for run in runs}
     said = capsys.readouterr().out
-    for line in (
-        "2 switch",
-        "FVU of switch relative to",
-        "NMI of experts and topics 0.",
-        "of the directions of flop_matched are in switch",
-        "cut into 4",
-    ):
+    for line in SAYS[name]:
         assert line in said, line
     assert "NOT COMPARABLE" not in said
     assert {file for file in runs[0].path.rglob("*")} == before, "the notebook wrote into the run"
@@ -69,15 +72,14 @@ def test_it_says_when_there_is_nothing_to_run(tmp_path, monkeypatch, capsys):
 def test_it_says_which_package_is_missing(runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "jupytext", None)
     with pytest.raises(ModuleNotFoundError, match=r"jupytext is not installed.*\[notebook\]"):
-        run_notebook.execute(runs, runs[0].path / "never.ipynb")
+        run_notebook.execute(run_notebook.NOTEBOOKS["compare"], runs, runs[0].path / "never.ipynb")
 
 
-def test_a_failing_cell_is_told_and_the_outputs_before_it_are_kept(runs, tmp_path, monkeypatch):
+def test_a_failing_cell_is_told_and_the_outputs_before_it_are_kept(runs, tmp_path):
     pytest.importorskip("nbclient")
     failing = tmp_path / "failing.py"
     failing.write_text("# %%\nprint('before')\n\n# %%\nraise ValueError('on purpose')\n")
-    monkeypatch.setattr(run_notebook, "NOTEBOOK", failing)
     out = tmp_path / "out.ipynb"
     with pytest.raises(SystemExit, match="on purpose"):
-        run_notebook.execute([RunDir(runs[0].path)], out)
+        run_notebook.execute(failing, [RunDir(runs[0].path)], out)
     assert "before" in out.read_text() and os.listdir(tmp_path).count("out.ipynb") == 1

@@ -7,6 +7,7 @@ import switch_kernels.decode as decode
 import switch_kernels.encode as encode
 from switch_kernels import KERNELS, Shape
 from switch_sae.models import SwitchSAE, TopKSAE
+from switch_sae.rows import Rows
 
 SHAPES = [Shape(T=12, D=5, M=16, E=4, K=3), Shape(T=12, D=5, M=16, E=1, K=3), Shape(T=9, D=5, M=16, E=4, K=2, S=2)]
 SAES = {
@@ -44,7 +45,7 @@ def test_torch_compile_sees_through_an_sae_without_a_graph_break(name):
 
     def loss(x_TD):
         output = sae(x_TD)
-        return torch.stack(list(sae.loss_terms(x_TD, output).values())).sum()
+        return torch.stack(list(sae.loss_terms(Rows.of(x_TD), output).values())).sum()
 
     eager = torch.autograd.grad(loss(x_TD), list(sae.parameters()))
     compiled = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x_TD), list(sae.parameters()))

@@ -8,14 +8,17 @@ import pytest
 import torch
 from test_results import FakeSweep, switch, topk
 
-from switch_sae.analysis import decoder_geometry
+from switch_sae.analysis.geometry import decoder_geometry
 from switch_sae.models import SwitchSAE, TopKSAE
-from switch_sae.report import FIGURES, collect, draw_figures, paper_points
-from switch_sae.report.frontier import interpolate, relative
-from switch_sae.report.selection import Material, NotEnough, flop_matched, width_matched
-from switch_sae.report.style import look
-from switch_sae.report.training_curves import smooth
+from switch_sae.models.routers import Gate
+from switch_sae.report import FIGURES, draw_figures
+from switch_sae.report.figures.frontier import interpolate, relative
+from switch_sae.report.figures.training_curves import smooth
+from switch_sae.results import collect
+from switch_sae.results.published import paper_points
+from switch_sae.results.selection import Material, NotEnough, flop_matched, width_matched
 from switch_sae.runs import load_sae
+from switch_sae.style import look
 
 
 @pytest.fixture
@@ -23,8 +26,8 @@ def sweep(tmp_path):
     return FakeSweep(tmp_path / "sweep")
 
 
-def material(sweep, **more):
-    return Material.of(collect([sweep.path]), **more)
+def material(sweep):
+    return Material.of(collect([sweep.path]))
 
 
 def drawn(name, sweep):
@@ -59,7 +62,7 @@ def test_the_frontier_draws_means_and_ratios_at_equal_k(sweep):
     assert line_of(axes[3], look("switch", 2).colour) == ([2, 4], pytest.approx([0.4, 0.24]))
     more = SwitchSAE(switch(2, 64, 2), 8).flops().total / TopKSAE(topk(32, 2), 8).flops().total - 1
     assert drawing.notes == [
-        "1 of 7 groups have unusual settings (sae.load_balance) and are left out",
+        "1 of 7 groups have unusual settings (sae.router.load_balance) and are left out",
         f"FLOPs per token of training against TopK at equal k, router included, at most: Switch 2 {more:+.1%}",
     ]
     assert all(record["source"] == "ours" for record in drawing.table) and len(drawing.table) == 8
@@ -108,18 +111,18 @@ def test_scaling_fits_the_exponent_of_the_means(sweep):
             sweep.add(topk(latents), seed, fvu=2 * latents**-0.5 * (1.1 if seed else 1 / 1.1))
     sweep.add(switch(4, 64), fvu=0.3)
     drawing = drawn("scaling", sweep)
-    fit = next(record for record in drawing.table if record["fit"] == "FVU by latents")
+    fit = next(record for record in drawing.table if record.get("fit") == "FVU by latents")
     mean_factor = (1.1 + 1 / 1.1) / 2  # of arithmetic means over seeds
     assert (fit["exponent"], fit["coefficient"]) == pytest.approx((0.5, 2 * mean_factor)) and fit["widths"] == 3
     assert "TopK: 0.500 [0.500, 0.500]" in drawing.figure.axes[0].get_title("left")
-    assert len([record for record in drawing.table if record["fit"] is None]) == 6
+    assert len([record for record in drawing.table if record.get("fit") is None]) == 6
 
 
 def test_ablations_draw_each_setting_alone(sweep):
     for value, fvu in ((0.0, 0.6), (0.1, 0.4), (10.0, 0.5)):
         for seed in (0, 1):
             sweep.add(switch(4, load_balance=value), seed, fvu=fvu, load_cv=1 - fvu, load_max=2.0)
-    sweep.add(switch(4, gate=type(switch(4).gate).hard), fvu=0.48)
+    sweep.add(switch(4, gate=Gate.hard), fvu=0.48)
     drawing = drawn("ablations", sweep)
     labels = ["FVU", "load CV", "largest load / fair share", "share of dead latents", "FVU, k = 4"]
     axes = {axis.get_ylabel(): axis for axis in drawing.figure.axes if axis.axison}
@@ -136,9 +139,9 @@ def geometry_sweep(sweep):
             sweep.add(sae, seed, fvu=0.5, weights=True)
 
 
-def test_duplication_is_measured_once_and_averaged(sweep, tmp_path, monkeypatch):
+def test_duplication_is_measured_once_and_averaged(sweep, monkeypatch):
     geometry_sweep(sweep)
-    drawing = FIGURES["duplication"](material(sweep, cache=tmp_path / "out"))
+    drawing = drawn("duplication", sweep)
     expected = {}
     for row in collect([sweep.path]):
         nearest = decoder_geometry(load_sae(row.path).decoder_weight(), row.num_experts).nearest_M
@@ -149,8 +152,8 @@ def test_duplication_is_measured_once_and_averaged(sweep, tmp_path, monkeypatch)
     cells = drawing.figure.axes[1]
     assert cells.images[0].get_array().shape == (2, 2)
     assert cells.texts[0].get_text() == f"{drawing.table[0]['nearest_cosine']:.2f}"
-    monkeypatch.setattr("switch_sae.report.geometry_figures.decoder_geometry", None)  # the second time comes from geometry.csv
-    assert FIGURES["duplication"](material(sweep, cache=tmp_path / "out")).table == drawing.table
+    monkeypatch.setattr("switch_sae.analysis.duplication.decoder_geometry", None)  # the second time comes from the run folders
+    assert drawn("duplication", sweep).table == drawing.table
 
 
 def test_one_k_gives_lines_over_experts(sweep):
@@ -231,7 +234,7 @@ def test_one_call_draws_what_it_can_and_says_what_is_missing(sweep, tmp_path):
     for line in (
         "curves: not drawn. no training step was logged (log_every=0).",
         "scaling: not drawn. no kind of SAE was trained at 3 or more widths",
-        "ablations: not drawn. no Switch SAEs differ only in sae.load_balance",
+        "ablations: not drawn. no Switch SAEs differ only in sae.router.load_balance",
         "duplication: not drawn. fewer than two numbers of experts at 32 latents have their model.safetensors.",
         "expert_similarity: not drawn. no Switch SAE has a dense TopK SAE",
         "projection: not drawn. there is no finished Switch SAE with its model.safetensors.",

@@ -7,24 +7,15 @@ import pytest
 
 from experiments.evaluate import evaluate_again
 from switch_sae.activations import SyntheticSource
-from switch_sae.analysis import TokenLift, decoder_geometry
+from switch_sae.analysis.geometry import decoder_geometry
+from switch_sae.analysis.text_examples import TokenLift
 from switch_sae.config import Baseline, EvaluationConfig, RunConfig
 from switch_sae.models import SwitchSAE, TopKSAE
-from switch_sae.pipeline import run_training
-from switch_sae.report import (
-    curves_figure,
-    expert_tokens_table,
-    finished_runs,
-    geometry_figure,
-    load_figure,
-    load_members,
-    margins,
-    render,
-    report,
-    scored,
-    scores_figure,
-    table,
-)
+from switch_sae.orchestrator import run_training
+from switch_sae.report import margins, render, report, table
+from switch_sae.report.figures.single_runs import curves_figure, geometry_figure, load_figure, scores_figure
+from switch_sae.report.tables import expert_tokens_table
+from switch_sae.results import finished_runs, load_members, scored
 from switch_sae.runs import RunDir
 from switch_sae.wandb_logger import WandbConfig, WandbMode
 
@@ -79,6 +70,7 @@ def test_a_missing_interval_and_an_undefined_value_are_shown_as_such(run, tmp_pa
     saved["members"]["switch"]["metrics"]["delta_ce"] = {"value": 0.25, "low": 0.125, "high": 0.5}
     copy = RunDir(tmp_path)
     copy.write_json("results.json", saved)
+    copy.write_json("config.json", run.read_json("config.json"))
     shown = cells(table([copy]))
     assert shown["switch"]["FVU"] == f"{saved['members']['switch']['metrics']['fvu']['value']:.4f}"
     assert shown["flop_matched"]["cosine"] == "-"
@@ -99,6 +91,7 @@ def test_margins_are_relative_and_starred_only_where_intervals_overlap(run, tmp_
         saved[group][name]["metrics"]["fvu"] = {"value": value, "low": low, "high": high}
     copy = RunDir(tmp_path)
     copy.write_json("results.json", saved)
+    copy.write_json("config.json", run.read_json("config.json"))
     assert "-20.0% flop_matched*, -50.0% frozen_router, +25.0% pca_4, -60.0% untrained" in margins(copy)
 
 
@@ -169,7 +162,7 @@ def test_members_come_back_as_they_were_saved(run):
     members = load_members(run)
     assert list(members) == ["switch", "flop_matched", "frozen_router"]
     assert [type(sae) for sae in members.values()] == [SwitchSAE, TopKSAE, SwitchSAE]
-    assert not members["frozen_router"].config.train_router and members["switch"].config.train_router
+    assert not members["frozen_router"].config.router.train and members["switch"].config.router.train
 
 
 def test_evaluating_again_agrees_and_leaves_the_first_results_alone(run, tmp_path):

@@ -9,10 +9,12 @@ import torch
 
 from switch_sae.activations import SyntheticSource
 from switch_sae.config import RunConfig, config_to_plain
-from switch_sae.models import SAES, SwitchSAE, TopKSAE
-from switch_sae.report import collect, config_columns, summary, summary_table, table, write_results, write_summary
-from switch_sae.report.results import unusual, usual_settings
-from switch_sae.runs import RunDir, RunError, architecture_of
+from switch_sae.models import ROUTERS, SAES, SwitchSAE, TopKSAE
+from switch_sae.models.routers import Gate
+from switch_sae.report import summary_table, table
+from switch_sae.results import collect, summary, write_results, write_summary
+from switch_sae.results.rows import config_columns, unusual, usual_settings
+from switch_sae.runs import RunDir, RunError
 
 D = 8
 
@@ -26,7 +28,9 @@ class FakeSweep:
 
     def add(self, sae, seed=0, fvu=None, steps=(), weights=False, evaluated="rows", normalize=True, scale=1.0, **metrics):
         """A finished member with these metrics, or with `fvu=None` one that only has its logged steps."""
-        config = RunConfig(source=SyntheticSource.Config(d_in=D), sae=sae, seed=seed, tokens=1000, batch_size=100, normalize_activations=normalize)
+        config = RunConfig(
+            source=SyntheticSource.Config(d_in=D), sae=sae, seed=seed, tokens=1000, batch_size=100, normalize_activations=normalize, baselines=[]
+        )
         plain = config_to_plain(config)
         plain["source"] |= self.source
         name = f"{len(self.members)}-s{seed}"
@@ -36,7 +40,7 @@ class FakeSweep:
         if fvu is None and not steps:
             return run
         run.write_json("config.json", plain)
-        architecture = architecture_of(sae)
+        architecture = SAES.key_of(sae)
         for step, value in steps:
             run.log({"step": step, "tokens": 100 * step, "sae": architecture, "fvu": value})
         if fvu is None:
@@ -62,8 +66,9 @@ def topk(latents=32, k=4, **more):
     return TopKSAE.Config(num_latents=latents, k=k, **more)
 
 
-def switch(experts, latents=32, k=4, **more):
-    return SwitchSAE.Config(num_latents=latents, num_experts=experts, k=k, **more)
+def switch(experts, latents=32, k=4, load_balance=0.1, gate=Gate.probability, **more):
+    router = ROUTERS["softmax"].Config(load_balance=load_balance, gate=gate)
+    return SwitchSAE.Config(num_latents=latents, num_experts=experts, k=k, router=router, **more)
 
 
 @pytest.fixture
@@ -105,7 +110,7 @@ def test_baselines_of_an_ordinary_run_are_rows_with_their_own_settings(tmp_path)
     assert (main.name, baseline.name, baseline.sae) == (run.path.name, f"{run.path.name}/flop_matched", "flop_matched")
     assert baseline.config["sae.num_latents"] == 20 and baseline.config["sae.auxk"] == 0.0 and "sae.num_experts" not in baseline.config
     assert baseline.config["sae.architecture"] == "topk" and main.config["sae.num_experts"] == 4
-    assert (main.folder, baseline.folder) == (run.path, run.path / "baselines" / "flop_matched")
+    assert (main.model_file.parent, baseline.model_file.parent) == (run.path, run.path / "baselines" / "flop_matched")
 
 
 def test_unfinished_members_are_told_apart(sweep):
@@ -147,12 +152,12 @@ def test_only_the_seed_joins_runs_and_a_repeated_seed_counts_once(sweep):
     rows = collect([sweep.path])
     groups = summary(rows)
     assert [(len(group.rows), group.repeated, group.mean("fvu")) for group in groups] == [(2, 1, pytest.approx(0.55)), (1, 0, 0.8)]
-    assert config_columns(rows) == ["sae.load_balance"]
+    assert config_columns(rows) == ["sae.router.load_balance"]
     usual = usual_settings(rows)
-    assert unusual(rows[-1], usual) == {"sae.load_balance": 1.0} and unusual(rows[0], usual) == {}
+    assert unusual(rows[-1], usual) == {"sae.router.load_balance": 1.0} and unusual(rows[0], usual) == {}
     lines = summary_table(rows).splitlines()
     assert lines[2].endswith("1 run with the same seed left out") and lines[3].endswith("load_balance=1")
-    assert "Where nothing is said: load_balance=0.1." in lines[-1]
+    assert "Where nothing is said: router.load_balance=0.1." in lines[-1]
 
 
 def test_runs_scored_on_other_activations_are_never_averaged(sweep):

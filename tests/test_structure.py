@@ -1,4 +1,4 @@
-"""The rooms of DESIGN.md: who may import whom, what stays lazy, and that the README's file map tells the truth."""
+"""The rooms of docs/rooms.md: who may import whom, what stays lazy, and that this page and the README's file map tell the truth."""
 
 import ast
 import importlib.util
@@ -11,48 +11,23 @@ from pathlib import Path
 
 import pytest
 
+from switch_sae.models import ROUTERS, SAES
+
 ROOT = Path(__file__).resolve().parents[1]
+
+PAGE = ROOT / "docs" / "rooms.md"
+
+
+def table(heading: str) -> list[list[str]]:
+    """Cells of the Markdown table under a heading of docs/rooms.md, without its header."""
+    part = PAGE.read_text().split(f"## {heading}", 1)[1].split("\n## ", 1)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
+    return rows[2:]
+
 
 # Bottom to top: a room imports itself, rooms named here, and nothing else of the project.
 ROOMS: dict[str, set[str]] = {
-    "switch_kernels": set(),
-    "plain": set(),
-    "bundled": set(),
-    "models": {"switch_kernels"},
-    "files": set(),
-    "runs": {"models", "plain", "files"},
-    "activations": {"files"},
-    "metrics": {"models", "activations"},
-    "interop": {"models"},
-    "analysis": {"models", "metrics", "activations"},
-    "evaluation": {"metrics", "models", "activations"},
-    "engines": {"models", "switch_kernels"},
-    "training": {"models", "runs", "metrics", "engines", "switch_kernels"},
-    "memory": {"training"},
-    "progress": {"training"},
-    "wandb_logger": set(),
-    "config": {"switch_kernels", "activations", "models", "plain", "runs", "training", "wandb_logger"},
-    "pipeline": {
-        *(
-            "switch_kernels",
-            "config",
-            "training",
-            "evaluation",
-            "activations",
-            "analysis",
-            "metrics",
-            "models",
-            "runs",
-            "memory",
-            "progress",
-            "wandb_logger",
-        ),
-    },
-    "report": {"runs", "metrics", "models", "analysis", "evaluation"},
-    "sweep": {
-        *("switch_kernels", "config", "training", "models", "runs", "files", "plain", "memory", "pipeline", "progress", "wandb_logger", "report"),
-    },
-    "switch_sae": {"models", "runs"},
+    room.strip("`"): {name for cell in below for name in cell.split(", ") if name} for room, _, *below in table("Who may import whom, bottom to top")
 }
 # What a module may import when it is loaded, beyond the standard library. Everything else waits inside the function that needs it.
 ALWAYS = {"torch", "numpy", "safetensors"}
@@ -126,11 +101,11 @@ def test_a_module_imports_only_rooms_below_and_is_not_too_long(path):
 @pytest.mark.parametrize(
     ("name", "source", "complaint"),
     [
-        ("switch_sae.models.topk", "from switch_sae.training import Trainer", "models may import switch_kernels"),
-        ("switch_sae.models.topk", "def f():\n    from switch_sae import runs", "models may import switch_kernels"),
+        ("switch_sae.models.topk", "from switch_sae.training import Trainer", "models may import checks, choices, rows, switch_kernels"),
+        ("switch_sae.models.topk", "def f():\n    from switch_sae import runs", "models may import checks"),
         ("switch_kernels.encode", "import switch_sae.plain", "may import no other room"),
         ("switch_sae.training", "if not TYPE_CHECKING:\n    import wandb", "when it is loaded"),
-        ("switch_sae.pipeline", "def f():\n    import hydra", "command line"),
+        ("switch_sae.orchestrator", "def f():\n    import hydra", "command line"),
         ("switch_sae.helpers", "", "no room of the table"),
     ],
 )
@@ -144,8 +119,54 @@ def test_the_table_has_no_way_up_and_every_room_exists():
     order = list(ROOMS)
     for room, below in ROOMS.items():
         assert below <= set(order[: order.index(room)]), f"{room} imports a room above it"
-    future = {"interop"}
-    assert {room_of(dotted(path)) for path in modules()} | future == set(ROOMS)
+    assert {room_of(dotted(path)) for path in modules()} == set(ROOMS)
+
+
+def test_what_can_be_added_says_where_and_the_table_is_there():
+    rows = table("How to add")
+    for what, file, line, needs in rows:
+        for path in re.findall(r"`([\w/.]+NAME\.\w+)`", file):
+            assert list((ROOT / path).parent.glob(f"*{Path(path).suffix}")), f"{what}: nothing is like {path}"
+        if line:
+            name, module = re.fullmatch(r"`(\w+)` in `([\w/.]+)`", line).groups()
+            names = {target.id for node in ast.parse((ROOT / module).read_text()).body for target in assigned(node)}
+            assert name in names, f"{what}: {module} assigns no {name}"
+            assert needs
+    assert {"an architecture", "a router", "an analysis", "a file format"} <= {row[0] for row in rows}
+
+
+def assigned(node: ast.stmt) -> list[ast.Name]:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target for target in targets if isinstance(target, ast.Name)]
+
+
+def test_the_import_graph_of_experiments_has_no_circle_and_commands_are_short():
+    graph = {}
+    for path in (ROOT / "experiments").rglob("*.py"):
+        names = imported(ast.parse(path.read_text())) if "notebooks" not in path.parts else ()
+        graph[".".join(path.relative_to(ROOT).with_suffix("").parts)] = set(names)
+    graph = {
+        name: {other for other in graph if other != name and any(n == other or n.startswith(f"{other}.") for n in names)}
+        for name, names in graph.items()
+    }
+    while leaves := [name for name, below in graph.items() if not below]:
+        graph = {name: below - set(leaves) for name, below in graph.items() if name not in leaves}
+    assert not graph, f"these import each other: {sorted(graph)}"
+    commands = [path for path in (ROOT / "experiments").rglob("*.py") if "benchmarks" not in path.parts]
+    assert sum(len(path.read_text().splitlines()) for path in commands) <= 900
+
+
+@pytest.mark.parametrize("path", [path for path in modules() if "models" not in path.parts and path.is_relative_to(ROOT / "switch_sae")], ids=dotted)
+def test_no_room_but_models_knows_an_architecture_or_a_router_by_name_or_class(path):
+    classes = {cls.__name__ for table in (SAES, ROUTERS) for cls in table.values()}
+    found = []
+    for node in ast.walk(tree := ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare) and any(
+            isinstance(c, ast.Constant) and c.value in (*SAES, *ROUTERS) for c in (node.left, *node.comparators)
+        ):
+            found.append(ast.unparse(node))
+    found += [name for name in imported(tree) if name.rpartition(".")[2] in classes]
+    assert not found or dotted(path) == "switch_sae", found  # the package gives its readers the two main classes
 
 
 def test_kernels_is_a_source_root_and_not_a_package():

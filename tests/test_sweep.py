@@ -18,15 +18,15 @@ from hydra import compose, initialize_config_dir
 
 from experiments.benchmarks.kill_test import compare
 from experiments.compose import CONF, register_schemas, sweep_config
-from switch_sae import load_sae
+from switch_sae import load_sae, orchestrator
 from switch_sae.activations import SyntheticSource
 from switch_sae.config import EvaluationConfig, RunConfig, config_to_plain
 from switch_sae.models import SwitchSAE, TopKSAE
-from switch_sae.pipeline import Interrupted, build_sae, run_training
-from switch_sae.report.ablations import BALANCE, GATE, _families
-from switch_sae.report.results import ResultRow
-from switch_sae.report.results import _flat as flat
-from switch_sae.report.selection import Material, kind_of
+from switch_sae.orchestrator import Interrupted, build_sae, run_training
+from switch_sae.report.figures.ablations import BALANCE, GATE, _families
+from switch_sae.results.rows import ResultRow
+from switch_sae.results.rows import flat_settings as flat
+from switch_sae.results.selection import Material
 from switch_sae.runs import RunDir
 from switch_sae.sweep import Match, SweepConfig, SweepFolder, SweepOptions, matching, plan_members, resume_sweep, run_sweep
 from switch_sae.sweep import run as sweep_run
@@ -54,8 +54,18 @@ def config(folder: Path | None = None, steps: int = STEPS, **sweep) -> SweepConf
     )  # fmt: skip
 
 
+class Measured:
+    """A stream of 16 dimensions on which 40 latents take as long as any dense SAE."""
+
+    def d_in(self, member: RunConfig) -> int:
+        return 16
+
+    def time_matched(self, member: RunConfig, reference: RunConfig) -> int:
+        return 40
+
+
 def planned(**options) -> dict[str, RunConfig]:
-    return plan_members(config(**options), lambda member, reference: 40)
+    return plan_members(config(**options), Measured())
 
 
 def test_one_expert_is_the_dense_sae_and_members_that_two_grids_name_train_once():
@@ -70,9 +80,14 @@ def test_reshuffling_gives_every_seed_a_stream_of_its_own():
 
 
 def test_grids_are_all_combinations_of_their_lists_named_by_what_differs():
-    members = planned(experts=[], seeds=1, grids={"g": {"sae": {"k": [2, 4], "load_balance": [0.0, 0.5]}, "trainer": {"lr": 1e-3}}})
+    members = planned(experts=[], seeds=1, grids={"g": {"sae": {"k": [2, 4], "router.load_balance": [0.0, 0.5]}, "trainer": {"lr": 1e-3}}})
     assert list(members) == [f"switch-e4-m64-k{k}-load_balance={b}-lr=0.001-s0" for k in (2, 4) for b in ("0", "0.5")]
-    assert [(m.sae.k, m.sae.load_balance, m.trainer.lr) for m in members.values()] == [(2, 0.0, 1e-3), (2, 0.5, 1e-3), (4, 0.0, 1e-3), (4, 0.5, 1e-3)]
+    assert [(m.sae.k, m.sae.router.load_balance, m.trainer.lr) for m in members.values()] == [
+        (2, 0.0, 1e-3),
+        (2, 0.5, 1e-3),
+        (4, 0.0, 1e-3),
+        (4, 0.5, 1e-3),
+    ]
 
 
 def parameters(config: RunConfig) -> int:
@@ -80,7 +95,14 @@ def parameters(config: RunConfig) -> int:
 
 
 @pytest.mark.parametrize(
-    ("match", "widths"), [(Match.width, [64, 64, 64]), (Match.flops, [64, 128, 256]), (Match.parameters, [64, 62, 60]), (Match.time, [64, 40, 40])]
+    ("match", "widths"),
+    [
+        (Match.width, [64, 64, 64]),
+        (Match.active, [64, 128, 256]),
+        (Match.flops, [64, 116, 208]),
+        (Match.parameters, [64, 62, 60]),
+        (Match.time, [64, 40, 40]),
+    ],
 )
 def test_what_is_matched(match, widths):
     members = list(planned(match=match, seeds=1).values())
@@ -89,12 +111,14 @@ def test_what_is_matched(match, widths):
         for member in members[1:]:
             assert abs(parameters(member) - parameters(members[0])) <= (2 * 16 + 1) * member.sae.num_experts
     if match is Match.flops:
+        assert len({build_sae(member.sae, 16, 0).flops().total for member in members}) == 1
+    if match is Match.active:
         encode = {build_sae(member.sae, 16, 0).flops().encode for member in members}
         assert len(encode) == 1
 
 
 def test_flop_matching_counts_all_experts_of_a_token():
-    (member,) = planned(experts=[], seeds=1, match=Match.flops, grids={"two": {"sae": {"num_experts": 8, "experts_per_token": 2}}}).values()
+    (member,) = planned(experts=[], seeds=1, match=Match.active, grids={"two": {"sae": {"num_experts": 8, "experts_per_token": 2}}}).values()
     assert member.sae.num_latents == 64 * 8 // 2 and build_sae(member.sae, 16, 0).flops().encode == 2 * 16 * 64
 
 
@@ -109,7 +133,7 @@ def test_flop_matching_counts_all_experts_of_a_token():
         ({"grids": {"bad": {"sae": {"num_expert": 2}}}}, r"grid 'bad' .*unknown settings \['num_expert'\]"),
         ({"grids": {"bad": {"sae": {"num_experts": 5}}}}, "grid 'bad' .*num_latents=64 is not divisible by num_experts=5"),
         ({"grids": {"bad": {"sae": {"k": "many"}}}}, "grid 'bad' .*k='many' is of the wrong type: it must be int"),
-        ({"grids": {"bad": {"match": "size"}}}, "grid 'bad' .*match='size' is not one of width, flops, parameters, time, null"),
+        ({"grids": {"bad": {"match": "size"}}}, "grid 'bad' .*match='size' is not one of width, flops, active, parameters, time, null"),
         ({"grids": {"bad": [1, 2]}}, r"grid 'bad' .*\[1, 2\] is no grid. Write \{sae:"),
         ({"grids": {"bad": {"sae": "topk"}}}, "grid 'bad' .* is no grid"),
         ({"experts": [], "grids": {"off": None}}, r"the sweep has no members"),
@@ -193,14 +217,14 @@ def test_training_some_at_a_time_changes_nothing(peaceful, tmp_path):
 
 
 def test_a_signal_in_the_last_step_is_heard(peaceful, tmp_path, monkeypatch):
-    step, sent = sweep_run.Trainer.step, []
+    step, sent = orchestrator.Trainer.step, []
 
     def interrupted(trainer, x_TD):
         if trainer.steps_done == STEPS - 1 and not sent:
             sent.append(signal.raise_signal(signal.SIGTERM))
         return step(trainer, x_TD)
 
-    monkeypatch.setattr(sweep_run.Trainer, "step", interrupted)
+    monkeypatch.setattr(orchestrator.Trainer, "step", interrupted)
     with pytest.raises(Interrupted, match=f"stopped at step {STEPS}"):
         run_sweep(config(tmp_path / "sweep"), quiet)
     monkeypatch.undo()
@@ -231,14 +255,14 @@ def test_a_kill_in_the_first_round_of_checkpoints_costs_no_second_pass(peaceful,
 
 
 def test_members_that_never_began_do_not_cost_others_their_only_checkpoint(tmp_path, monkeypatch):
-    step, sent = sweep_run.Trainer.step, []
+    step, sent = orchestrator.Trainer.step, []
 
     def interrupted(trainer, x_TD):
         if trainer.steps_done == 12 and not sent:
             sent.append(signal.raise_signal(signal.SIGTERM))
         return step(trainer, x_TD)
 
-    monkeypatch.setattr(sweep_run.Trainer, "step", interrupted)
+    monkeypatch.setattr(orchestrator.Trainer, "step", interrupted)
     with pytest.raises(Interrupted):
         run_sweep(replace(config(tmp_path / "sweep", at_once=2), checkpoint_every=0), quiet)
     folder = SweepFolder.open(tmp_path / "sweep")
@@ -264,7 +288,7 @@ def test_what_failed_in_another_process_is_not_tried_at_once_by_this_one(tmp_pat
 def test_each_process_works_on_its_own_device_and_threads(tmp_path):
     run_sweep(config(tmp_path / "sweep", experts=[2], steps=2), quiet)
     other = replace(config(tmp_path / "sweep", experts=[2], steps=2), threads=2)
-    assert {member.threads for member in SweepFolder.create(other, lambda member, reference: 0).members.values()} == {2}
+    assert {member.threads for member in SweepFolder.create(other, Measured()).members.values()} == {2}
     assert {member.threads for member in SweepFolder.open(tmp_path / "sweep").members.values()} == {1}
 
 
@@ -295,14 +319,14 @@ def test_a_member_that_cannot_be_built_or_scored_is_out_too(tmp_path, monkeypatc
             raise MemoryError("no room")
         return build_sae(sae, d_in, seed)
 
-    monkeypatch.setattr(sweep_run, "build_sae", build)
+    monkeypatch.setattr(orchestrator, "build_sae", build)
     folder = run_sweep(config(tmp_path / "sweep", experts=[2], steps=5), quiet)
     assert [folder.is_finished(name) for name in folder.members] == [True, False]
     assert json.loads((folder.run("switch-e2-m64-k4-s1").path / "failed.json").read_text())["error"] == "MemoryError: no room"
 
 
 def test_too_little_memory_is_said_before_anything_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_run, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(orchestrator, "available_bytes", lambda device: 1000)
     said = []
     with pytest.raises(ValueError, match=r"training 6 SAEs at once needs .* GB are free on cpu. Use sweep.at_once=3 or less"):
         run_sweep(config(tmp_path / "sweep"), said.append)
@@ -318,14 +342,14 @@ def test_a_folder_with_another_sweep_is_refused_with_what_differs(peaceful):
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(peaceful, tmp_path, monkeypatch):
-    step, sent = sweep_run.Trainer.step, []
+    step, sent = orchestrator.Trainer.step, []
 
     def interrupted(trainer, x_TD):
         if trainer.steps_done == 12 and not sent:
             sent.append(signal.raise_signal(signal.SIGTERM))
         return step(trainer, x_TD)
 
-    monkeypatch.setattr(sweep_run.Trainer, "step", interrupted)
+    monkeypatch.setattr(orchestrator.Trainer, "step", interrupted)
     with pytest.raises(Interrupted, match=r"stopped at step 13; what is saved is whole. Go on with: make sweep RESUME="):
         run_sweep(config(tmp_path / "sweep"), quiet)
     monkeypatch.undo()
@@ -459,8 +483,8 @@ def test_the_command_prints_a_table_and_resumes(tmp_path):
 
 
 def experiments() -> list[str]:
-    folder = Path(CONF, "experiment")
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml") if "sweep:" in path.read_text())
+    folder = Path(CONF, "experiment", "sweep")
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
 def shrunk(member: RunConfig) -> RunConfig:
@@ -472,14 +496,14 @@ def shrunk(member: RunConfig) -> RunConfig:
 
 @pytest.mark.parametrize("name", experiments())
 def test_every_experiment_of_a_sweep_says_what_it_asks_plans_and_runs_a_few_steps(name, tmp_path):
-    lines = Path(CONF, "experiment", f"{name}.yaml").read_text().splitlines()
+    lines = Path(CONF, "experiment", "sweep", f"{name}.yaml").read_text().splitlines()
     assert [line.split()[1] for line in lines[1:5]] == ["Question:", "Command:", "Time:", "Expected:"]
-    assert f"experiment={name}" in lines[2]
+    assert f"experiment=sweep/{name}" in lines[2]
     with initialize_config_dir(version_base="1.3", config_dir=CONF):
-        composed = sweep_config(compose("sweep", overrides=[f"experiment={name}"]))
+        composed = sweep_config(compose("sweep", overrides=[f"experiment=sweep/{name}"]))
     assert composed.source.model == ("gpt2" if name.startswith("paper/") else "bundled")
     members: list[RunConfig] = []
-    for member in plan_members(composed, lambda member, reference: member.sae.num_latents).values():
+    for member in plan_members(composed, Measured()).values():
         if (small := shrunk(member)) not in members:
             members.append(small)
     RunDir(tmp_path).write_json("sweep.json", {"name": name, "settings": {}, "members": {str(n): config_to_plain(m) for n, m in enumerate(members)}})
@@ -491,27 +515,27 @@ def test_every_experiment_of_a_sweep_says_what_it_asks_plans_and_runs_a_few_step
 def test_the_figures_keep_what_an_experiment_of_the_paper_compares(name):
     """Dense and Switch SAEs have recipes of their own there, which must not make one of them unusual."""
     with initialize_config_dir(version_base="1.3", config_dir=CONF):
-        composed = sweep_config(compose("sweep", overrides=[f"experiment={name}"]))
+        composed = sweep_config(compose("sweep", overrides=[f"experiment=sweep/{name}"]))
     rows = [
         ResultRow(
             path=Path(member), name=member, sae="sae", status="finished", architecture=(plain := config_to_plain(run))["sae"]["architecture"],
             num_latents=run.sae.num_latents, num_experts=getattr(run.sae, "num_experts", 1), k=getattr(run.sae, "k", None), seed=run.seed,
             config=flat(plain),
         )
-        for member, run in plan_members(composed, lambda member, reference: 0).items()
+        for member, run in plan_members(composed, Measured()).items()
     ]  # fmt: skip
     material = Material.of(rows)
-    kept = {kind_of(group)[:2] for group in material.standard()}
+    kept = {group.first.kind[:2] for group in material.standard()}
     if name in ("paper/width", "paper/flops", "paper/scaling"):
         assert kept == {(row.architecture, row.num_experts) for row in rows} and ("topk", 1) in kept and material.left_out() == []
     if name == "paper/baselines":
         assert kept == {(architecture, 1) for architecture in ("relu", "gated", "jumprelu", "batch_topk", "matryoshka")}
     if name == "paper/gate":
         pairs = [family for family in _families(material.groups, GATE).values() if len(family) == 2]
-        assert len(pairs) == 4 and all({group.first.config["sae.gate"] for group in pair} == {"probability", "hard"} for pair in pairs)
+        assert len(pairs) == 4 and all({group.first.config["sae.router.gate"] for group in pair} == {"probability", "hard"} for pair in pairs)
     if name == "paper/balance":
         assert [len(family) for family in _families(material.groups, BALANCE).values()] == [12, 12]
 
 
 def test_a_sweeps_settings_are_a_runs_settings_and_more():
-    assert {f.name for f in fields(SweepConfig)} - {f.name for f in fields(RunConfig)} == {"sweep"}
+    assert {f.name for f in fields(SweepConfig)} - {f.name for f in fields(RunConfig)} == {"sweep", "usual"}

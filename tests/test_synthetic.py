@@ -15,9 +15,9 @@ def source(batch_size=64, **fields):
 
 def test_same_config_same_rows_and_other_seeds_other_rows():
     first, again, other = source(), source(), source(seed=1)
-    batches = [next(first) for _ in range(3)]
-    assert all(torch.equal(batch, next(again)) for batch in batches)
-    assert not torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], next(other))
+    batches = [next(first).x_TD for _ in range(3)]
+    assert all(torch.equal(batch, next(again).x_TD) for batch in batches)
+    assert not torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], next(other).x_TD)
     assert batches[0].shape == (64, 24) and batches[0].dtype == torch.float32
 
 
@@ -28,7 +28,7 @@ def test_resume_is_exact_and_refuses_other_rows():
     state = json.loads(json.dumps(straight.state_dict()))
     resumed = source()
     resumed.load_state_dict(state)
-    assert all(torch.equal(next(straight), next(resumed)) for _ in range(3))
+    assert all(torch.equal(next(straight).x_TD, next(resumed).x_TD) for _ in range(3))
     with pytest.raises(ValueError, match="batch_size: saved 64, now 32"):
         source(batch_size=32).load_state_dict(state)
     with pytest.raises(ValueError, match=r"noise: saved 0\.01, now 0\.5"):
@@ -49,7 +49,7 @@ def test_evaluation_rows_ignore_the_training_seed_and_never_train():
     rows = made.evaluation_set(300)
     assert torch.equal(rows.x_TD, other.evaluation_set(300).x_TD)
     assert torch.equal(rows.x_TD[:100], made.evaluation_set(100).x_TD) and len(rows.document_T) == 300
-    assert not torch.equal(next(made), rows.x_TD[:64])
+    assert not torch.equal(next(made).x_TD, rows.x_TD[:64])
     assert not torch.equal(source(world_seed=1).truth().dictionary_GD, made.truth().dictionary_GD)
 
 
@@ -104,6 +104,6 @@ def test_config_errors(fields, message):
 
 def test_one_topic_without_common_features_and_build_source():
     made = build_source(SyntheticSource.Config(d_in=8, common=0, common_active=0, topics=1, per_topic=4, topic_active=2), 16)
-    assert isinstance(made, SyntheticSource) and next(made).shape == (16, 8) and made.describe()["features"] == 4
-    with pytest.raises(ValueError, match="dict is no source's config"):
+    assert isinstance(made, SyntheticSource) and next(made).x_TD.shape == (16, 8) and made.describe()["features"] == 4
+    with pytest.raises(ValueError, match="dict is no source of activations of the table"):
         build_source({}, 16)

@@ -8,6 +8,7 @@ import torch
 
 from switch_sae.activations.synthetic import SyntheticSource
 from switch_sae.models import SwitchSAE, TopKSAE
+from switch_sae.rows import Rows
 from switch_sae.runs import RunDir
 from switch_sae.training import Interruption, LRWidth, Schedule, Trainer, TrainerConfig, prepare, train
 
@@ -21,7 +22,7 @@ def source():
 
 def members(steps: int = STEPS) -> dict[str, Trainer]:
     configs = {"switch": SwitchSAE.Config(num_latents=64, k=4, num_experts=4), "topk": TopKSAE.Config(num_latents=32, k=4)}
-    calibration = torch.cat([next(s) for s in [source()] for _ in range(4)])
+    calibration = Rows.cat([next(s) for s in [source()] for _ in range(4)])
     trainers = {}
     for name, config in configs.items():
         owner = SwitchSAE if name == "switch" else TopKSAE
@@ -117,7 +118,7 @@ def test_nan_activations_stop_before_any_weight_changes():
     trainers = members()
     before = weights(trainers)
     x = next(source())
-    x[3, 2] = float("nan")
+    x.x_TD[3, 2] = float("nan")
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0.*No weight was changed"):
         trainers["switch"].step(x)
     assert same(before, weights(trainers)) and trainers["switch"].steps_done == 0
@@ -126,7 +127,7 @@ def test_nan_activations_stop_before_any_weight_changes():
 @pytest.mark.parametrize("bad", [torch.zeros(8, 16), torch.full((8, 16), float("inf"))])
 def test_useless_calibration_rows_are_refused(bad):
     with pytest.raises(ValueError, match="the first activations"):
-        prepare(members()["topk"].sae, bad, True)
+        prepare(members()["topk"].sae, Rows.of(bad), True)
 
 
 def test_dead_latents_are_counted_in_tokens_and_revived_by_firing():
@@ -169,8 +170,8 @@ def test_golden_losses():
     stream, trainers = source(), members()
     losses = {name: [] for name in trainers}
     for _ in range(STEPS):
-        x_TD = next(stream)
+        rows = next(stream)
         for name, trainer in trainers.items():
-            losses[name].append(sum(trainer.step(x_TD).terms.values()).item())
+            losses[name].append(sum(trainer.step(rows).terms.values()).item())
     for name, expected in GOLDEN.items():
         assert losses[name][::6] == pytest.approx(expected, rel=2e-4), name

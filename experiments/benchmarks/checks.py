@@ -12,6 +12,7 @@ from experiments.benchmarks.contenders import LEARNING_RATE, MaskedDense, OurSte
 from switch_kernels import Backend, Moments, Precision, Shape
 from switch_kernels.adam import BETAS
 from switch_sae.models import TopKSAE
+from switch_sae.rows import Rows
 from switch_sae.training import TrainerConfig
 
 SLACK = {Precision.float32: 2e-6, Precision.tf32: 1e-4, Precision.bf16: 5e-4}
@@ -60,7 +61,7 @@ def check_step(case: Case, device: torch.device, backend: Backend) -> list[Findi
     findings = []
     expected, theirs, found = (step.moments() for step in (truth, own, ours))
     for name, moment in expected.items():
-        factor = 4 if name == "b_router_D" else 2  # it varies in E - 1 directions only: two draws of its error often differ by a factor of two
+        factor = 4 if name == "router.b_D" else 2  # it varies in E - 1 directions only: two draws of its error often differ by a factor of two
         limit = factor * relative(theirs[name], moment) + SLACK[case.precision] + (2**-8 if case.moments is Moments.bfloat16 else 0)
         findings.append(Finding(f"gradient of {name}", relative(found[name], moment), limit))
     findings += update_findings(start, ours.tensors(), case.moments)
@@ -114,7 +115,7 @@ def settled(sae: TopKSAE, x_TD: Tensor, draws: int = 8) -> Tensor:
     @torch.no_grad()
     def chosen(noise: float) -> Tensor:
         peer = MaskedDense(sae, "float64")
-        for name in [n for n in ("W_enc_MD", "W_router_ED") if n in peer.parameters]:
+        for name in [n for n in ("W_enc_MD", "router.W_ED") if n in peer.parameters]:
             weight = peer.parameters[name]
             weight.mul_(1 + noise * torch.randn(weight.shape, device=weight.device, generator=generator))
         scaled_TD = x_TD.double() * sae.activation_scale
@@ -170,7 +171,7 @@ def train(
     with torch.no_grad():
         for x_TD in held_out_BTD:
             output = judge(x_TD)
-            losses.append(judge.loss_terms(x_TD, output)["mse"])
+            losses.append(judge.loss_terms(Rows.of(x_TD), output)["mse"])
             active.append((output.latents.values_TK > 0).sum() / x_TD.shape[0])
     trainer = step.trainer
     dead = (trainer.tokens_since_fired_M >= trainer.dead_after_tokens).float().mean()

@@ -22,7 +22,9 @@ from experiments.benchmarks.peers import PEERS, Sparsify
 from switch_kernels import Backend, Moments, Precision, Shape, resolve
 from switch_kernels.adam import BETAS
 from switch_sae.models import SwitchSAE, TopKSAE
-from switch_sae.models.losses import load_balance_loss, reconstruction_loss
+from switch_sae.models.losses import reconstruction_loss
+from switch_sae.models.routers.base import load_balance_loss
+from switch_sae.rows import Rows
 from switch_sae.training import StepResult, Trainer, TrainerConfig, prepare
 
 LEARNING_RATE = 1e-3
@@ -66,7 +68,7 @@ def build_sae(
         else:
             config = SwitchSAE.Config(num_latents=shape.M, k=shape.K, num_experts=shape.E, experts_per_token=shape.S)
             sae = switch(config, shape.D, generator)
-    prepare(sae, x_TD[:2048], normalize_activations=normalize)
+    prepare(sae, Rows.of(x_TD[:2048]), normalize_activations=normalize)
     return sae
 
 
@@ -77,7 +79,7 @@ def skew(sae: TopKSAE, x_BTD: Tensor, seed: int = 2) -> Tensor:
     weight_E = 1.0 / torch.arange(1, sae.num_experts + 1, device=x_BTD.device)
     rows = x_BTD.shape[0] * x_BTD.shape[1]
     expert_R = torch.multinomial(weight_E, rows, replacement=True, generator=generator)
-    toward_RD = F.normalize(sae.W_router_ED.detach(), dim=1)[expert_R].view(x_BTD.shape)
+    toward_RD = F.normalize(sae.router.W_ED.detach(), dim=1)[expert_R].view(x_BTD.shape)
     return x_BTD + 8.0 / sae.activation_scale * toward_RD
 
 
@@ -100,7 +102,7 @@ class OurStep:
             self.trainer.tokens_since_fired_M.view(case.shape.E, -1)[:, : case.dead] = NEVER
 
     def __call__(self, x_TD: Tensor) -> StepResult:
-        return self.trainer.step(x_TD)
+        return self.trainer.step(Rows.of(x_TD))
 
     def loss(self, x_TD: Tensor) -> Tensor:
         """Takes a step and returns the loss before it, still on the device."""
@@ -172,10 +174,10 @@ class Peer(ABC):
             expert_T1 = torch.zeros(x_TD.shape[0], 1, dtype=torch.int64, device=x_TD.device)
             return expert_T1, x_TD.new_ones(x_TD.shape[0], 1), x_TD.new_zeros(())
         tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-        probs_TE = torch.softmax((x_TD - self.parameters["b_router_D"]) @ self.parameters["W_router_ED"].T, dim=1)
+        probs_TE = torch.softmax((x_TD - self.parameters["router.b_D"]) @ self.parameters["router.W_ED"].T, dim=1)
         torch.backends.cuda.matmul.allow_tf32 = tf32
         gate_TS, expert_TS = probs_TE.topk(self.S, dim=1)
-        return expert_TS, gate_TS, self.config.load_balance * self.d_in * load_balance_loss(expert_TS, probs_TE)
+        return expert_TS, gate_TS, self.config.router.load_balance * self.d_in * load_balance_loss(expert_TS, probs_TE)
 
     @abstractmethod
     def reconstruct(self, x_TD: Tensor, expert_TS: Tensor, gate_TS: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,6 +33,7 @@ from switch_kernels import Shape, encode_topk_reference
 from switch_kernels.adam import Adam
 from switch_sae.engines import TorchEngine
 from switch_sae.models import Routing, SparseLatents, SwitchSAE, TopKSAE
+from switch_sae.rows import Rows
 from switch_sae.training import Trainer, TrainerConfig
 
 TABLE = RESULTS / "benchmark_cpu.csv"
@@ -54,12 +55,12 @@ class MaskedDense(TopKSAE):
     def _encode(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None, None]:
         routing, dispatch = self.route(x_TD)
         gate_TS = None if routing is None else routing.gate_TS
-        values_TK, indices_TK, _ = encode_topk_reference(x_TD, self.b_pre_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k)
+        values_TK, indices_TK, _ = encode_topk_reference(x_TD, self.b_in_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k)
         return SparseLatents(values_TK, indices_TK, self.num_latents), routing, None
 
     def _decode(self, latents: SparseLatents, by_latent: Any) -> Tensor:
         recon_TD = F.embedding_bag(latents.indices_TK, self.W_dec_MD, mode="sum", per_sample_weights=latents.values_TK)
-        return (recon_TD + self.b_pre_D) / self.activation_scale
+        return (recon_TD + self.b_out_D) / self.target_scale
 
 
 class MaskedDenseSwitch(MaskedDense, SwitchSAE): ...
@@ -85,7 +86,7 @@ def contender(name: str, shape: Shape, x_TD: Tensor) -> Step:
         engine = trainer.engine
         assert isinstance(engine, TorchEngine)
         engine.optimizer = Adam(engine.optimizer.parameters, engine.optimizer.unit_rows, fused=None)
-    return lambda x_TD: sum(term.item() for term in trainer.step(x_TD).terms.values())
+    return lambda x_TD: sum(term.item() for term in trainer.step(Rows.of(x_TD)).terms.values())
 
 
 def line_up(experts: list[int]) -> list[tuple[str, int]]:
@@ -109,7 +110,7 @@ def check_formulations(experts: list[int]) -> float:
         tensors: list[dict[str, Tensor]] = []
         for sae in (fast, slow):
             output = sae(x_TD)
-            torch.stack(list(sae.loss_terms(x_TD, output).values())).sum().backward()
+            torch.stack(list(sae.loss_terms(Rows.of(x_TD), output).values())).sum().backward()
             tensors.append({"output": output.recon_TD} | {f"gradient of {name}": parameter.grad for name, parameter in sae.named_parameters()})
         found, expected = tensors
         for what, tensor in expected.items():

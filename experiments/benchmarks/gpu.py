@@ -363,7 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compile", metavar="NUMBERS", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.quick:
-        parser.error("there is no CUDA device. Use --quick for tiny sizes on a CPU, or python -m experiments.benchmarks.cpu for the CPU's table.")
+        parser.error("there is no CUDA device. Use --quick for tiny sizes on a CPU, or the CPU's table: `python -m experiments.benchmarks.cpu`.")
     if options.minutes <= 0 or options.jobs < 1:
         parser.error("--minutes and --jobs must be positive")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

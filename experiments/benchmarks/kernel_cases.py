@@ -25,21 +25,21 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def train(case: Case, x_dtype: torch.dtype = torch.float32, bias: bool = True) -> None:
     """One training step and its update."""
     s, dot = case.shape, Execution(precision=case.precision).dot
-    parameters = {"W_enc_MD": meta(s.M, s.D), "W_dec_MD": meta(s.M, s.D), "b_pre_D": meta(s.D)}
+    parameters = {"W_enc_MD": meta(s.M, s.D), "W_dec_MD": meta(s.M, s.D), "b_in_D": meta(s.D), "b_out_D": meta(s.D)}
     if bias:
         parameters["b_enc_M"] = meta(s.M)
     if s.E > 1:
         parameters |= {"W_router_ED": meta(s.E, s.D), "b_router_D": meta(s.D)}
     adam = FusedAdam(parameters, dot, torch.bfloat16 if case.moments is Moments.bfloat16 else torch.float32)
-    others = [parameters.get(name) for name in ("b_enc_M", "W_router_ED", "b_router_D")]
-    weights = Weights(adam.operands["W_enc_MD"], adam.operands["W_dec_MD"], others[0], parameters["b_pre_D"], *others[1:])
+    weights = Weights(**{"b_enc_M": None, **parameters, **adam.operands})
     plan = choose_plan(s.T, s.M, s.E, s.K, s.S)
     settings = Settings(s.E, s.S, s.K, s.joint, balance=3.0, train_router=s.E > 1, dot=dot, plan=plan)
     dead = None
     if case.dead:
         B = s.E * case.dead
         dead = DeadLatents(meta(B, dtype=torch.int64), meta(B, dtype=torch.bool), meta(s.M, dtype=torch.int32), s.D // 2, 1 / 32)
-    step = training_step(meta(s.T, s.D, dtype=x_dtype), meta(), weights, settings, dead)
+    x_TD, scale = meta(s.T, s.D, dtype=x_dtype), meta()
+    step = training_step(x_TD, x_TD, scale, scale, weights, settings, dead)
     topk.mark_fired_(meta(s.M, dtype=torch.int64), step.values_TK, step.indices_TK, s.T)
     adam.step(step.gradients, meta(6), meta(1, dtype=torch.int32))
 

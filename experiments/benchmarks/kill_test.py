@@ -31,7 +31,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from switch_sae import pipeline, runs
+from switch_sae import orchestrator, runs
 from switch_sae.activations import SyntheticSource
 from switch_sae.config import Baseline, EvaluationConfig, RunConfig
 from switch_sae.models import SwitchSAE
@@ -87,9 +87,9 @@ def train_or_resume(parent: Path, kill: Kill | None = None) -> None:
     started = [path.parent for path in parent.glob("*/config.json")]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         if started:
-            pipeline.resume_training(started[0])
+            orchestrator.resume_training(started[0])
         else:
-            pipeline.run_training(run_config(parent))
+            orchestrator.run_training(run_config(parent))
 
 
 def die_in_write(name: str, moment: str) -> None:
@@ -149,7 +149,7 @@ class Outcome:
 def kill_test(folder: Path, kills: int, seed: int, say: Callable[[str], None] = print) -> Outcome:
     """Runs both runs below `folder` and compares them. Raises RuntimeError when a killed run cannot go on."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["switch_sae.pipeline", "torch._dynamo"])
+    context.set_forkserver_preload(["switch_sae.orchestrator", "torch._dynamo"])
 
     def start(parent: Path, kill: Kill | None = None) -> BaseProcess:
         process = context.Process(target=train_or_resume, args=(parent, kill))

@@ -123,6 +123,7 @@ def our_outputs(case: Case, tensors: dict[str, Tensor]) -> Outputs:
     """What our architecture makes of the same weights."""
     from switch_sae.models import SAES
     from switch_sae.models.jumprelu import Sparsity
+    from switch_sae.rows import Rows
 
     num_latents, d_in = tensors["W_enc"].shape
     settings = {"num_latents": num_latents, **case.config}
@@ -149,7 +150,7 @@ def our_outputs(case: Case, tensors: dict[str, Tensor]) -> Outputs:
     found = {"latents": output.latents.to_dense(), "recon": output.recon_TD}
     if case.training:
         dead_M = tensors["dead"] & (output.latents.firing_counts() == 0) if case.auxk else None
-        terms = sae.loss_terms(tensors["x"], output, dead_M)
+        terms = sae.loss_terms(Rows.of(tensors["x"]), output, dead_M)
         found |= {f"loss/{name}": term for name, term in terms.items()}
         gradients = torch.autograd.grad(torch.stack(list(terms.values())).sum(), list(sae.parameters()))
         found |= {f"grad/{name}": gradient for (name, _), gradient in zip(sae.named_parameters(), gradients, strict=True)}

@@ -24,30 +24,15 @@ import torch
 from IPython.display import Image, display
 
 from switch_sae.activations import SyntheticSource, build_source
-from switch_sae.analysis import (
-    decoder_geometry,
-    expert_tokens,
-    format_example,
-    normalized_mutual_information,
-    recovery,
-    sample_latents,
-    top_examples,
-)
+from switch_sae.analysis.geometry import decoder_geometry
+from switch_sae.analysis.recovery import normalized_mutual_information, recovery
+from switch_sae.analysis.text_examples import expert_tokens, format_example, sample_latents, top_examples
 from switch_sae.config import config_from_plain
 from switch_sae.evaluation import evaluate
-from switch_sae.report import (
-    curves_figure,
-    expert_tokens_table,
-    finished_runs,
-    geometry_figure,
-    load_figure,
-    load_members,
-    margins,
-    render,
-    scored,
-    scores_figure,
-    table,
-)
+from switch_sae.report import margins, render, table
+from switch_sae.report.figures.single_runs import curves_figure, geometry_figure, load_figure, scores_figure
+from switch_sae.report.tables import expert_tokens_table
+from switch_sae.results import finished_runs, load_members, scored
 from switch_sae.runs import RunDir
 
 NAMED = os.environ.get("SWITCH_SAE_RUNS", "")  # folders, separated by os.pathsep
@@ -76,7 +61,7 @@ def show(figure):
 # - **delta CE**: by how many nats per token the language model's cross-entropy rises when reconstructions replace its activations; **KL** is the
 #   divergence of its predictions from the original ones.
 # - **Intervals** come from resampling documents. They say how far the numbers depend on which documents were held out. They do *not* hold the spread
-#   over training seeds: for a claim about an architecture, train several seeds (`make sweep SEED=0,1,2`).
+#   over training seeds: for a claim about an architecture, train several seeds (`make sweep SEEDS=3`).
 # - SAEs with more latents or more computation reconstruct better as a rule. Compare at equal width (`width_matched`) or at equal FLOPs per token
 #   (`flop_matched`), and after equally many tokens; short runs favour narrow SAEs, which have fewer latents to train.
 
@@ -99,7 +84,8 @@ show(scores_figure(rows))
 # ## Training
 #
 # These are numbers of single training batches, logged while training: good for seeing whether a run had converged, not for comparing final scores.
-# A curve that still falls steeply at its end, the last fifth apart (where the learning rate decays), says that the ranking may change with more tokens.
+# A curve that still falls steeply at its end, the last fifth apart (where the learning rate decays), says that the ranking may change with more
+# tokens.
 
 # %%
 show(curves_figure(RUNS, ("fvu", "loss/mse")))
@@ -111,7 +97,7 @@ show(curves_figure(RUNS, ("fvu", "loss/mse")))
 # load-balance loss works; it says nothing about whether experts specialise.
 
 # %%
-if any(row.num_experts > 1 and not row.is_control for row in rows):
+if any(row.num_experts > 1 and row.role != "control" for row in rows):
     show(load_figure(rows))
 else:
     print("None of these SAEs has experts.")
@@ -129,12 +115,12 @@ else:
 members = {run.path: load_members(run) for run in RUNS}
 geometries = {run.path: {} for run in RUNS}
 for row in rows:
-    if row.is_control:
+    if row.role == "control":
         continue
-    main_experts = next(r for r in rows if r.run is row.run).num_experts
+    main_experts = next(r for r in rows if r.path == row.path).num_experts
     blocks = row.num_experts if row.num_experts > 1 or row.num_latents % main_experts else main_experts
     label = row.label if blocks == row.num_experts else f"{row.label}, cut into {blocks} blocks"
-    geometries[row.run.path][label] = decoder_geometry(members[row.run.path][row.name].decoder_weight(), blocks, row.results.firing_counts)
+    geometries[row.path][label] = decoder_geometry(members[row.path][row.sae].decoder_weight(), blocks, row.firing_counts)
 
 for run in RUNS:
     show(geometry_figure(geometries[run.path]))
@@ -158,7 +144,7 @@ for label, geometry in (item for run in RUNS for item in geometries[run.path].it
 # %%
 for run in RUNS:
     (main, main_sae), *others = members[run.path].items()
-    firing = {row.name: row.results.firing_counts for row in rows if row.run is run}
+    firing = {row.sae: row.firing_counts for row in rows if row.path == run.path}
     for name, sae in others:
         if min(main_sae.num_latents, sae.num_latents) > LARGEST_MATCHING:
             print(f"{run.path.name}: {name} is too large to match one to one (LARGEST_MATCHING)")
@@ -180,7 +166,7 @@ source = build_source(config.source, config.batch_size)
 evaluation = source.evaluation_set(EVALUATION_ROWS)
 results = evaluate(sae, evaluation, bootstrap=0)
 firing_counts = results.firing_counts
-print(f"{len(evaluation.x_TD):,} held-out rows; {int((firing_counts > 0).sum()):,} of {sae.num_latents:,} latents of {rows[0].name} fire on them")
+print(f"{len(evaluation.x_TD):,} held-out rows; {int((firing_counts > 0).sum()):,} of {sae.num_latents:,} latents of {rows[0].sae} fire on them")
 
 # %% [markdown]
 # ### Tokens by expert

@@ -9,21 +9,25 @@ from switch_kernels.backend import Backend, Execution, Moments, Precision, resol
 from switch_kernels.decode import sparse_decode, sparse_decode_reference
 from switch_kernels.dispatch import Dispatch
 from switch_kernels.encode import Selection, encode_topk, encode_topk_reference
+from switch_kernels.group import ALONE, Group, ProcessGroup
 from switch_kernels.latent_order import LatentOrder
 from switch_kernels.plan import GradientMode, Plan, Regime, choose_plan
 from switch_kernels.spec import KERNELS, KernelSpec, Shape
 
 __all__ = [
+    "ALONE",
     "KERNELS",
     "Backend",
     "Dispatch",
     "Execution",
     "GradientMode",
+    "Group",
     "KernelSpec",
     "LatentOrder",
     "Moments",
     "Plan",
     "Precision",
+    "ProcessGroup",
     "Regime",
     "Selection",
     "Shape",

@@ -6,26 +6,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switch_kernels.group import ALONE, Group
+
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class Adam:
     """Adam (Kingma & Ba, arXiv 1412.6980) on a CPU or any device that PyTorch serves; `switch_kernels.gpu.adam.FusedAdam` is its Triton twin.
 
-    In order: gradients of all parameters are scaled to a global norm of at most `clip`; rows of `unit_rows` lose the part of their gradient along
-    the row, which would only change the norm that is projected out; Adam; rows of `unit_rows` return to the unit sphere. With `unit_rows` None all
-    rows are free. Weights change in place.
+    In order: gradients are averaged over `group`, the processes that share the batch; gradients of all parameters are scaled to a global norm of
+    at most `clip`; rows of `unit_rows` lose the part of their gradient along the row, which would only change the norm that is projected out; Adam;
+    rows of `unit_rows` return to the unit sphere. With `unit_rows` None all rows are free. Weights change in place.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], unit_rows: str | None, fused: bool | None = True, betas: tuple[float, float] = BETAS
+        self,
+        parameters: Mapping[str, Tensor],
+        unit_rows: str | None,
+        fused: bool | None = True,
+        betas: tuple[float, float] = BETAS,
+        group: Group = ALONE,
     ) -> None:
-        self.parameters, self.unit_rows = dict(parameters), unit_rows
+        self.parameters, self.unit_rows, self.group = dict(parameters), unit_rows, group
         self.torch_adam = torch.optim.Adam(self.parameters.values(), lr=0.0, betas=betas, eps=EPS, fused=fused)
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], lr: float, clip: float) -> Tensor:
         """One step; returns the gradient's norm before clipping. The gradients are overwritten."""
+        self.group.mean_([gradients[name] for name in self.parameters])
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), clip)

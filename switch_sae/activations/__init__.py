@@ -6,11 +6,16 @@ from switch_sae.activations.base import ActivationSource, EvaluationSet
 from switch_sae.activations.cache import CachedSource
 from switch_sae.activations.language_model_source import CacheDtype, LanguageModelSource
 from switch_sae.activations.synthetic import SyntheticSource
+from switch_sae.choices import Choice
 
-SOURCES: dict[str, Any] = {
-    "language_model": LanguageModelSource,
-    "synthetic": SyntheticSource,
-}
+SOURCES: Choice[ActivationSource] = Choice(
+    "source of activations",
+    "kind",
+    {
+        "language_model": LanguageModelSource,
+        "synthetic": SyntheticSource,
+    },
+)
 
 __all__ = [
     "SOURCES",
@@ -31,7 +36,4 @@ def build_source(config: Any, batch_size: int, rows: int | None = None) -> Activ
     """
     if isinstance(config, LanguageModelSource.Config) and config.cache is not None:
         return CachedSource(config, batch_size, rows)
-    for source in SOURCES.values():
-        if type(config) is source.Config:
-            return source(config, batch_size)
-    raise ValueError(f"{type(config).__name__} is no source's config. Use {', '.join(f'SOURCES[{name!r}].Config' for name in SOURCES)}.")
+    return SOURCES.build(config, batch_size)

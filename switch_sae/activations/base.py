@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from switch_sae.rows import Rows
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
@@ -21,14 +23,39 @@ class EvaluationSet:
     """Which positions became rows: `activations(tokens_CS)[keep_CS]` is `x_TD`."""
     document_names: tuple[str, ...] = ()
     """Names by document number."""
+    target_TD: Tensor | None = None
+    """What each row must become; None for an autoencoder's rows, which must become themselves."""
+
+    @property
+    def rows(self) -> Rows:
+        """Rows and targets."""
+        return Rows.of(self.x_TD, self.target_TD)
+
+    def text(self) -> tuple[Tensor, Tensor]:
+        """tokens_CS and keep_CS, on the CPU. Raises ValueError where there is no text, and where it does not fit the rows."""
+        if self.tokens_CS is None or self.keep_CS is None:
+            raise ValueError(
+                "this evaluation set has no text, as with synthetic activations: nothing can be spliced or read. "
+                "Evaluate without downstream, or give one made from a language model."
+            )
+        tokens_CS, keep_CS = self.tokens_CS.cpu(), self.keep_CS.cpu().bool()
+        if keep_CS.shape != tokens_CS.shape or int(keep_CS.sum()) != len(self.x_TD):
+            raise ValueError(
+                f"keep_CS {tuple(keep_CS.shape)} with {int(keep_CS.sum())} kept positions does not fit tokens_CS {tuple(tokens_CS.shape)} and "
+                f"{len(self.x_TD)} rows: keep_CS must have one entry per token and mark exactly the positions that became rows."
+            )
+        return tokens_CS, keep_CS
 
 
 class ActivationSource(ABC):
     """An endless, deterministic stream of batches of raw activations.
 
-    `next(source)` gives x_TD: [batch, d_in], float32. Two sources with the same config give the same rows, bit for bit.
+    `next(source)` gives `Rows`: x_TD [batch, d_in] and target_TD, float32; for an autoencoder both are one tensor. Two sources with the same config
+    give the same rows, bit for bit.
     """
 
+    Config: type[Any]
+    """Its settings, a dataclass nested in its class."""
     d_in: int
     language_model: Any = None
     """The `LanguageModel` behind the activations, for metrics that run it; None where there is none."""
@@ -37,7 +64,7 @@ class ActivationSource(ABC):
         return self
 
     @abstractmethod
-    def __next__(self) -> Tensor: ...
+    def __next__(self) -> Rows: ...
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

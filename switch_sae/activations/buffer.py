@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switch_sae.rows import Rows
+
 Position = dict[str, int]
 """Where a block begins, as plain JSON values."""
 
@@ -27,7 +29,7 @@ def seeded(*key: int | str) -> torch.Generator:
 class Block:
     """Shuffled rows, and where the next block begins."""
 
-    x_TD: Tensor
+    rows: Rows
     document_T: Tensor
     """Document number of each row, int64, on the CPU."""
     next_position: Position
@@ -121,25 +123,24 @@ class ShuffleBuffer:
         self._block: Block | None = None
         self._batches = self._documents = 0
 
-    def __next__(self) -> Tensor:
-        rows: list[Tensor] = []
+    def __next__(self) -> Rows:
+        rows: list[Rows] = []
         documents: list[Tensor] = []
         missing = self.batch_size
         while missing:
             block = self._current()
-            end = min(self._offset + missing, len(block.x_TD))
-            piece_TD, document_T = block.x_TD[self._offset : end], block.document_T[self._offset : end]
-            missing -= end - self._offset
-            self._offset = end
+            piece = slice(self._offset, min(self._offset + missing, len(block.rows)))
+            missing -= piece.stop - piece.start
+            self._offset = piece.stop
             # Copied, so that neither a batch nor a left-over keeps a used-up block in memory while the next one arrives.
-            rows.append(piece_TD.clone())
-            documents.append(document_T.clone())
-            if end == len(block.x_TD):
+            rows.append(block.rows[piece].map(torch.Tensor.clone))
+            documents.append(block.document_T[piece].clone())
+            if piece.stop == len(block.rows):
                 self._position, self._offset, self._block = block.next_position, 0, None
-            del block, piece_TD, document_T
+            del block
         self._batches += 1
         self._documents += len(torch.unique(torch.cat(documents)))
-        return torch.cat(rows) if len(rows) > 1 else rows[0]
+        return Rows.cat(rows)
 
     @property
     def position(self) -> Position:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from switch_sae.activations.base import ActivationSource, EvaluationSet, check_same_stream
 from switch_sae.activations.buffer import Block, Position, ShuffleBuffer, seeded
@@ -15,6 +14,7 @@ from switch_sae.activations.language_model_source import CacheDtype, LanguageMod
 from switch_sae.activations.shards import Chain, ShardStore
 from switch_sae.activations.tokens import tokenizer_fingerprint
 from switch_sae.files import tell
+from switch_sae.rows import Rows
 
 
 class CachedSource(ActivationSource):
@@ -71,14 +71,14 @@ class CachedSource(ActivationSource):
         dtype: torch.dtype = getattr(torch, self.config.cache_dtype.value)
         return Chain(live.make_block, live.start, made_of, about, self.d_in, dtype, block_rows, rows_of_text)
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Rows:
         if self._count is None:
             self._settle()
-        batch_TD = next(self._buffer)
+        batch = next(self._buffer)
         if (epoch := self._buffer.position["epoch"]) and not self._announced:
             self._announced = True
             self._say(f"activations: the cached rows have been read once and repeat: epoch {epoch + 1}, in a new order.")
-        return batch_TD
+        return batch
 
     def _settle(self, shards: int | None = None) -> None:
         """Decides how many shards this job reads, the first `shards` or those that cover its rows, and builds the ones that are missing."""
@@ -100,9 +100,9 @@ class CachedSource(ActivationSource):
         epoch, ordinal, seed = position["epoch"], position["shard"], self.config.seed
         index = int(torch.randperm(self._count, generator=seeded("cached shards", seed, epoch))[ordinal])
         place_T = torch.randperm(self._store.shards[index].rows, generator=seeded("cached rows", seed, epoch, index))
-        x_TD, document_T = self._store.read(index, place_T, self.language_model.device, cancelled)
+        rows, document_T = self._store.read(index, place_T, self.language_model.device, cancelled)
         over = ordinal + 1 == self._count
-        return Block(x_TD, document_T, {"epoch": epoch + 1, "shard": 0} if over else {"epoch": epoch, "shard": ordinal + 1})
+        return Block(rows, document_T, {"epoch": epoch + 1, "shard": 0} if over else {"epoch": epoch, "shard": ordinal + 1})
 
     def evaluation_set(self, rows: int) -> EvaluationSet:
         """That of the live source: computed, not stored."""

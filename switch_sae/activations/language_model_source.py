@@ -14,6 +14,8 @@ from switch_sae.activations.buffer import Block, Position, ShuffleBuffer, seeded
 from switch_sae.activations.language_model import LanguageModel, Precision
 from switch_sae.activations.text import HELD_OUT_ONE_IN, Document, TextConfig, documents, local_split
 from switch_sae.activations.tokens import ContextFeed, ContextRules, Contexts, LocalFeed, Packing, StreamFeed
+from switch_sae.checks import all_at_least
+from switch_sae.rows import Rows
 
 _EVALUATION_POOL = 4
 
@@ -66,9 +68,7 @@ class LanguageModelSource(ActivationSource):
         cache_dtype: CacheDtype = CacheDtype.float32
 
         def __post_init__(self) -> None:
-            for name, least in (("context_length", 1), ("buffer_rows", 1), ("contexts_per_forward", 1), ("seed", 0)):
-                if getattr(self, name) < least:
-                    raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+            all_at_least(self, context_length=1, buffer_rows=1, contexts_per_forward=1, seed=0)
             for name, kind in (("packing", Packing), ("precision", Precision), ("cache_dtype", CacheDtype)):
                 value = getattr(self, name)
                 if not isinstance(value, kind):
@@ -138,14 +138,14 @@ class LanguageModelSource(ActivationSource):
             drop_first_position=config.drop_first_position,
         )
 
-    def __next__(self) -> Tensor:
-        batch_TD = next(self._buffer)
+    def __next__(self) -> Rows:
+        batch = next(self._buffer)
         epoch = self._buffer.position["epoch"]
         if epoch and not self._announced:
             self._announced = True
             size = f" of {self._text['rows_per_epoch']:,} rows" if "rows_per_epoch" in self._text else ""
             print(f"activations: the text has been read once and repeats: epoch {epoch + 1}{size}.", flush=True)
-        return batch_TD
+        return batch
 
     def make_block(self, position: Position, cancelled: threading.Event) -> Block:
         """The shuffled block of about `buffer_rows` rows at a position of the text: the same bits on every call.
@@ -164,7 +164,7 @@ class LanguageModelSource(ActivationSource):
             done += len(kept_TD)
         document_T = torch.empty(rows, dtype=torch.int64)
         document_T[place_T] = contexts.document_CS[contexts.keep_CS].long()
-        return Block(x_TD, document_T, next_position)
+        return Block(Rows.of(x_TD), document_T, next_position)
 
     def _kept_rows(self, contexts: Contexts, where: str) -> Iterator[Tensor]:
         """The kept rows of one pass after another, in reading order. Passes depend on the contexts alone, so rows come out bit-identical again."""

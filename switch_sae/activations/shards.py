@@ -28,6 +28,7 @@ from torch import Tensor
 from switch_sae.activations.base import differences
 from switch_sae.activations.buffer import Block, MakeBlock, Position
 from switch_sae.files import RunError, remove_part_files, wait_for_lock, write_atomically
+from switch_sae.rows import Rows
 
 FORMAT = {"format": "switch_sae.activations", "version": 1}
 _ROWS_PER_COPY = 8192
@@ -111,24 +112,31 @@ class ShardStore:
             count += 1
         return count
 
-    def read(self, index: int, place_T: Tensor, device: torch.device, cancelled: threading.Event) -> tuple[Tensor, Tensor]:
-        """(x_TD float32 on `device`, document_T int64) of a stored shard, its row i at place_T[i].
+    def read(self, index: int, place_T: Tensor, device: torch.device, cancelled: threading.Event) -> tuple[Rows, Tensor]:
+        """(rows float32 on `device`, document_T int64) of a stored shard, its row i at place_T[i].
 
         The file is memory-mapped, read once from front to back and scattered, which is several times faster than gathering from it. A missing
         file is made again. Raises ValueError for one that is damaged; its sha256 is checked when this process first opens it.
         """
         path = self._checked(index, cancelled)
         with safe_open(path, framework="pt") as opened:
-            stored_TD, stored_document_T = opened.get_tensor("x_TD"), opened.get_tensor("document_T")
-        x_TD, x_place_T = torch.empty(stored_TD.shape, device=device), place_T.to(device)
-        for start in range(0, len(x_TD), _ROWS_PER_COPY):
-            if cancelled.is_set():
-                raise InterruptedError(f"reading {path} was called off.")
-            part = slice(start, start + _ROWS_PER_COPY)
-            x_TD[x_place_T[part]] = stored_TD[part].to(device, torch.float32)
-        document_T = torch.empty(len(x_TD), dtype=torch.int64)
+            has_target = "target_TD" in opened.keys()  # noqa: SIM118
+            stored = Rows.of(opened.get_tensor("x_TD"), opened.get_tensor("target_TD") if has_target else None)
+            stored_document_T = opened.get_tensor("document_T")
+        x_place_T = place_T.to(device)
+
+        def scattered(stored_TD: Tensor) -> Tensor:
+            rows_TD = torch.empty(stored_TD.shape, device=device)
+            for start in range(0, len(rows_TD), _ROWS_PER_COPY):
+                if cancelled.is_set():
+                    raise InterruptedError(f"reading {path} was called off.")
+                part = slice(start, start + _ROWS_PER_COPY)
+                rows_TD[x_place_T[part]] = stored_TD[part].to(device, torch.float32)
+            return rows_TD
+
+        document_T = torch.empty(len(stored), dtype=torch.int64)
         document_T[place_T] = stored_document_T.long()
-        return x_TD, document_T
+        return stored.map(scattered), document_T
 
     def _covers(self, rows: int, shards: int) -> bool:
         return self._complete or (sum(shard.rows for shard in self.shards) >= rows and len(self.shards) >= shards)
@@ -190,7 +198,7 @@ class ShardStore:
             else:
                 self.shards = [*self.shards, self._write(len(self.shards), position, block)]
                 self._complete = block.next_position == end
-                made += len(block.x_TD)
+                made += len(block.rows)
             self._save()
             now = time.perf_counter()
             if now - told > _SECONDS_BETWEEN_LINES and not self._covers(rows, shards):
@@ -210,10 +218,12 @@ class ShardStore:
             )
 
     def _write(self, index: int, position: Position, block: Block) -> Shard:
-        x_TD = block.x_TD.to("cpu", self.chain.dtype).contiguous()
-        if not torch.isfinite(x_TD).all():
+        rows = block.rows.map(lambda rows_TD: rows_TD.to("cpu", self.chain.dtype).contiguous())
+        tensors = {"x_TD": rows.x_TD} | ({} if rows.target_TD is rows.x_TD else {"target_TD": rows.target_TD})
+        if not all(torch.isfinite(rows_TD).all() for rows_TD in tensors.values()):
+            largest = max(rows_TD.abs().max().item() for rows_TD in (block.rows.x_TD, block.rows.target_TD))
             raise ValueError(
-                f"the activation {block.x_TD.abs().max().item():,.0f} is beyond what {self.chain.dtype} holds ({torch.finfo(self.chain.dtype).max:,.0f}). "
+                f"the activation {largest:,.0f} is beyond what {self.chain.dtype} holds ({torch.finfo(self.chain.dtype).max:,.0f}). "
                 "Set source.cache_dtype=bfloat16 or float32."
             )
         path = self.folder / f"shard-{index:05d}.safetensors"
@@ -222,11 +232,11 @@ class ShardStore:
         def fill(part: Path) -> None:
             nonlocal digest
             # One entry of metadata: their order in the header is random, and the same rows must give the same file.
-            save_file({"x_TD": x_TD, "document_T": block.document_T.to(torch.int32)}, part, {"format": str(FORMAT["format"])})
+            save_file({**tensors, "document_T": block.document_T.to(torch.int32)}, part, {"format": str(FORMAT["format"])})
             digest = _sha256(part)
 
         write_atomically(path, fill, _WAYS_OUT)
-        return Shard(path.name, len(x_TD), digest, position, block.next_position)
+        return Shard(path.name, len(rows), digest, position, block.next_position)
 
     def _checked(self, index: int, cancelled: threading.Event) -> Path:
         """The shard's file, whole."""
@@ -258,9 +268,9 @@ class ShardStore:
             self._say(f"activations: {path} is missing and is made again")
             old = self.shards[index]
             block = self.chain.make(old.position, cancelled)
-            if (len(block.x_TD), block.next_position) != (old.rows, old.next_position):
+            if (len(block.rows), block.next_position) != (old.rows, old.next_position):
                 raise ValueError(
-                    f"{path} is missing and cannot be made again: the block at {old.position} now has {len(block.x_TD)} rows and ends at "
+                    f"{path} is missing and cannot be made again: the block at {old.position} now has {len(block.rows)} rows and ends at "
                     f"{block.next_position}, the manifest says {old.rows} and {old.next_position}. The text changed: delete {self.folder}."
                 )
             new = self._write(index, old.position, block)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from switch_sae.activations.base import ActivationSource, EvaluationSet
 from switch_sae.activations.buffer import seeded
+from switch_sae.checks import all_at_least
+from switch_sae.rows import Rows
 
 _EVALUATION_CHUNK = 4096
 
@@ -82,12 +84,8 @@ class SyntheticSource(ActivationSource):
         """Chooses the training rows."""
 
         def __post_init__(self) -> None:
-            for name, least in (("d_in", 1), ("common", 0), ("topics", 1), ("per_topic", 1), ("world_seed", 0), ("seed", 0)):
-                if getattr(self, name) < least:
-                    raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
-            for name in ("zipf", "topic_skew", "magnitude_std", "noise", "bias"):
-                if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                    raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0.")
+            all_at_least(self, d_in=1, common=0, topics=1, per_topic=1, world_seed=0, seed=0)
+            all_at_least(self, zipf=0, topic_skew=0, magnitude_std=0, noise=0, bias=0)
             if not 0 < self.magnitude_mean < math.inf:
                 raise ValueError(f"magnitude_mean={self.magnitude_mean} must be above 0.")
             for active, available in (("common_active", "common"), ("topic_active", "per_topic")):
@@ -120,10 +118,10 @@ class SyntheticSource(ActivationSource):
     def truth(self) -> Truth:
         return self._truth
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Rows:
         x_TD, _ = self._rows(self.batch_size, seeded("synthetic rows", self.config.seed, self.batch_size, self._batch))
         self._batch += 1
-        return x_TD
+        return Rows.of(x_TD)
 
     def _rows(self, rows: int, generator: torch.Generator) -> tuple[Tensor, RowTruth]:
         config, truth = self.config, self._truth

@@ -1,29 +1,32 @@
 """Looking into trained SAEs: geometry of decoders, recovery of a known dictionary, the text behind latents and experts,
-scaling laws, and the PCA control."""
+scaling laws, and the PCA control. Add an analysis that `make analyze` knows by adding a file and a line to `ANALYSES`."""
 
-from switch_sae.analysis.geometry import DecoderGeometry, decoder_geometry
-from switch_sae.analysis.pca import PCABaseline, participation_ratio, pca_variance_left
-from switch_sae.analysis.recovery import Recovery, normalized_mutual_information, recovery
-from switch_sae.analysis.scaling import PowerLaw, choose_power_law, fit_power_law, mean_over_seeds
-from switch_sae.analysis.text_examples import Example, TokenLift, expert_tokens, format_example, sample_latents, top_examples
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-__all__ = [
-    "DecoderGeometry",
-    "Example",
-    "PCABaseline",
-    "PowerLaw",
-    "Recovery",
-    "TokenLift",
-    "choose_power_law",
-    "decoder_geometry",
-    "expert_tokens",
-    "fit_power_law",
-    "format_example",
-    "mean_over_seeds",
-    "normalized_mutual_information",
-    "participation_ratio",
-    "pca_variance_left",
-    "recovery",
-    "sample_latents",
-    "top_examples",
-]
+from switch_sae.analysis.base import Analysis, OpenSource, Table, kept_table
+from switch_sae.analysis.duplication import Duplication
+from switch_sae.choices import Choice
+from switch_sae.results.rows import ResultRow
+
+ANALYSES: Choice[Analysis] = Choice("analysis", "name", {"duplication": Duplication})
+
+__all__ = ["ANALYSES", "Analysis", "Table", "analyze", "build_analysis"]
+
+
+def build_analysis(name: str, settings: Mapping[str, Any] | None = None) -> Analysis:
+    """One of `ANALYSES` with settings of its `Config`. Raises ValueError for a name or a setting that does not exist."""
+    return ANALYSES.build(ANALYSES.from_plain({"name": name, **(settings or {})}))
+
+
+def analyze(name: str, saes: Sequence[ResultRow], settings: Mapping[str, Any] | None = None, open_source: OpenSource | None = None) -> Table:
+    """The table of an analysis of finished SAEs, from their run folders where weights and settings are the same as before.
+
+    `open_source` gives the activations of a row's run, for an analysis that needs them. Raises ValueError for no SAEs, for SAEs without weights and
+    for mistakes in name, settings or needs.
+    """
+    if not saes:
+        raise ValueError(f"there are no SAEs to analyse. Give folders of finished runs to {name}.")
+    analysis = build_analysis(name, settings)
+    groups = [[row] for row in saes] if analysis.each_alone else [saes]
+    return [record for group in groups for record in kept_table(analysis, name, group, open_source)]

@@ -67,19 +67,6 @@ class DecoderGeometry:
         own = self.expert_M[self.nearest_latent_M >= 0]
         return float((self.expert_M[latents] == own).double().mean())
 
-    def closest_pairs(self, count: int, across_only: bool = True) -> list[tuple[int, int, float]]:
-        """(latent, its neighbour, cosine) of the most similar pairs, each pair once, most similar first; by default from two different experts."""
-        cosine_ME = self.cosine_ME.scatter(1, self.expert_M[:, None], torch.nan) if across_only else self.cosine_ME
-        best_M, expert_M = _max_or_nan(cosine_ME)
-        neighbour_M = self.neighbour_ME.gather(1, expert_M[:, None])[:, 0]
-        pairs: dict[tuple[int, int], float] = {}
-        for latent in best_M.nan_to_num(-torch.inf).argsort(descending=True, stable=True).tolist():
-            if len(pairs) == count or best_M[latent].isnan():
-                break
-            low, high = sorted((latent, int(neighbour_M[latent])))
-            pairs.setdefault((low, high), float(best_M[latent]))
-        return [(low, high, cosine) for (low, high), cosine in pairs.items()]
-
 
 @torch.no_grad()
 def decoder_geometry(weight_MD: Tensor, num_experts: int, firing_counts: Tensor | None = None) -> DecoderGeometry:

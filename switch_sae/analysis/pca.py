@@ -1,6 +1,5 @@
 """PCA, the control of every evaluation: what k directions leave unexplained that are the same for all tokens."""
 
-from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -80,12 +79,3 @@ def participation_ratio(x_TD: Tensor) -> float:
     if trace == 0:
         raise ValueError(f"all {len(x_TD)} rows are equal, so their covariance is 0 and has no participation ratio. Give more varied rows.")
     return float(trace.square() / covariance_DD.square().sum())
-
-
-def pca_variance_left(x_TD: Tensor, ranks: Sequence[int]) -> dict[int, float]:
-    """The share of variance outside the leading `rank` principal components of the same rows, by rank: the least FVU that PCA can reach on them."""
-    eigenvalues_D = torch.linalg.eigvalsh(mean_and_covariance(x_TD)[1]).clamp_min(0).flip(0)
-    outside = [rank for rank in ranks if not 0 <= rank <= len(eigenvalues_D)]
-    if outside:
-        raise ValueError(f"ranks {outside} do not lie between 0 and {len(eigenvalues_D)}, the size of the activations.")
-    return {rank: float(eigenvalues_D[rank:].sum() / eigenvalues_D.sum()) for rank in ranks}

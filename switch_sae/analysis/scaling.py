@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t at 97.5 % for 1 to 10 degrees of freedom."""
+from switch_sae.results.rows import grouped
+
 _FLOORS = 400
 """Candidates for the irreducible loss, over which the least squared error is looked for."""
 
@@ -37,7 +37,7 @@ def fit_power_law(x: Sequence[float], loss: Sequence[float], floor: bool = False
 
     The interval of alpha is Student's t with P - 2 degrees of freedom (P - 3 with a floor, by linearisation at the optimum), P the number of points.
     Points must be independent: give one per width, such as the geometric mean over seeds (`mean_over_seeds`), not every seed, whose common misfit
-    would be counted as often as there are seeds. Raises ValueError for values that are not positive and for fewer than 2 different x (3 with a floor).
+    would be counted as often as there are seeds. Raises ValueError for values that are not positive and for fewer than 2 different x (3 with floor).
     """
     x_P, loss_P = torch.tensor(x, dtype=torch.float64), torch.tensor(loss, dtype=torch.float64)
     needed = 3 if floor else 2
@@ -73,21 +73,19 @@ def choose_power_law(x: Sequence[float], loss: Sequence[float]) -> PowerLaw:
 
 def mean_over_seeds(x: Sequence[float], loss: Sequence[float]) -> tuple[list[float], list[float]]:
     """Each different x once, ascending, with the geometric mean of its losses."""
-    groups: dict[float, list[float]] = {}
-    for position, value in zip(x, loss, strict=True):
-        groups.setdefault(position, []).append(math.log(value))
-    order = sorted(groups)
-    return order, [math.exp(math.fsum(groups[position]) / len(groups[position])) for position in order]
+    groups = grouped(zip(x, loss, strict=True), lambda point: point[0])
+    return sorted(groups), [math.exp(math.fsum(math.log(value) for _, value in groups[at]) / len(groups[at])) for at in sorted(groups)]
 
 
 def t_quantile(freedom: int) -> float:
-    """Student's t at 97.5 %; beyond 10 degrees of freedom by Cornish and Fisher's expansion, right to 3 digits. Infinite for 0."""
+    """Student's t at 97.5 %; infinite for 0 degrees of freedom. Raises ImportError without scipy."""
     if freedom < 1:
         return math.inf
-    if freedom <= len(_T_975):
-        return _T_975[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise ImportError(f'intervals of power laws need scipy ({error}). Type pip install "switch-sae[analysis]", or pip install scipy.') from error
+    return float(t.ppf(0.975, freedom))
 
 
 def _best_line(x_P: Tensor, loss_P: Tensor, floor_C: Tensor) -> tuple[float, float, float, float]:

@@ -72,7 +72,7 @@ def top_examples(
     At most one example per context; contexts where the latent does not fire never appear, so a dead latent has an empty list. One pass over
     the evaluation rows. Raises ValueError for an evaluation set without text or a latent out of range.
     """
-    tokens_CS, keep_CS = _text_of(evaluation_set)
+    tokens_CS, keep_CS = evaluation_set.text()
     outside = [latent for latent in latents if not 0 <= latent < sae.num_latents]
     if outside:
         raise ValueError(f"latents {outside} do not lie between 0 and {sae.num_latents - 1}.")
@@ -80,7 +80,7 @@ def top_examples(
     column_M[list(latents)] = torch.arange(len(latents))
     values_LCS = torch.zeros(len(latents), *tokens_CS.shape)
     context_T, position_T = keep_CS.nonzero(as_tuple=True)
-    for chosen, _, output in sae_outputs(sae, evaluation_set.x_TD):
+    for chosen, _, output in sae_outputs(sae, evaluation_set.rows):
         values_TK, column_TK = output.latents.values_TK.cpu().float(), column_M[output.latents.indices_TK.cpu()]
         row, slot = ((column_TK >= 0) & (values_TK > 0)).nonzero(as_tuple=True)
         values_LCS[column_TK[row, slot], context_T[chosen][row], position_T[chosen][row]] = values_TK[row, slot]
@@ -111,11 +111,11 @@ def expert_tokens(sae: Evaluable, evaluation_set: EvaluationSet, decode: Decode,
 
     Raises ValueError for an SAE without experts or an evaluation set without text.
     """
-    tokens_CS, keep_CS = _text_of(evaluation_set)
+    tokens_CS, keep_CS = evaluation_set.text()
     if sae.num_experts < 2:
         raise ValueError("this SAE has one expert, which receives every token. Give an SAE with at least two.")
     routed = []
-    for _, _, output in sae_outputs(sae, evaluation_set.x_TD):
+    for _, _, output in sae_outputs(sae, evaluation_set.rows):
         if output.routing is None:
             raise ValueError(f"the SAE says it has {sae.num_experts} experts, but its output has no routing. Return a Routing in SAEOutput.")
         routed.append(output.routing.expert_TS.cpu())
@@ -130,25 +130,10 @@ def expert_tokens(sae: Evaluable, evaluation_set: EvaluationSet, decode: Decode,
     for expert in range(sae.num_experts):
         candidates = (frequent_V & (count_VE[:, expert] > 0)).nonzero()[:, 0].tolist()
         candidates.sort(key=lambda v: (-float(share_VE[v, expert]), -float(count_VE[v, expert]), v))
-        tables.append(
-            [
-                TokenLift(
-                    token=decode([int(token_ids[v])]),
-                    token_id=int(token_ids[v]),
-                    count=int(count_VE[v, expert]),
-                    share=float(share_VE[v, expert]),
-                    lift=float(share_VE[v, expert] / load_E[expert]),
-                )
-                for v in candidates[:top]
-            ]
-        )
+        counts, shares = count_VE[:, expert].tolist(), share_VE[:, expert].tolist()
+        ids = {v: int(token_ids[v]) for v in candidates[:top]}
+        tables.append([TokenLift(decode([id]), id, int(counts[v]), shares[v], float(shares[v] / load_E[expert])) for v, id in ids.items()])
     return tables
-
-
-def _text_of(evaluation_set: EvaluationSet) -> tuple[Tensor, Tensor]:
-    if evaluation_set.tokens_CS is None or evaluation_set.keep_CS is None:
-        raise ValueError("this evaluation set has no text, as with synthetic activations. Give one made from a language model.")
-    return evaluation_set.tokens_CS.cpu(), evaluation_set.keep_CS.cpu().bool()
 
 
 def _document_names(evaluation_set: EvaluationSet, keep_CS: Tensor) -> Callable[[int, int], str]:

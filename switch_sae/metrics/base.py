@@ -12,7 +12,8 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from switch_sae.models.base import Routing, SAEOutput
+from switch_sae.models.base import SAEOutput
+from switch_sae.models.routers import Routing
 
 OUTLIER_FACTOR = 10.0
 """A row is an outlier when its norm exceeds this many median norms: such as position 0 of GPT-2, which alone makes up most of the variance."""
@@ -20,7 +21,7 @@ OUTLIER_FACTOR = 10.0
 
 @dataclass(frozen=True)
 class MetricSetup:
-    """What a metric must know before its first row: sizes, and statistics of all evaluation rows, which no single update could know."""
+    """What a metric must know before its first row: sizes, and statistics of all rows' targets, which no single update could know."""
 
     num_documents: int
     num_latents: int
@@ -54,35 +55,36 @@ class MetricSetup:
 
 @dataclass(frozen=True)
 class MetricBatch:
-    """Some evaluation rows and what an SAE made of them, on the CPU, where sums are added in a fixed order."""
+    """The targets of some evaluation rows and what an SAE made of the rows, on the CPU, where sums are added in a fixed order."""
 
-    x_TD: Tensor
+    target_TD: Tensor
+    """What should have come out: the rows themselves for an autoencoder."""
     output: SAEOutput
     document_T: Tensor
     """int64 in [0, num_documents)."""
 
     @classmethod
-    def of(cls, x_TD: Tensor, output: SAEOutput, document_T: Tensor) -> Self:
-        """Checks a batch and moves it to the CPU. Raises ValueError for outputs that are not finite or not of the input's shape."""
-        if output.recon_TD.shape != x_TD.shape:
-            raise ValueError(f"the reconstruction has shape {tuple(output.recon_TD.shape)}; it must be that of the input, {tuple(x_TD.shape)}.")
-        for name, tensor in (("activations", x_TD), ("reconstruction", output.recon_TD), ("latent values", output.latents.values_TK)):
+    def of(cls, target_TD: Tensor, output: SAEOutput, document_T: Tensor) -> Self:
+        """Checks a batch and moves it to the CPU. Raises ValueError for outputs that are not finite or not of the target's shape."""
+        if output.recon_TD.shape != target_TD.shape:
+            raise ValueError(f"the reconstruction has shape {tuple(output.recon_TD.shape)}; it must be that of the target, {tuple(target_TD.shape)}.")
+        for name, tensor in (("activations", target_TD), ("reconstruction", output.recon_TD), ("latent values", output.latents.values_TK)):
             check_finite(name, tensor)
         latents, routing = output.latents, output.routing
         if routing is not None:
             check_finite("router probabilities", routing.probs_TE)
             routing = Routing(routing.expert_TS.cpu(), routing.gate_TS.cpu(), routing.probs_TE.cpu())
-        return cls(x_TD.cpu(), SAEOutput(output.recon_TD.cpu(), latents.cpu(), routing), document_T.cpu())
+        return cls(target_TD.cpu(), SAEOutput(output.recon_TD.cpu(), latents.cpu(), routing), document_T.cpu())
 
     @cached_property
     def residual_sq_T(self) -> Tensor:
-        """||x - recon||^2, float64."""
-        return (self.x_TD.double() - self.output.recon_TD.double()).square().sum(1)
+        """||target - recon||^2, float64."""
+        return (self.target_TD.double() - self.output.recon_TD.double()).square().sum(1)
 
     @cached_property
-    def x_sq_T(self) -> Tensor:
-        """||x||^2, float64."""
-        return self.x_TD.double().square().sum(1)
+    def target_sq_T(self) -> Tensor:
+        """||target||^2, float64."""
+        return self.target_TD.double().square().sum(1)
 
     @cached_property
     def recon_sq_T(self) -> Tensor:
@@ -91,7 +93,7 @@ class MetricBatch:
 
     def inlier_T(self, norm_limit: float) -> Tensor:
         """1 for rows whose norm is at most `norm_limit`, else 0; float64."""
-        return (self.x_sq_T.sqrt() <= norm_limit).double()
+        return (self.target_sq_T.sqrt() <= norm_limit).double()
 
 
 class HasDocuments(Protocol):

@@ -97,7 +97,7 @@ class Downstream:
     """
 
     def __init__(self, model: LanguageModelLike, evaluation_set: EvaluationSet, max_contexts: int = 64, cache_bytes: int = 2**29) -> None:
-        tokens_CS, keep_CS = _text_of(evaluation_set)
+        tokens_CS, keep_CS = evaluation_set.text()
         if max_contexts < 1:
             raise ValueError(f"max_contexts={max_contexts} must be at least 1.")
         self.model = model
@@ -117,7 +117,8 @@ class Downstream:
         """Documents that the predictions come from."""
         self.num_predictions = len(document_T)
         self._check_rows(tokens_CS, keep_CS)
-        mean_D = weighted_mean(evaluation_set.x_TD.cpu(), torch.ones(len(evaluation_set.x_TD), dtype=torch.float64))
+        target_TD = evaluation_set.rows.target_TD.cpu()
+        mean_D = weighted_mean(target_TD, torch.ones(len(target_TD), dtype=torch.float64))
         self._chunks: list[_Chunk] = []
         for rows in self.contexts.split(CONTEXTS_PER_CHUNK):
             predictions = int(counted_CS[rows].sum())
@@ -173,18 +174,6 @@ class Downstream:
                 f"the evaluation rows of context {int(first)}, {tuple(theirs.shape)}, are not this model's activations there, {tuple(ours.shape)}. "
                 "Prepare Downstream with the language model and the hook point that made the evaluation set."
             )
-
-
-def _text_of(evaluation_set: EvaluationSet) -> tuple[Tensor, Tensor]:
-    if evaluation_set.tokens_CS is None or evaluation_set.keep_CS is None:
-        raise ValueError("this evaluation set has no text, as with synthetic activations: nothing can be spliced. Evaluate without downstream.")
-    tokens_CS, keep_CS = evaluation_set.tokens_CS.cpu(), evaluation_set.keep_CS.cpu().bool()
-    if keep_CS.shape != tokens_CS.shape or int(keep_CS.sum()) != len(evaluation_set.x_TD):
-        raise ValueError(
-            f"keep_CS {tuple(keep_CS.shape)} with {int(keep_CS.sum())} kept positions does not fit tokens_CS {tuple(tokens_CS.shape)} and "
-            f"{len(evaluation_set.x_TD)} rows: keep_CS must have one entry per token and mark exactly the positions that became rows."
-        )
-    return tokens_CS, keep_CS
 
 
 def _splice(fill: Callable[[Tensor], Tensor], keep_CS: Tensor) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from switch_sae.metrics.base import check_finite
 from switch_sae.models.base import Flops, SAEOutput
+from switch_sae.rows import Rows
 
 ROWS_PER_CHUNK = 2048
 """Fixed, because a matrix product's last bits depend on how many rows it has: results must not depend on the caller."""
@@ -59,10 +60,10 @@ def _untouched(sae: Evaluable) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def sae_outputs(sae: Evaluable, x_TD: Tensor) -> Iterator[tuple[slice, Tensor, SAEOutput]]:
-    """(which rows, those rows, output), on the SAE's device, in chunks of `ROWS_PER_CHUNK`. Raises ValueError for rows that are not finite."""
-    for start in range(0, len(x_TD), ROWS_PER_CHUNK):
-        chosen = slice(start, min(start + ROWS_PER_CHUNK, len(x_TD)))
-        rows = x_TD[chosen].to(device_of(sae))
-        check_finite("activations", rows)
-        yield chosen, rows, run(sae, rows)
+def sae_outputs(sae: Evaluable, rows: Rows) -> Iterator[tuple[slice, Tensor, SAEOutput]]:
+    """(which rows, their targets, output), on the SAE's device, in chunks of `ROWS_PER_CHUNK`. Raises ValueError for rows that are not finite."""
+    for start in range(0, len(rows), ROWS_PER_CHUNK):
+        chosen = slice(start, min(start + ROWS_PER_CHUNK, len(rows)))
+        chunk = rows[chosen].to(device_of(sae))
+        check_finite("activations", chunk.x_TD)
+        yield chosen, chunk.target_TD, run(sae, chunk.x_TD)

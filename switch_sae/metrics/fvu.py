@@ -15,12 +15,12 @@ class FVU(DocumentMetric[MetricBatch]):
 
     def rows(self, batch: MetricBatch) -> dict[str, Tensor]:
         inlier_T = batch.inlier_T(self.setup.norm_limit)
-        x_TD = batch.x_TD.double()
+        target_TD = batch.target_TD.double()
         return {
             "residual": batch.residual_sq_T,
-            "variance": (x_TD - self.setup.mean_D).square().sum(1),
+            "variance": (target_TD - self.setup.mean_D).square().sum(1),
             "inlier_residual": batch.residual_sq_T * inlier_T,
-            "inlier_variance": (x_TD - self.setup.inlier_mean_D).square().sum(1) * inlier_T,
+            "inlier_variance": (target_TD - self.setup.inlier_mean_D).square().sum(1) * inlier_T,
         }
 
     def ratios(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,9 +14,9 @@ class NormalizedMSE(DocumentMetric[MetricBatch]):
     """
 
     def rows(self, batch: MetricBatch) -> dict[str, Tensor]:
-        defined_T = (batch.x_sq_T > 0).double()
+        defined_T = (batch.target_sq_T > 0).double()
         inlier_T = defined_T * batch.inlier_T(self.setup.norm_limit)
-        ratio_T = torch.where(batch.x_sq_T > 0, batch.residual_sq_T / batch.x_sq_T, 0.0)
+        ratio_T = torch.where(batch.target_sq_T > 0, batch.residual_sq_T / batch.target_sq_T, 0.0)
         return {"ratio": ratio_T, "rows": defined_T, "inlier_ratio": ratio_T * inlier_T, "inlier_rows": inlier_T}
 
     def ratios(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,14 +4,17 @@ Shapes: T tokens, D activation size (`d_in`), M latents (`d_sae`), E experts, F 
 latents per token.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from switch_kernels import Execution
+from switch_kernels import ALONE, Execution, Group
+from switch_sae.models.routers.base import Routing
+from switch_sae.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,6 @@ class DenseLatents(SparseLatents):
 
 
 @dataclass(frozen=True)
-class Routing:
-    """What the router decided for one batch."""
-
-    expert_TS: Tensor
-    """The S chosen experts of each token (S is 1 in the paper), likeliest first, int64 in [0, E)."""
-    gate_TS: Tensor
-    """What multiplies their latents: their probabilities, or 1 with a hard gate."""
-    probs_TE: Tensor
-    """All probabilities: the softmax of the router's logits."""
-
-
-@dataclass(frozen=True)
 class SAEOutput:
     """What `SparseAutoencoder.forward` returns."""
 
@@ -115,22 +106,71 @@ class Recipe:
     """Whether decoder rows are kept on the unit sphere; False where the loss weighs latents by their rows' norms instead."""
 
 
+class SAEConfig:
+    """What the `Config`s of all architectures have in common beside their `num_latents`."""
+
+    def simplest(self) -> Any:
+        """The config of a simpler architecture that computes the same, where this one has nothing to choose from; else itself."""
+        return self
+
+    @property
+    def width_step(self) -> int:
+        """num_latents must be a multiple of it."""
+        return 1
+
+    @property
+    def least_latents(self) -> int:
+        """The fewest num_latents that fit the other settings."""
+        return self.width_step * int(getattr(self, "k", 1))
+
+    def slug(self) -> str:
+        """In the name of a folder: switch-e8-m4096-k16. Raises ValueError for an architecture that is not in `SAES`."""
+        from switch_sae.models import SAES  # the table holds this module's users
+
+        key = SAES.key_of(self)
+        sizes = {"e": "num_experts", "m": "num_latents", "k": "k"}
+        return "-".join([key, *(f"{letter}{getattr(self, name)}" for letter, name in sizes.items() if hasattr(self, name))])
+
+
 class SparseAutoencoder(nn.Module, ABC):
     """x_TD -> SparseLatents -> recon_TD. Takes and returns raw activations; `activation_scale` is applied inside.
 
-    Training scales activations once so that their mean squared norm is D (`scale_to`); the factor is a buffer, saved with the weights.
+    Training scales activations once so that their mean squared norm is D (`set_scale`); the factor is a buffer, saved with the weights.
     """
 
+    Config: type[Any]
+    """The architecture's settings, a dataclass nested in its class."""
+    former_names: ClassVar[dict[str, str]] = {}
+    """Today's names of weights that earlier versions saved under others."""
     config: Any
     d_in: int
     num_latents: int
     num_experts: int
+    label: str = ""
+    """What figures call it: its class's name without "SAE" unless it says otherwise. This and the next three are every class's own, never inherited."""
+    colour: str = "#7A7A7A"
+    marker: str = ""
+    """Matplotlib's; "" is the common one. Where there are experts, their number chooses the colour, and a marker that is not given."""
+    is_reference: bool = False
+    """Whether the errors of all others are given relative to its own."""
+    is_routed: bool = False
+    """Whether a router sends each token to some of its experts."""
     recipe: Recipe = Recipe()
     activation_scale: Tensor
     activations: dict[str, Any]
     """What it was trained on (`ActivationSource.describe`), for an SAE that was loaded; empty before."""
     execution: Execution = Execution()
-    """Who computes, and in which precision: PyTorch in float32 unless it is set. Not saved: it changes rounding, not the function."""
+    """Who computes the forward pass, and in which precision: PyTorch in float32 unless it is set. Not saved: it changes rounding, not the function."""
+    group: Group = ALONE
+    """The processes that share a training batch: what is selected or counted over a batch is over all of theirs."""
+    b_pre_D: nn.Parameter
+    """An autoencoder's bias in both its roles, `b_in_D` and `b_out_D`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("label", "colour", "marker", "is_reference"):
+            if name not in vars(cls):
+                setattr(cls, name, cls.__name__.removesuffix("SAE") if name == "label" else getattr(SparseAutoencoder, name))
 
     @abstractmethod
     def encode(self, x_TD: Tensor) -> SparseLatents:
@@ -144,8 +184,28 @@ class SparseAutoencoder(nn.Module, ABC):
     def forward(self, x_TD: Tensor) -> SAEOutput: ...
 
     @abstractmethod
-    def loss_terms(self, x_TD: Tensor, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
+    def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         """Scalar loss terms by name, already weighted: the trainer adds them up. `dead_M` marks latents that AuxK should revive."""
+
+    @property
+    def d_out(self) -> int:
+        """Size of the target; an autoencoder's is that of its input."""
+        return self.d_in
+
+    @property
+    def target_scale(self) -> Tensor:
+        """What targets are scaled by, as `activation_scale` scales inputs; the same for an autoencoder."""
+        return self.activation_scale
+
+    @property
+    def b_in_D(self) -> Tensor:
+        """The centre that is subtracted from scaled activations before they are encoded."""
+        return self.b_pre_D
+
+    @property
+    def b_out_D(self) -> Tensor:
+        """The bias that the decoder adds, in units of scaled targets."""
+        return self.b_pre_D
 
     @property
     def k(self) -> int | None:
@@ -155,11 +215,19 @@ class SparseAutoencoder(nn.Module, ABC):
     def begin_step(self, step: int, total_steps: int) -> None:
         """Called before training step `step` (from 0): where coefficients that rise over the run are set, from these two numbers alone."""
 
-    def end_step(self, output: SAEOutput) -> None:
+    def end_step(self, rows: Rows, output: SAEOutput) -> None:
         """Called after a training step, without gradients, with what its forward pass gave: where running statistics are kept, in buffers."""
 
+    def share_batches(self, group: Group) -> None:
+        """From now on a training batch is what all processes of the group hold."""
+        self.group = group
+
+    def set_scale(self, rows: Rows) -> None:
+        """Scales activations so that their mean squared norm is D."""
+        self.activation_scale.fill_(unit_scale(rows.x_TD))
+
     @abstractmethod
-    def initialize(self, x_TD: Tensor) -> None:
+    def initialize(self, rows: Rows) -> None:
         """Sets the data-dependent start (biases) from one large batch of raw activations."""
 
     @abstractmethod
@@ -186,7 +254,6 @@ class SparseAutoencoder(nn.Module, ABC):
         return x_TD * self.activation_scale
 
 
-def at_least(name: str, value: float, least: float) -> None:
-    """Raises ValueError for a setting below its least value."""
-    if value < least:
-        raise ValueError(f"{name}={value} is too small: it must be at least {least}.")
+def unit_scale(x_TD: Tensor) -> float:
+    """The factor that gives rows, which are not all zero, a mean squared norm of D."""
+    return math.sqrt(x_TD.shape[1] / x_TD.double().pow(2).sum(dim=1).mean().item())

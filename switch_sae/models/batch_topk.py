@@ -8,6 +8,7 @@ from torch import Tensor
 from switch_sae.models.base import SAEOutput, SparseLatents
 from switch_sae.models.pairs import Pairs, decode_pairs, encode_pairs, largest
 from switch_sae.models.topk import TopKSAE
+from switch_sae.rows import Rows
 
 CALIBRATION_BATCH, CALIBRATION_BATCHES = 1024, 8
 
@@ -39,6 +40,7 @@ class BatchTopKSAE(TopKSAE):
                 raise ValueError(f"threshold_beta={self.threshold_beta} must lie in [0, 1): at 1 the threshold would never move. Use 0.999.")
 
     config: "BatchTopKSAE.Config"
+    colour, marker = "#4D4D4D", "*"
     threshold: Tensor
     """In units of the scaled activations."""
     step = 0
@@ -48,17 +50,19 @@ class BatchTopKSAE(TopKSAE):
         self.register_buffer("threshold", torch.tensor(0.0))
 
     @torch.no_grad()
-    def initialize(self, x_TD: Tensor) -> None:
-        super().initialize(x_TD)
-        batches = [self._smallest(self._pairs(self._scaled(rows), keep=True)) for rows in x_TD.split(CALIBRATION_BATCH)[:CALIBRATION_BATCHES]]
-        self.threshold.copy_(torch.stack(batches).nan_to_num(0.0).mean())
+    def initialize(self, rows: Rows) -> None:
+        super().initialize(rows)
+        batches = rows.x_TD.split(CALIBRATION_BATCH)[:CALIBRATION_BATCHES]
+        smallest = [self._smallest(self._pairs(self._scaled(x_TD), keep=True)) for x_TD in batches]
+        self.threshold.copy_(torch.stack(smallest).nan_to_num(0.0).mean())
 
     def begin_step(self, step: int, total_steps: int) -> None:
         self.step = step
 
-    def end_step(self, output: SAEOutput) -> None:
+    def end_step(self, rows: Rows, output: SAEOutput) -> None:
         assert isinstance(output, PairsOutput)
-        smallest = self._smallest(output.pairs)
+        smallest = torch.cat(self.group.gather(self._smallest(output.pairs)[None])).nan_to_num(torch.inf).min()
+        smallest = torch.where(smallest.isinf(), torch.nan, smallest)
         beta = min(self.config.threshold_beta, (1 + self.step) / (10 + self.step))
         self.threshold.copy_(torch.where(smallest.isnan(), self.threshold, torch.lerp(smallest, self.threshold, beta)))
 
@@ -83,14 +87,14 @@ class BatchTopKSAE(TopKSAE):
 
         def select(pre_TM: Tensor) -> Tensor:
             if keep:
-                return largest(pre_TM, len(pre_TM) * self.config.k)
+                return largest(pre_TM, len(pre_TM) * self.config.k, self.group)
             return (pre_TM > self.threshold.clamp_min(0)).flatten().nonzero()[:, 0]
 
-        return encode_pairs(x_TD, self.b_pre_D, self.W_enc_MD, self.b_enc_M, select)
+        return encode_pairs(x_TD, self.b_in_D, self.W_enc_MD, self.b_enc_M, select)
 
     def _reconstruct(self, pairs: Pairs, tokens: int) -> Tensor:
         recon_TD = decode_pairs(pairs.values_P, pairs.latent_P, pairs.token_P, tokens, self.W_dec_MD)
-        return (recon_TD + self.b_pre_D) / self.activation_scale
+        return (recon_TD + self.b_out_D) / self.target_scale
 
     @staticmethod
     def _smallest(pairs: Pairs) -> Tensor:

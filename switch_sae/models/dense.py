@@ -1,6 +1,5 @@
 """What SAEs share whose number of active latents training finds: every product is dense, and the loss, not a selection, makes latents sparse."""
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switch_sae.models.base import DenseLatents, Flops, SAEOutput, SparseAutoencoder, SparseLatents, at_least
+from switch_sae.checks import at_least
+from switch_sae.models.base import DenseLatents, Flops, SAEConfig, SAEOutput, SparseAutoencoder, SparseLatents
 from switch_sae.models.losses import reconstruction_loss
+from switch_sae.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class DenseSAE(SparseAutoencoder):
     """recon = W_dec f + b_pre, with f from `_activate`. Parameters W_enc_MD, W_dec_MD, b_pre_D and whatever `_activate` needs."""
 
     @dataclass
-    class Config:
+    class Config(SAEConfig):
         num_latents: int = 4096
         """M, in all."""
         sparsity_warmup: float | None = None
@@ -60,15 +61,15 @@ class DenseSAE(SparseAutoencoder):
         """(latents, what decides whether they fire), both [T, M], of scaled activations."""
 
     @abstractmethod
-    def sparsity_terms(self, x_TD: Tensor, output: DenseOutput) -> dict[str, Tensor]:
-        """The loss terms beside the reconstruction, of scaled activations; already weighted."""
+    def sparsity_terms(self, target_TD: Tensor, output: DenseOutput) -> dict[str, Tensor]:
+        """The loss terms beside the reconstruction, of scaled targets; already weighted."""
 
     def begin_step(self, step: int, total_steps: int) -> None:
         share = self.config.sparsity_warmup
         warmup_steps = (self.published_warmup if share is None else share) * total_steps
         self.sparsity_scale = min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
-    def initialize(self, x_TD: Tensor) -> None:
+    def initialize(self, rows: Rows) -> None:
         """Nothing depends on data: biases start at 0."""
 
     def encode(self, x_TD: Tensor) -> SparseLatents:
@@ -81,10 +82,11 @@ class DenseSAE(SparseAutoencoder):
         latents_TM, pre_TM = self._activate(self._scaled(x_TD))
         return DenseOutput(self._decode(latents_TM), DenseLatents.of(latents_TM), pre_TM=pre_TM)
 
-    def loss_terms(self, x_TD: Tensor, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
+    def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         assert isinstance(output, DenseOutput)
-        residual_TD = (x_TD - output.recon_TD) * self.activation_scale
-        return {"mse": reconstruction_loss(residual_TD), **self.sparsity_terms(self._scaled(x_TD), output)}
+        target_TD = rows.target_TD * self.target_scale
+        residual_TD = (rows.target_TD - output.recon_TD) * self.target_scale
+        return {"mse": reconstruction_loss(residual_TD), **self.sparsity_terms(target_TD, output)}
 
     def flops(self) -> Flops:
         """Backward: dense products for the gradients of the latents, of W_dec and of W_enc."""
@@ -105,7 +107,7 @@ class DenseSAE(SparseAutoencoder):
         """The biases, beside b_pre, in units of the activations."""
 
     def _decode(self, latents_TM: Tensor) -> Tensor:
-        return (latents_TM @ self.W_dec_MD + self.b_pre_D) / self.activation_scale
+        return (latents_TM @ self.W_dec_MD + self.b_out_D) / self.target_scale
 
     def _decoder_norms(self) -> Tensor:
         return torch.linalg.vector_norm(self.W_dec_MD, dim=1)
@@ -138,9 +140,3 @@ def encoder_linear(x_TD: Tensor, b_pre_D: Tensor | None, W_MD: Tensor, b_M: Tens
 def column_sums(values_TM: Tensor) -> Tensor:
     """[M] as a matrix-vector product, which on a CPU takes a tenth of the time of `sum(dim=0)`."""
     return values_TM.new_ones(values_TM.shape[0]) @ values_TM
-
-
-def check_coefficient(name: str, value: float) -> None:
-    """Raises ValueError for a loss coefficient that is negative or not finite."""
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name}={value} must be a number of at least 0; 0 switches the term off.")

@@ -5,7 +5,7 @@ Kernels opt in, by exact class: what they do not know, autograd computes. `why_n
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from switch_kernels import Plan, Regime, choose_plan
 from switch_kernels.adam import BETAS
 from switch_kernels.backend import Dot
 from switch_sae.models.base import SparseAutoencoder
+from switch_sae.models.routers.base import Router, RouterKernel
+from switch_sae.rows import Rows
 
 if TYPE_CHECKING:
     from switch_kernels.gpu.step import DeadLatents, StepTensors
@@ -37,29 +39,32 @@ class FusedTraining(SparseAutoencoder):
     def auxk_latents(self) -> int:
         """Dead latents that each of a token's experts may use for AuxK."""
 
-    def fused_router(self) -> dict[str, Any]:
-        """The router's part of `Weights` and `Settings`; without one all tokens go to one expert."""
-        return {"W_router_ED": None, "b_router_D": None, "balance": 0.0, "train_router": False}
-
-    def why_router_is_not_fused(self) -> str | None:
-        """Why the kernels cannot compute this SAE's routing; None if they can."""
+    def router_kernel(self) -> RouterKernel | None:
+        """What the kernels need of the router; None without one, where all tokens go to one expert, and where they do not know it."""
         return None
 
     def plan(self, tokens: int) -> Plan:
         """How the kernels will compute a batch of so many tokens, and why."""
         return choose_plan(tokens, self.num_latents, self.num_experts, self.config.k, self.experts_per_token, self.regime)
 
-    def training_step(self, x_TD: Tensor, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot) -> "StepTensors":
+    def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot) -> "StepTensors":
         """Losses and gradients of raw activations. `operands` are W_enc_MD and W_dec_MD as `FusedAdam` keeps them for the kernels."""
         from switch_kernels.gpu.step import Settings, Weights, training_step
 
-        router = self.fused_router()
-        weights = Weights(operands["W_enc_MD"], operands["W_dec_MD"], self.b_enc_M, self.b_pre_D, router["W_router_ED"], router["b_router_D"])
+        router = self.router_kernel()
+        routing = (None, None) if router is None else (router.W_ED, router.b_D)
+        weights = Weights(operands["W_enc_MD"], operands["W_dec_MD"], self.b_enc_M, self.b_in_D, self.b_out_D, *routing)
         settings = Settings(
-            self.num_experts, self.experts_per_token, self.config.k, self.joint_topk, router["balance"], router["train_router"], dot,
-            self.plan(x_TD.shape[0]),
+            self.num_experts, self.experts_per_token, self.config.k, self.joint_topk, router.balance if router else 0.0,
+            router is not None and router.is_trained, dot, self.plan(len(rows)),
         )  # fmt: skip
-        return training_step(x_TD, self.activation_scale, weights, settings, dead)
+        computed = training_step(rows.x_TD, rows.target_TD, self.activation_scale, self.target_scale, weights, settings, dead)
+        small = computed.gradients.small
+        small["b_pre_D"] = small.pop("b_out_D") + small.pop("b_in_D")  # an autoencoder's bias has both roles
+        if router is not None and router.is_trained:
+            names = {id(parameter): name for name, parameter in self.named_parameters()}
+            small[names[id(router.W_ED)]], small[names[id(router.b_D)]] = small.pop("W_router_ED"), small.pop("b_router_D")
+        return computed
 
     def dead_latents(self, dead_M: Tensor) -> "DeadLatents | None":
         """What AuxK needs of the dead latents; None if there are none. Reads the device: not for use inside a captured step.
@@ -82,7 +87,7 @@ class FusedTraining(SparseAutoencoder):
         is_padding_B[place_B] = False
         slot_M = torch.full((self.num_latents,), -1, dtype=torch.int32, device=dead_M.device)
         slot_M[dead_B] = place_B.int()
-        return DeadLatents(latent_B, is_padding_B, slot_M, self.auxk_latents(), self.config.auxk * self.d_in)
+        return DeadLatents(latent_B, is_padding_B, slot_M, self.auxk_latents(), self.config.auxk * self.d_out)
 
 
 def why_not_fused(sae: SparseAutoencoder) -> str | None:
@@ -94,11 +99,27 @@ def why_not_fused(sae: SparseAutoencoder) -> str | None:
     name = type(sae).__name__
     if not isinstance(sae, FusedTraining) or not vars(type(sae)).get("has_kernels"):
         return f"no Triton kernels train {name}"
-    changed = [key for key in vars(sae) if key != "plan" and callable(getattr(type(sae), key, None))]
-    changed += [hooks for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks") if getattr(sae, hooks)]
-    if changed:
+    if changed := _changed(sae):
         return f"this {name} has {', '.join(changed)} of its own, which the Triton kernels would not call"
     if sae.recipe.betas != BETAS or not sae.recipe.unit_decoder:
         return f"the Triton kernels train with Adam's betas {BETAS} and unit decoder rows, not by {sae.recipe}"
-    frozen = [key for key, parameter in sae.named_parameters() if not parameter.requires_grad and key not in sae.fused_router()]
-    return f"{', '.join(frozen)} are frozen, which the Triton kernels do not know" if frozen else sae.why_router_is_not_fused()
+    frozen = [key for key, parameter in sae.named_parameters(recurse=False) if not parameter.requires_grad]
+    if frozen:
+        return f"{', '.join(frozen)} are frozen, which the Triton kernels do not know"
+    if sae.group.size > 1:
+        return f"{sae.group.size} processes share a batch, and the Triton kernels' statistics of a batch are those of one"
+    return next((why for module in sae.children() if (why := _why_no_router(module, sae.router_kernel()))), None)
+
+
+def _why_no_router(router: nn.Module, kernel: RouterKernel | None) -> str | None:
+    """As for the SAE itself: only the class whose own body has `kernel`, and only where that knows its settings."""
+    assert isinstance(router, Router)
+    if kernel is None or "kernel" not in vars(type(router)) or _changed(router):
+        return f"no Triton kernels know its router, {type(router).__name__}({router.config})"
+    return None
+
+
+def _changed(module: nn.Module) -> list[str]:
+    """Methods and hooks that this one object has and its class has not."""
+    own = [key for key in vars(module) if key != "plan" and callable(getattr(type(module), key, None))]
+    return own + [hooks for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks") if getattr(module, hooks)]

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from switch_sae.checks import at_least
 from switch_sae.models.base import Flops, Recipe
-from switch_sae.models.dense import DenseOutput, DenseSAE, check_coefficient, encoder_linear
+from switch_sae.models.dense import DenseOutput, DenseSAE, encoder_linear
 from switch_sae.models.losses import geometric_median, reconstruction_loss
+from switch_sae.rows import Rows
 
 
 class GatedSAE(DenseSAE):
@@ -24,9 +26,10 @@ class GatedSAE(DenseSAE):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_coefficient("l1", self.l1)
+            at_least("l1", self.l1, 0, "0 switches the term off.")
 
     config: "GatedSAE.Config"
+    colour, marker = "#8A8A8A", ">"
     recipe = Recipe(lr=3e-4, betas=(0.0, 0.999))
 
     def __init__(self, config: "GatedSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
@@ -35,22 +38,22 @@ class GatedSAE(DenseSAE):
         self.b_gate_M = nn.Parameter(torch.zeros(config.num_latents))
         self.b_mag_M = nn.Parameter(torch.zeros(config.num_latents))
 
-    def initialize(self, x_TD: Tensor) -> None:
-        self.b_pre_D.data.copy_(geometric_median(x_TD * self.activation_scale))
+    def initialize(self, rows: Rows) -> None:
+        self.b_pre_D.data.copy_(geometric_median(rows.x_TD * self.activation_scale))
 
     def _activate(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        gate_TM = encoder_linear(x_TD, self.b_pre_D, self.W_enc_MD, self.b_gate_M)
+        gate_TM = encoder_linear(x_TD, self.b_in_D, self.W_enc_MD, self.b_gate_M)
         # Both paths share one product: e^r W_enc (x - b_pre) = e^r (pi_gate - b_gate).
         rescale_M = self.r_mag_M.exp()
         magnitude_TM = torch.addcmul(self.b_mag_M - rescale_M * self.b_gate_M, rescale_M, gate_TM).relu()
         return torch.where(gate_TM > 0, magnitude_TM, 0.0), gate_TM
 
-    def sparsity_terms(self, x_TD: Tensor, output: DenseOutput) -> dict[str, Tensor]:
+    def sparsity_terms(self, target_TD: Tensor, output: DenseOutput) -> dict[str, Tensor]:
         open_TM = output.pre_TM.relu()
-        gate_recon_TD = open_TM @ self.W_dec_MD.detach() + self.b_pre_D.detach()
+        gate_recon_TD = open_TM @ self.W_dec_MD.detach() + self.b_out_D.detach()
         return {
             "l1": self.config.l1 * self.sparsity_scale * open_TM.mean(dim=0).sum(),
-            "gate_mse": reconstruction_loss(x_TD - gate_recon_TD),
+            "gate_mse": reconstruction_loss(target_TD - gate_recon_TD),
         }
 
     def flops(self) -> Flops:

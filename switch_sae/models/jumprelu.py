@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switch_sae.checks import all_at_least
 from switch_sae.models.base import Recipe
-from switch_sae.models.dense import DenseOutput, DenseSAE, check_coefficient, column_sums, encoder_linear
+from switch_sae.models.dense import DenseOutput, DenseSAE, column_sums, encoder_linear
 
 
 class Sparsity(Enum):
@@ -49,14 +50,14 @@ class JumpReLUSAE(DenseSAE):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            for name in ("l0", "tanh", "pre_act"):
-                check_coefficient(name, getattr(self, name))
+            all_at_least(self, l0=0, tanh=0, pre_act=0)
             for name in ("threshold", "bandwidth", "tanh_steepness"):
                 value = getattr(self, name)
                 if value is not None and not (value > 0 and math.isfinite(value)):
                     raise ValueError(f"{name}={value} must be a positive number.")
 
     config: "JumpReLUSAE.Config"
+    colour, marker = "#5C5C5C", "h"
 
     def __init__(self, config: "JumpReLUSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
         super().__init__(config, d_in, generator)
@@ -74,7 +75,7 @@ class JumpReLUSAE(DenseSAE):
         pre_TM = encoder_linear(x_TD, None, self.W_enc_MD, self.b_enc_M)
         return _JumpReLU.apply(pre_TM, self.log_threshold_M.exp(), self.bandwidth, self.config.sparsity is Sparsity.tanh), pre_TM
 
-    def sparsity_terms(self, x_TD: Tensor, output: DenseOutput) -> dict[str, Tensor]:
+    def sparsity_terms(self, target_TD: Tensor, output: DenseOutput) -> dict[str, Tensor]:
         config, pre_TM, threshold_M = self.config, output.pre_TM, self.log_threshold_M.exp()
         if config.sparsity is Sparsity.l0:
             return {"l0": config.l0 * self.d_in * self.sparsity_scale * _MeanL0.apply(pre_TM, threshold_M, self.bandwidth)}

@@ -1,5 +1,6 @@
 """`MatryoshkaSAE`: nested dictionaries, of which every prefix must reconstruct alone (Bussmann et al., arXiv 2503.17547)."""
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from switch_sae.models.base import SAEOutput
 from switch_sae.models.batch_topk import BatchTopKSAE, PairsOutput
 from switch_sae.models.losses import reconstruction_loss
 from switch_sae.models.pairs import Pairs, decode_pairs
+from switch_sae.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +53,27 @@ class MatryoshkaSAE(BatchTopKSAE):
             sizes = [int(fraction * self.num_latents) for fraction in self.group_fractions]
             return [*sizes, self.num_latents - sum(sizes)]
 
+        @property
+        def least_latents(self) -> int:
+            least = math.ceil(1 / min(self.group_fractions, default=1))
+            return max(super().least_latents, least)
+
     config: "MatryoshkaSAE.Config"
+    colour, marker = "#A0A0A0", "d"
 
     def __init__(self, config: "MatryoshkaSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
         super().__init__(config, d_in, generator)
-        self.group_ends = torch.tensor(config.group_sizes).cumsum(0).tolist()
+        self.group_ends = list(itertools.accumulate(config.group_sizes))
 
     def forward(self, x_TD: Tensor) -> PrefixesOutput:
         pairs, tokens = self._pairs(self._scaled(x_TD), keep=self.training), len(x_TD)
         prefixes_GTD = self._prefixes(pairs, tokens)
         return PrefixesOutput(prefixes_GTD[-1], pairs.to_latents(tokens, self.num_latents), pairs=pairs, prefixes_GTD=prefixes_GTD)
 
-    def loss_terms(self, x_TD: Tensor, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
+    def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         assert isinstance(output, PrefixesOutput)
-        terms = super().loss_terms(x_TD, output, dead_M)
-        inner = [reconstruction_loss((x_TD - recon_TD) * self.activation_scale) for recon_TD in output.prefixes_GTD[:-1]]
+        terms = super().loss_terms(rows, output, dead_M)
+        inner = [reconstruction_loss((rows.target_TD - recon_TD) * self.target_scale) for recon_TD in output.prefixes_GTD[:-1]]
         losses = [*inner, terms["mse"]]
         weights = self.config.group_weights or [1.0] * len(losses)
         return terms | {"mse": torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum() / sum(weights)}
@@ -78,5 +86,5 @@ class MatryoshkaSAE(BatchTopKSAE):
         ends = torch.tensor(self.group_ends, device=pairs.latent_P.device)
         bag_P, order_P = (torch.bucketize(pairs.latent_P, ends, right=True) * tokens + pairs.token_P).sort(stable=True)
         bags = len(self.group_ends) * tokens
-        parts = decode_pairs(pairs.values_P[order_P], pairs.latent_P[order_P], bag_P, bags, self.W_dec_MD).view(-1, tokens, self.d_in)
-        return (parts.cumsum(dim=0) + self.b_pre_D) / self.activation_scale
+        parts = decode_pairs(pairs.values_P[order_P], pairs.latent_P[order_P], bag_P, bags, self.W_dec_MD).view(-1, tokens, self.d_out)
+        return (parts.cumsum(dim=0) + self.b_out_D) / self.target_scale

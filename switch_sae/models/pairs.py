@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_kernels import LatentOrder
+from switch_kernels import ALONE, Group, LatentOrder
 from switch_sae.models.base import DenseLatents
 
 _SAMPLE_STRIDE = 67
@@ -36,12 +36,16 @@ class Pairs:
         return DenseLatents.of(dense_TM.index_put((self.token_P, self.latent_P), self.values_P))
 
 
-def largest(pre_TM: Tensor, count: int) -> Tensor:
+def largest(pre_TM: Tensor, count: int, group: Group = ALONE) -> Tensor:
     """Flat positions, rising, of the `count` largest values of pre_TM, of which only those above 0 are given.
+
+    Of several processes that share a batch each gets its own positions among the `size * count` largest of all; a tie goes to the lower rank.
 
     Exact. A sample tells a bound that some more than `count` values exceed, and only those are sorted out: at T=1024, M=4096, count=16 T, 8 ms on
     2 cores, against 51 ms for `topk` of everything and 60 ms for `kthvalue`.
     """
+    if group.size > 1:
+        return _largest_of_all(pre_TM, count, group)
     flat = pre_TM.flatten()
     sample = flat[::_SAMPLE_STRIDE]
     expected = count / _SAMPLE_STRIDE
@@ -52,6 +56,18 @@ def largest(pre_TM: Tensor, count: int) -> Tensor:
     if len(candidates) > count:
         candidates = candidates[flat[candidates].topk(count, sorted=False).indices].sort().values
     return candidates
+
+
+def _largest_of_all(pre_TM: Tensor, count: int, group: Group) -> Tensor:
+    own = largest(pre_TM, min(group.size * count, pre_TM.numel()))
+    flat, offered = pre_TM.flatten(), group.gather(pre_TM.flatten()[own])
+    everything, total = torch.cat(offered), group.size * count
+    if len(everything) <= total:
+        return own
+    bound = everything.topk(total, sorted=False).values.min()
+    left = total - int((everything > bound).sum()) - sum(int((values == bound).sum()) for values in offered[: group.rank])
+    ties = own[flat[own] == bound][: max(0, left)]
+    return torch.cat([own[flat[own] > bound], ties]).sort().values
 
 
 def _above(flat: Tensor, bound: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from switch_sae.checks import at_least
 from switch_sae.models.base import Recipe
-from switch_sae.models.dense import DenseOutput, DenseSAE, check_coefficient, encoder_linear
+from switch_sae.models.dense import DenseOutput, DenseSAE, encoder_linear
 
 
 class ReLUSAE(DenseSAE):
@@ -24,9 +25,10 @@ class ReLUSAE(DenseSAE):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_coefficient("l1", self.l1)
+            at_least("l1", self.l1, 0, "0 switches the term off.")
 
     config: "ReLUSAE.Config"
+    colour, marker = "#6E6E6E", "<"
     recipe = Recipe(lr=5e-5, unit_decoder=False)
 
     def __init__(self, config: "ReLUSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
@@ -37,7 +39,7 @@ class ReLUSAE(DenseSAE):
         pre_TM = encoder_linear(x_TD, None, self.W_enc_MD, self.b_enc_M)
         return pre_TM.relu(), pre_TM
 
-    def sparsity_terms(self, x_TD: Tensor, output: DenseOutput) -> dict[str, Tensor]:
+    def sparsity_terms(self, target_TD: Tensor, output: DenseOutput) -> dict[str, Tensor]:
         return {"l1": self.config.l1 * self.sparsity_scale * torch.dot(output.latents.to_dense().mean(dim=0), self._decoder_norms())}
 
     def _thresholds(self) -> tuple[Tensor, ...]:

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switch_kernels import Dispatch, encode_topk, sparse_decode
-from switch_sae.models.base import Flops, Routing, SAEOutput, SparseLatents, at_least
+from switch_sae.checks import all_at_least, at_least
+from switch_sae.models.base import Flops, SAEConfig, SAEOutput, SparseLatents
 from switch_sae.models.fused import FusedTraining
 from switch_sae.models.losses import geometric_median, normalized_auxk_loss, reconstruction_loss
+from switch_sae.models.routers.base import Routing
+from switch_sae.rows import Rows
 
 
 class EncoderInit(Enum):
@@ -27,7 +30,7 @@ class TopKSAE(FusedTraining):
     """z = TopK(ReLU(W_enc (x - b_pre) + b_enc)), recon = W_dec z + b_pre, W_dec's rows on the unit sphere."""
 
     @dataclass
-    class Config:
+    class Config(SAEConfig):
         num_latents: int = 4096
         """M, in all."""
         k: int = 32
@@ -40,15 +43,12 @@ class TopKSAE(FusedTraining):
         """Dead latents that reconstruct each token's residual; None is D / 2 (Gao et al.)."""
 
         def __post_init__(self) -> None:
-            at_least("num_latents", self.num_latents, 1)
-            at_least("k", self.k, 1)
+            all_at_least(self, num_latents=1, k=1, auxk_latents=1)
+            at_least("auxk", self.auxk, 0, "0 switches AuxK off; a usual coefficient is 0.03125.")
             if self.k > self.num_latents:
                 raise ValueError(f"k={self.k} is more than num_latents={self.num_latents}. Use k <= {self.num_latents}.")
-            if self.auxk < 0:
-                raise ValueError(f"auxk={self.auxk} is negative. Use 0 to switch AuxK off, or a coefficient such as 0.03125.")
-            if self.auxk_latents is not None:
-                at_least("auxk_latents", self.auxk_latents, 1)
 
+    colour, marker, is_reference = "#000000", "o", True
     has_kernels = True
     num_experts = 1
     experts_per_token = 1
@@ -70,8 +70,8 @@ class TopKSAE(FusedTraining):
     def k(self) -> int:
         return self.config.k
 
-    def initialize(self, x_TD: Tensor) -> None:
-        self.b_pre_D.data.copy_(geometric_median(x_TD * self.activation_scale))
+    def initialize(self, rows: Rows) -> None:
+        self.b_pre_D.data.copy_(geometric_median(rows.x_TD * self.activation_scale))
 
     def route(self, x_TD: Tensor) -> tuple[Routing | None, Dispatch]:
         """Which expert computes each (scaled) activation: a dense SAE is one expert that takes them all."""
@@ -87,11 +87,12 @@ class TopKSAE(FusedTraining):
         latents, routing, by_latent = self._encode(self._scaled(x_TD))
         return SAEOutput(self._decode(latents, by_latent), latents, routing)
 
-    def loss_terms(self, x_TD: Tensor, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
-        residual_TD = (x_TD - output.recon_TD) * self.activation_scale
+    def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
+        residual_TD = (rows.target_TD - output.recon_TD) * self.target_scale
         terms = {"mse": reconstruction_loss(residual_TD)}
         if self.config.auxk > 0 and dead_M is not None:
-            terms["auxk"] = self.config.auxk * self.d_in * self._auxk(self._scaled(x_TD), residual_TD.detach(), output.routing, dead_M)
+            auxk = self._auxk(self._scaled(rows.x_TD), residual_TD.detach(), output.routing, dead_M)
+            terms["auxk"] = self.config.auxk * self.d_out * auxk
         return terms
 
     def flops(self) -> Flops:
@@ -116,13 +117,13 @@ class TopKSAE(FusedTraining):
         routing, dispatch = self.route(x_TD)
         gate_TS = None if routing is None else routing.gate_TS
         values_TK, indices_TK, by_latent = encode_topk(
-            x_TD, self.b_pre_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k, self.joint_topk, self.execution
+            x_TD, self.b_in_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k, self.joint_topk, self.execution
         )
         return SparseLatents(values_TK, indices_TK, self.num_latents), routing, by_latent
 
     def _decode(self, latents: SparseLatents, by_latent: Any) -> Tensor:
         recon_TD = sparse_decode(latents.values_TK, latents.indices_TK, self.W_dec_MD, by_latent, self.execution)
-        return (recon_TD + self.b_pre_D) / self.activation_scale
+        return (recon_TD + self.b_out_D) / self.target_scale
 
     def _auxk(self, x_TD: Tensor, residual_TD: Tensor, routing: Routing | None, dead_M: Tensor) -> Tensor:
         """Reconstructs each token's residual from the dead latents of its own experts: cost grows with the number of dead latents, not with M.
@@ -134,7 +135,7 @@ class TopKSAE(FusedTraining):
         )
         dead_latents = dead_M.nonzero()[:, 0]
         dead_per_expert = dead_M.view(self.num_experts, -1).sum(dim=1).tolist()
-        x_ND = dispatch.gather(x_TD - self.b_pre_D.detach())
+        x_ND = dispatch.gather(x_TD - self.b_in_D.detach())
         W_enc = self.W_enc_MD.index_select(0, dead_latents).split(dead_per_expert)
         W_dec = self.W_dec_MD.index_select(0, dead_latents).split(dead_per_expert)
         b_enc = None if self.b_enc_M is None else self.b_enc_M.index_select(0, dead_latents).split(dead_per_expert)
@@ -144,14 +145,14 @@ class TopKSAE(FusedTraining):
         for e, dead in enumerate(dead_per_expert):
             rows = slice(dispatch.offsets[e], dispatch.offsets[e + 1])
             if dead == 0:
-                recon.append(torch.zeros_like(x_ND[rows]))
+                recon.append(x_ND.new_zeros(rows.stop - rows.start, self.d_out))
                 continue
             pre = F.linear(x_ND[rows], W_enc[e], None if b_enc is None else b_enc[e])
             values, indices = pre.topk(min(auxk_latents, dead), dim=1, sorted=False)
             latents = torch.zeros_like(pre).scatter(1, indices, values.relu())
             recon.append(latents @ W_dec[e] if gate_N is None else (latents @ W_dec[e]) * gate_N[rows, None])
-        recon_TSD = dispatch.scatter(torch.cat(recon)).view(x_TD.shape[0], self.experts_per_token, self.d_in)
-        return normalized_auxk_loss(residual_TD, recon_TSD.sum(dim=1))
+        recon_TSD = dispatch.scatter(torch.cat(recon)).view(x_TD.shape[0], self.experts_per_token, self.d_out)
+        return normalized_auxk_loss(residual_TD, recon_TSD.sum(dim=1), self.group)
 
     def auxk_latents(self) -> int:
         """Dead latents that each of a token's experts may use for AuxK."""

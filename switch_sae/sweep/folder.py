@@ -17,10 +17,13 @@ from typing import Any
 
 from switch_sae.config import config_from_plain, config_to_plain
 from switch_sae.files import Lock, lock, try_lock, write_atomically
+from switch_sae.models import SAES
+from switch_sae.orchestrator import MAIN, Member
 from switch_sae.plain import to_plain
-from switch_sae.report import collect, summary_table, write_results, write_summary
+from switch_sae.report.tables import summary_table
+from switch_sae.results import collect, write_results, write_summary
 from switch_sae.runs import RunDir, environment
-from switch_sae.sweep.plan import SweepConfig, TimeMatched, plan_members
+from switch_sae.sweep.plan import Measures, SweepConfig, plan_members
 
 PLAN = "sweep.json"
 _MAY_DIFFER = {"runs", "threads", "device", "sweep.folder", "sweep.at_once", "sweep.worker"}
@@ -44,7 +47,7 @@ class SweepFolder:
         return cls(path)
 
     @classmethod
-    def create(cls, config: SweepConfig, time_matched: TimeMatched) -> "SweepFolder":
+    def create(cls, config: SweepConfig, measures: Measures) -> "SweepFolder":
         """A new sweep, or the one in `sweep.folder` if that has the same settings: whoever comes first plans it, the others wait and take its plan.
 
         Raises ValueError for a folder that holds another sweep, naming the settings that differ.
@@ -56,7 +59,7 @@ class SweepFolder:
                 _refuse_other_settings(path, RunDir(path).read_json(PLAN)["settings"], to_plain(settings))
             else:
                 try:
-                    members = {name: config_to_plain(member) for name, member in plan_members(config, time_matched).items()}
+                    members = {name: config_to_plain(member) for name, member in plan_members(config, measures).items()}
                 except BaseException:
                     if config.sweep.folder is None:
                         RunDir(path).discard()
@@ -73,6 +76,11 @@ class SweepFolder:
             run.write_json("environment.json", environment())
             run.write_json("config.json", config_to_plain(self.members[name]))
         return run
+
+    def member(self, name: str) -> Member:
+        """One SAE of the sweep, as its group sees it."""
+        config = self.members[name]
+        return Member(name, SAES.key_of(config.sae), MAIN, self.run(name), config, config.sae)
 
     def is_finished(self, name: str) -> bool:
         return (self.path / "members" / name / "results.json").is_file()

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from torch import Tensor
-
 from switch_sae.config import RunConfig
-from switch_sae.pipeline import Stream, build_sae
+from switch_sae.orchestrator import build_sae
+from switch_sae.rows import Rows
+from switch_sae.stream import Stream
 from switch_sae.training import Trainer
 
 ROUNDS, STEPS, SEARCHES = 5, 4, 4
@@ -21,7 +21,7 @@ def time_matched_width(stream: Stream, member: RunConfig, reference: RunConfig, 
     The time of a step is nearly linear in the width, so a secant search needs few measurements. Both are measured in turn, since the machine's speed
     drifts. What comes out differs a little from one measurement to the next: whoever needs it again must keep it.
     """
-    experts = getattr(member.sae, "num_experts", 1)
+    experts = member.sae.width_step
     least = experts * (getattr(member.sae, "k", 1))
     width, tried = member.sae.num_latents, {}
     for _ in range(SEARCHES):
@@ -45,9 +45,12 @@ def time_matched_width(stream: Stream, member: RunConfig, reference: RunConfig, 
 
 def _time_ratio(stream: Stream, member: RunConfig, width: int, reference: RunConfig) -> float:
     """Median over rounds of (time of the member's steps at this width) / (time of the reference's)."""
-    trainers = [stream.trainer(build_sae(sae, stream.source.d_in, 0), member) for sae in (replace(member.sae, num_latents=width), reference.sae)]
-    x_TD = stream.calibration_TD.to(stream.device)
-    batches = itertools.cycle([batch for batch in x_TD.split(member.batch_size) if len(batch) == member.batch_size])
+    trainers = [
+        stream.trainer(build_sae(sae, stream.source.d_in, 0), member.trainer, member.total_steps, member.normalize_activations)
+        for sae in (replace(member.sae, num_latents=width), reference.sae)
+    ]
+    x_TD = stream.calibration.x_TD.to(stream.device)
+    batches = itertools.cycle([Rows.of(batch) for batch in x_TD.split(member.batch_size) if len(batch) == member.batch_size])
     ratios = []
     for _ in range(ROUNDS + 1):
         times = [_seconds(trainer, [next(batches) for _ in range(STEPS)]) for trainer in trainers]
@@ -55,7 +58,7 @@ def _time_ratio(stream: Stream, member: RunConfig, width: int, reference: RunCon
     return statistics.median(ratios[1:])  # the first round compiles, allocates and fills caches
 
 
-def _seconds(trainer: Trainer, batches: list[Tensor]) -> float:
+def _seconds(trainer: Trainer, batches: list[Rows]) -> float:
     before, started = trainer.seconds, time.perf_counter()
     for batch in batches:
         trainer.step(batch)

@@ -33,7 +33,7 @@ class Problem:
     def run(self, out: torch.dtype | None, extra_dec: Extra | None = None, extra_enc: Extra | None = None) -> LatentGradients:
         order = pairs_by_latent(self.indices_TK, self.M)
         K = self.indices_TK.shape[1]
-        return latent_gradients(order, self.loss, self.rows_ND, self.row_R, self.slot_TK, self.S, K, self.D, out, extra_dec, extra_enc)
+        return latent_gradients(order, self.loss, self.rows_ND, self.row_R, self.slot_TK, self.S, K, self.D, self.D, out, extra_dec, extra_enc)
 
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
         """dW_dec, dW_enc, db_enc in float64."""

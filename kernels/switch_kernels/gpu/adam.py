@@ -11,6 +11,7 @@ from switch_kernels.gpu import pairs, update
 from switch_kernels.gpu.inference import operand
 from switch_kernels.gpu.step import Gradients
 from switch_kernels.gpu.update import MatrixState
+from switch_kernels.group import ALONE, Group
 
 MATRICES = ("W_enc_MD", "W_dec_MD")
 
@@ -22,8 +23,9 @@ class FusedAdam:
     not finite changes nothing.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], dot: Dot, moments: torch.dtype = torch.float32) -> None:
-        self.parameters, self.dot = dict(parameters), dot
+    def __init__(self, parameters: Mapping[str, Tensor], dot: Dot, moments: torch.dtype = torch.float32, group: Group = ALONE) -> None:
+        """`group` shares the batch: gradients are averaged over it before their norm is taken, so they must be buffered (`GradientMode`)."""
+        self.parameters, self.dot, self.group = dict(parameters), dot, group
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         for name, p in self.parameters.items():
             dtype = moments if name in MATRICES else torch.float32
@@ -45,8 +47,11 @@ class FusedAdam:
 
     @torch.no_grad()
     def step(self, gradients: Gradients, hyper: Tensor, seed: Tensor) -> Tensor:
-        """One step with `hyper` on the device (float32 [6]) and `seed` (int32, another each step); returns the norm before clipping."""
-        square = gradients.total_square
+        """One step with `hyper` on the device (float32 [6]) and `seed` (int32, another each step); returns the norm before clipping.
+
+        Raises ValueError for a recipe of gradients with several processes: what is never written cannot be averaged.
+        """
+        square = self._reduced_square(gradients)
         enc, dec = (self._matrix(name) for name in MATRICES)
         if gradients.recipe is not None:
             pairs.update_from_pairs_(gradients.recipe, dec, enc, hyper, square, seed)
@@ -57,6 +62,17 @@ class FusedAdam:
         for name, gradient in gradients.small.items():
             update.update_flat_(self.parameters[name].detach(), *self.moments[name], gradient, hyper, square)
         return square.sqrt()
+
+    def _reduced_square(self, gradients: Gradients) -> Tensor:
+        """Averages the gradients over the group and returns the squared norm of the result."""
+        matrices_square = gradients.matrices_square
+        if self.group.size > 1:
+            if gradients.W_enc_MD is None or gradients.W_dec_MD is None:
+                raise ValueError("gradients that are recomputed in the update cannot be averaged over processes. Use GradientMode.buffered.")
+            matrices = (gradients.W_enc_MD, gradients.W_dec_MD)
+            self.group.mean_([*matrices, *gradients.small.values()])
+            matrices_square = torch.stack([matrix.float().square().sum() for matrix in matrices]).sum()
+        return matrices_square + torch.stack(torch._foreach_norm(list(gradients.small.values()))).square().sum()
 
     def _matrix(self, name: str) -> MatrixState:
         exp_avg, exp_avg_sq = self.moments[name]

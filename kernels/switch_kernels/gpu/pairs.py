@@ -89,7 +89,8 @@ def latent_gradients(
     slot_TK: Tensor | None,
     S: int,
     K: int,
-    D: int,
+    D_in: int,
+    D_out: int,
     out: torch.dtype | None,
     extra_dec: Extra | None = None,
     extra_enc: Extra | None = None,
@@ -100,15 +101,15 @@ def latent_gradients(
     `slot_TK` each slot owns K / S neighbours. With `out` None neither matrix gets a gradient in memory: only squared norms and the bias are
     kept, and `update_from_pairs_` gathers again.
     """
-    decoder = _row_sums(pairs, loss.weights_TK, loss.grad_TD, None, None, 1, D, extra_dec)
-    encoder = _row_sums(pairs, loss.grad_pre_TK, rows_ND, row_R, slot_TK if S > 1 else None, S, D, extra_enc)
+    decoder = _row_sums(pairs, loss.weights_TK, loss.grad_TD, None, None, 1, D_out, extra_dec)
+    encoder = _row_sums(pairs, loss.grad_pre_TK, rows_ND, row_R, slot_TK if S > 1 else None, S, D_in, extra_enc)
     M = pairs.start_M1.shape[0] - 1
     device = rows_ND.device
     bias_M = torch.empty(M, dtype=torch.float32, device=device)
     square_parts = torch.empty(2, M, dtype=torch.float32, device=device)
     grads: list[Tensor | None] = []
-    tiling = RowTiling.of(D)
-    for sums, squares in ((decoder, square_parts[0]), (encoder, square_parts[1])):
+    for sums, squares, D in ((decoder, square_parts[0], D_out), (encoder, square_parts[1], D_in)):
+        tiling = RowTiling.of(D)
         grad_MD = torch.empty(M, D, dtype=out, device=device) if out is not None else None
         launch(
             gradient_rows,

@@ -30,7 +30,10 @@ class Weights:
     W_dec_MD: Tensor
     """Likewise."""
     b_enc_M: Tensor | None
-    b_pre_D: Tensor
+    b_in_D: Tensor
+    """Subtracted from scaled activations before they are encoded."""
+    b_out_D: Tensor
+    """Added by the decoder. An autoencoder gives one tensor for both."""
     W_router_ED: Tensor | None = None
     b_router_D: Tensor | None = None
     """No router: one expert takes all, with gate 1."""
@@ -79,9 +82,9 @@ class Gradients:
     W_dec_MD: Tensor | None
     recipe: pairs.LatentGradients | None
     small: dict[str, Tensor]
-    """By parameter name: b_enc_M, b_pre_D, W_router_ED, b_router_D as far as they are trained."""
-    total_square: Tensor
-    """float32 []: squared norm of the whole gradient."""
+    """By name in `Weights`: b_enc_M, b_in_D, b_out_D, W_router_ED, b_router_D as far as they are trained."""
+    matrices_square: Tensor
+    """float32 []: squared norm of the gradients of both matrices."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class StepTensors:
     terms: dict[str, Tensor]
     gradients: Gradients
     squared_error: Tensor
-    """sum_t ||x - recon||^2 of scaled activations."""
+    """sum_t ||target - recon||^2, scaled."""
     values_TK: Tensor
     """Before the gate."""
     indices_TK: Tensor
@@ -104,7 +107,8 @@ class _Batch:
     """A batch in expert order, and what was selected of it."""
 
     x_TD: Tensor
-    scale: Tensor
+    target_TD: Tensor
+    target_scale: Tensor
     gate_TS: Tensor | None
     expert_TS: Tensor
     order_N: Tensor
@@ -133,8 +137,13 @@ class _WeightGradients:
     """Squared norm of the gradients of both matrices."""
 
 
-def training_step(x_TD: Tensor, scale: Tensor, weights: Weights, settings: Settings, dead: DeadLatents | None = None) -> StepTensors:
-    """Losses and gradients of one batch of raw activations x_TD (float32 or bfloat16, contiguous). `dead` switches AuxK on."""
+def training_step(
+    x_TD: Tensor, target_TD: Tensor, scale: Tensor, target_scale: Tensor, weights: Weights, settings: Settings, dead: DeadLatents | None = None
+) -> StepTensors:
+    """Losses and gradients of one batch of raw activations x_TD and what they shall become (float32 or bfloat16, contiguous). `dead` switches AuxK on.
+
+    An autoencoder gives its activations and their scale twice.
+    """
     s, tokens, D = settings, x_TD.shape[0], x_TD.shape[1]
     x32_TD = x_TD.float()
     routed = raw_TE = shift_E = None
@@ -142,7 +151,7 @@ def training_step(x_TD: Tensor, scale: Tensor, weights: Weights, settings: Setti
         assert weights.b_router_D is not None
         raw_TE, shift_E = x32_TD @ weights.W_router_ED.T, weights.W_router_ED @ weights.b_router_D
         routed = route(raw_TE, scale, shift_E, s.slots)
-    batch = _select(x_TD, scale, weights, s, routed)
+    batch = _select(x_TD, target_TD, scale, target_scale, weights, s, routed)
     decoded = (_Dense if s.plan.regime is Regime.dense else _Sparse)(batch, weights, s)
     terms = {"mse": decoded.squared_error / tokens}
     small: dict[str, Tensor] = {}
@@ -162,17 +171,16 @@ def training_step(x_TD: Tensor, scale: Tensor, weights: Weights, settings: Setti
     if dead is not None:
         terms["auxk"], extra_enc, extra_dec, auxk_bias_M = _auxk(batch, weights, s, dead, decoded.residual())
     grads = decoded.weight_gradients(extra_enc, extra_dec)
-    small["b_pre_D"] = decoded.column_sums_D - update.weighted_row_sum(grads.bias_M, weights.W_enc_MD, D)
+    small["b_out_D"], small["b_in_D"] = decoded.column_sums_D, -update.weighted_row_sum(grads.bias_M, weights.W_enc_MD, D)
     if weights.b_enc_M is not None:
         small["b_enc_M"] = grads.bias_M if auxk_bias_M is None else grads.bias_M + auxk_bias_M
-    total_square = grads.square + torch.stack(torch._foreach_norm(list(small.values()))).square().sum()
     return StepTensors(
-        terms, Gradients(grads.W_enc_MD, grads.W_dec_MD, grads.recipe, small, total_square), decoded.squared_error,
+        terms, Gradients(grads.W_enc_MD, grads.W_dec_MD, grads.recipe, small, grads.square), decoded.squared_error,
         batch.values_TK, batch.indices_TK, None if routed is None else batch.counts_E,
     )  # fmt: skip
 
 
-def _select(x_TD: Tensor, scale: Tensor, weights: Weights, s: Settings, routed: Routed | None) -> _Batch:
+def _select(x_TD: Tensor, target_TD: Tensor, scale: Tensor, target_scale: Tensor, weights: Weights, s: Settings, routed: Routed | None) -> _Batch:
     """Dispatch, encode, select."""
     tokens, F = x_TD.shape[0], weights.W_enc_MD.shape[0] // s.num_experts
     if routed is None:
@@ -181,7 +189,7 @@ def _select(x_TD: Tensor, scale: Tensor, weights: Weights, s: Settings, routed: 
     else:
         expert_TS, gate_TS, counts_BE = routed.expert_TS, routed.gate_TS, routed.counts_BE
     k = s.k if s.joint else s.k // s.slots
-    found = encode_pairs(x_TD, scale, weights.b_pre_D, expert_TS, counts_BE, weights.W_enc_MD, weights.b_enc_M, s.num_experts, k, s.dot)
+    found = encode_pairs(x_TD, scale, weights.b_in_D, expert_TS, counts_BE, weights.W_enc_MD, weights.b_enc_M, s.num_experts, k, s.dot)
     values_RK, indices_RK = found.values_RK, found.indices_RK
     slot_TK = None
     if s.slots > 1 and s.joint:
@@ -191,7 +199,7 @@ def _select(x_TD: Tensor, scale: Tensor, weights: Weights, s: Settings, routed: 
         values_TK, indices_TK = values_RK.view(tokens, s.k), indices_RK.view(tokens, s.k)
     in_order = found.in_order
     return _Batch(
-        x_TD, scale, gate_TS, expert_TS, in_order.order_N, in_order.row_R, in_order.start_E1, in_order.counts_E, found.rows_ND,
+        x_TD, target_TD, target_scale, gate_TS, expert_TS, in_order.order_N, in_order.row_R, in_order.start_E1, in_order.counts_E, found.rows_ND,
         values_TK, indices_TK, slot_TK, F,
     )  # fmt: skip
 
@@ -200,12 +208,12 @@ class _Dense:
     """Decoding and gradients through masked dense latents z_NF and grouped matrix products."""
 
     def __init__(self, batch: _Batch, weights: Weights, s: Settings) -> None:
-        self.batch, self.s, D = batch, s, batch.x_TD.shape[1]
+        self.batch, self.s, D = batch, s, batch.target_TD.shape[1]
         F, start_E1 = batch.latents_per_expert, batch.start_E1
         self.z_NF = scatter_latents(
             batch.values_TK, batch.indices_TK, batch.slot_TK, batch.expert_TS, batch.row_R, batch.rows_ND.shape[0], F, round_up(F, 8)
         )
-        target = (batch.x_TD, batch.scale, weights.b_pre_D, batch.grad_scale)
+        target = (batch.target_TD, batch.target_scale, weights.b_out_D, batch.grad_scale)
         if s.slots == 1:
             gate_R = None if batch.gate_TS is None else batch.gate_TS.view(-1)
             loss = gemm_decode.decode_loss(self.z_NF, weights.W_dec_MD, start_E1, F, batch.order_N, gate_R, *target, s.dot)
@@ -220,8 +228,8 @@ class _Dense:
             self.grad_gate_TS = gate_parts_NP.sum(1).index_select(0, batch.row_R).view_as(batch.gate_TS) / batch.gate_TS
 
     def residual(self) -> Tensor:
-        """x - recon of scaled activations, float32 [T, D], from the gradient rows of each token's first slot."""
-        batch, D = self.batch, self.batch.x_TD.shape[1]
+        """target - recon, scaled, float32 [T, D], from the gradient rows of each token's first slot."""
+        batch, D = self.batch, self.batch.target_TD.shape[1]
         rows_TD = self.loss.grad_rows_ND.index_select(0, batch.row_R[:: self.s.slots])[:, :D].float()
         if batch.gate_TS is not None:
             rows_TD = rows_TD / batch.gate_TS[:, :1]
@@ -230,7 +238,8 @@ class _Dense:
     def weight_gradients(self, extra_enc: Extra | None, extra_dec: Extra | None) -> _WeightGradients:
         batch, s = self.batch, self.s
         F, D = batch.latents_per_expert, batch.x_TD.shape[1]
-        dec = gemm_weights.weight_gradient(self.z_NF, self.loss.grad_rows_ND, batch.start_E1, F, D, s.dot, s.operand_dtype, extra_dec)
+        D_out = batch.target_TD.shape[1]
+        dec = gemm_weights.weight_gradient(self.z_NF, self.loss.grad_rows_ND, batch.start_E1, F, D_out, s.dot, s.operand_dtype, extra_dec)
         enc = gemm_weights.weight_gradient(self.dz_NF, batch.rows_ND, batch.start_E1, F, D, s.dot, s.operand_dtype, extra_enc, column_sums=True)
         assert enc.column_sums_M is not None
         return _WeightGradients(enc.grad_MD, dec.grad_MD, None, enc.column_sums_M, enc.square_parts.sum() + dec.square_parts.sum())
@@ -242,22 +251,22 @@ class _Sparse:
     def __init__(self, batch: _Batch, weights: Weights, s: Settings) -> None:
         self.batch, self.s, self.num_latents = batch, s, weights.W_dec_MD.shape[0]
         self.loss = sparse.decode_loss(
-            batch.values_TK, batch.indices_TK, batch.slot_TK, batch.gate_TS, weights.W_dec_MD, batch.x_TD.shape[1], weights.b_pre_D,
-            batch.x_TD, batch.scale, batch.grad_scale, batch.order_N if s.slots == 1 else None,
+            batch.values_TK, batch.indices_TK, batch.slot_TK, batch.gate_TS, weights.W_dec_MD, batch.target_TD.shape[1], weights.b_out_D,
+            batch.target_TD, batch.target_scale, batch.grad_scale, batch.order_N if s.slots == 1 else None,
         )  # fmt: skip
         self.squared_error, self.grad_gate_TS = self.loss.loss_T.sum(), self.loss.grad_gate_TS
-        self.column_sums_D = self.loss.grad_TD[:, : batch.x_TD.shape[1]].sum(0, dtype=torch.float32)
+        self.column_sums_D = self.loss.grad_TD[:, : batch.target_TD.shape[1]].sum(0, dtype=torch.float32)
 
     def residual(self) -> Tensor:
         """As `_Dense.residual`."""
-        return self.loss.grad_TD[:, : self.batch.x_TD.shape[1]].float() / -self.batch.grad_scale
+        return self.loss.grad_TD[:, : self.batch.target_TD.shape[1]].float() / -self.batch.grad_scale
 
     def weight_gradients(self, extra_enc: Extra | None, extra_dec: Extra | None) -> _WeightGradients:
         batch, s = self.batch, self.s
         recomputed = s.plan.gradients is GradientMode.recomputed
         grads = pairs.latent_gradients(
             pairs.pairs_by_latent(batch.indices_TK, self.num_latents), self.loss, batch.rows_ND, batch.row_R, batch.slot_TK, s.slots, s.k,
-            batch.x_TD.shape[1], None if recomputed else s.operand_dtype, extra_dec, extra_enc,
+            batch.x_TD.shape[1], batch.target_TD.shape[1], None if recomputed else s.operand_dtype, extra_dec, extra_enc,
         )  # fmt: skip
         return _WeightGradients(grads.encoder_MD, grads.decoder_MD, grads if recomputed else None, grads.bias_M, grads.square_parts.sum())
 
@@ -268,7 +277,7 @@ def _auxk(batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, resid
     coefficient * sum_t ||e_t - e^_t||^2 / sum_t ||e_t - mean(e)||^2 with the residual e, gates and centre held fixed: the dense regime once more,
     over the dead rows alone.
     """
-    tokens, D = residual_TD.shape
+    tokens, D_out = residual_TD.shape
     A = dead.latent_B.shape[0] // s.num_experts
     W_enc_BD, W_dec_BD = weights.W_enc_MD.index_select(0, dead.latent_B), weights.W_dec_MD.index_select(0, dead.latent_B)
     b_enc_M = weights.b_enc_M if weights.b_enc_M is not None else torch.zeros(weights.W_enc_MD.shape[0], device=residual_TD.device)
@@ -276,15 +285,15 @@ def _auxk(batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, resid
     shape = (batch.start_E1, A)
     z_NA, _ = gemm.encode(batch.rows_ND, W_enc_BD, b_enc_B, *shape, group_of(A, 1), s.dot)
     keep_topk_(z_NA, A, min(dead.k, A), batch.order_N)
-    y_ND = gemm_decode.decode_rows(z_NA, W_dec_BD, *shape, D, s.dot)
+    y_ND = gemm_decode.decode_rows(z_NA, W_dec_BD, *shape, D_out, s.dot)
     gate_TS = batch.gate_TS if batch.gate_TS is not None else torch.ones(tokens, 1, device=residual_TD.device)
-    nowhere_D, unit = torch.zeros(D, device=residual_TD.device), torch.ones((), device=residual_TD.device)
+    nowhere_D, unit = torch.zeros(D_out, device=residual_TD.device), torch.ones((), device=residual_TD.device)
     loss = gemm_decode.combine_slots(y_ND, batch.row_R, s.slots, gate_TS, residual_TD, unit, nowhere_D, 1.0, s.operand_dtype)
     variance = (residual_TD - residual_TD.mean(0)).square().sum()
     factor = torch.where(variance > 0, dead.coefficient / variance, 0.0)
     dz_NA, _ = gemm.latent_gradients(loss.grad_rows_ND, W_dec_BD, z_NA, *shape, s.dot)
-    dec = gemm_weights.weight_gradient(z_NA, loss.grad_rows_ND, *shape, D, s.dot, torch.float32)
-    enc = gemm_weights.weight_gradient(dz_NA, batch.rows_ND, *shape, D, s.dot, torch.float32, column_sums=True)
+    dec = gemm_weights.weight_gradient(z_NA, loss.grad_rows_ND, *shape, D_out, s.dot, torch.float32)
+    enc = gemm_weights.weight_gradient(dz_NA, batch.rows_ND, *shape, batch.x_TD.shape[1], s.dot, torch.float32, column_sums=True)
     assert enc.column_sums_M is not None
     twice = 2 * factor
     bias_M = torch.where(dead.slot_M >= 0, (enc.column_sums_M * twice).index_select(0, dead.slot_M.clamp(min=0)), 0.0)

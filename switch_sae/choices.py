@@ -1,0 +1,79 @@
+"""A choice has one home: a table of classes by name, each with a nested `Config`, and the key that names them in files and on the command line."""
+
+from collections.abc import Mapping
+from dataclasses import field, fields
+from typing import Any, Generic, TypeVar
+
+from switch_sae.plain import from_plain, to_plain
+
+T = TypeVar("T")
+
+
+class Choice(dict[str, type[T]], Generic[T]):
+    """Classes by key, such as SAES. Add an entry by adding a file and a line to the table.
+
+    A config of one of them is saved as its fields and a tag, `{"architecture": "switch", "num_latents": ...}`: never an import path. An entry whose
+    fields were others in an earlier version has a static method `upgrade` that takes saved fields of any version and returns today's.
+    """
+
+    def __init__(self, what: str, tag: str, entries: Mapping[str, type[T]]) -> None:
+        """`what` names the choice in messages; `tag` is the key beside the fields."""
+        super().__init__(entries)
+        self.what, self.tag = what, tag
+
+    def key_of(self, value: Any) -> str:
+        """The key of an entry, of an instance of it or of its config, by exact class. Raises ValueError for anything else."""
+        cls = value if isinstance(value, type) else type(value)
+        for key, entry in self.items():
+            if cls is entry or cls is vars(entry).get("Config"):
+                return key
+        raise ValueError(f"{cls.__qualname__} is no {self.what} of the table ({', '.join(self)}). Add a line for it.")
+
+    def build(self, config: Any, *args: Any, **kwargs: Any) -> T:
+        """An instance of the entry that a config belongs to."""
+        return self[self.key_of(config)](config, *args, **kwargs)  # type: ignore[call-arg]
+
+    def to_plain(self, config: Any) -> dict[str, Any]:
+        """A config as JSON values, with its tag."""
+        return {self.tag: self.key_of(config), **to_plain(config)}
+
+    def from_plain(self, plain: Mapping[str, Any]) -> Any:
+        """The config that `to_plain` wrote, in this version or an earlier one. Raises ValueError for a key or a field that this version does not know."""
+        values = self.upgrade(plain)
+        return from_plain(self.entry(values.pop(self.tag)).Config, values)  # type: ignore[attr-defined]
+
+    def upgrade(self, plain: Mapping[str, Any]) -> dict[str, Any]:
+        """What an earlier version saved, as this one would have; raises ValueError for an unknown key."""
+        values = dict(plain)
+        key = values.pop(self.tag, None)
+        upgrade = getattr(self.entry(key), "upgrade", dict)
+        return {self.tag: key, **upgrade(values)}
+
+    def derive(self, base: Any, chosen: Mapping[str, Any], usual: Mapping[str, Any]) -> Any:
+        """A config that has the fields `chosen` (plain; nested for choices inside; the tag chooses the entry), else those of `base`, else the usual ones.
+
+        `base` may belong to another entry: what both have is shared. Raises ValueError as `from_plain` does.
+        """
+        return self.from_plain(self._derived(base, chosen, usual))
+
+    def _derived(self, base: Any, chosen: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+        key = chosen.get(self.tag, self.key_of(base))
+        plain, values = to_plain(base), {self.tag: key, **chosen}
+        for f in fields(self.entry(key).Config):  # type: ignore[attr-defined]
+            if "choice" in f.metadata:
+                inner = getattr(base, f.name, None)
+                default = f.default_factory()  # type: ignore[operator]
+                values[f.name] = f.metadata["choice"]._derived(default if inner is None else inner, chosen.get(f.name) or {}, usual)
+            elif f.name not in values and (f.name in plain or f.name in usual):
+                values[f.name] = plain.get(f.name, usual.get(f.name))
+        return values
+
+    def entry(self, key: Any) -> type[T]:
+        """The class of a key. Raises ValueError for one that this version does not know."""
+        if key not in self:
+            raise ValueError(f"unknown {self.what} {key!r}; this version knows {', '.join(self) or 'none'}.")
+        return self[key]
+
+    def field(self, key: str) -> Any:
+        """A dataclass field that holds a config of this choice, by default `key`'s."""
+        return field(default_factory=lambda: self[key].Config(), metadata={"choice": self})  # type: ignore[attr-defined]

@@ -1,0 +1,21 @@
+"""Routers. Add one by adding a file and a line to `ROUTERS`."""
+
+from switch_sae.choices import Choice
+from switch_sae.models.routers.base import LinearRouter, Router, RouterKernel, Routing
+from switch_sae.models.routers.bias_balanced import BiasBalancedRouter
+from switch_sae.models.routers.cosine_kmeans import CosineKMeansRouter
+from switch_sae.models.routers.sigmoid import SigmoidRouter
+from switch_sae.models.routers.softmax import Gate, SoftmaxRouter
+
+ROUTERS: Choice[Router] = Choice(
+    "router",
+    "kind",
+    {
+        "softmax": SoftmaxRouter,
+        "sigmoid": SigmoidRouter,
+        "bias_balanced": BiasBalancedRouter,
+        "cosine_kmeans": CosineKMeansRouter,
+    },
+)
+
+__all__ = ["ROUTERS", "Gate", "LinearRouter", "Router", "RouterKernel", "Routing"]

@@ -1,0 +1,302 @@
+"""Run folders and sweep folders in, one row per SAE and control out."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from safetensors import safe_open
+from torch import Tensor
+
+from switch_sae.evaluation import Estimate, Results
+from switch_sae.models import SAES, SparseAutoencoder
+from switch_sae.results.kind import Kind
+from switch_sae.runs import MODEL_FILE, RunDir, load_sae
+
+T = TypeVar("T")
+K = TypeVar("K")
+Role = Literal["main", "baseline", "control"]
+SEEDS = ("seed", "source.seed")
+"""Settings in which repetitions of one experiment differ."""
+BOOKKEEPING = ("name", "runs", "wandb", "device", "threads", "log_every", "checkpoint_every", "baselines")
+"""Settings that change no number, or that say what trains beside."""
+SIZES = ("sae.architecture", "sae.num_latents", "sae.num_experts", "sae.k")
+"""Settings that rows hold as values of their own."""
+_STREAM_ONLY = {"seed", "buffer_rows", "device", "prefetch", "cache"}
+"""Settings of a source that change the order of training rows but not which rows are evaluated."""
+_MEASURED = {known.name for known in fields(Results)}
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One SAE or control: what it was, what it cost and what it scored. None where a run has not measured it, or is too old to have."""
+
+    path: Path
+    """The run folder."""
+    name: str
+    """Of the sweep's member, or of the run folder; a run's further SAEs add their own name after a slash."""
+    sae: str
+    """Its key in results.json and metrics.jsonl."""
+    status: str
+    """finished, running (or interrupted), failed or waiting."""
+    architecture: str
+    """Its key in `SAES`; `pca` is a control."""
+    num_latents: int
+    num_experts: int
+    k: int | None
+    """None for architectures without a fixed number of active latents."""
+    seed: int
+    config: dict[str, Any]
+    """Of this SAE, flat: `sae.num_latents`, `trainer.lr`, `tokens`."""
+    role: Role = "main"
+    """Baselines trained beside the main SAE; controls (PCA, the untrained SAE) were fitted or made, not trained."""
+    label: str = ""
+    """What tables of a few runs call it (`scored`)."""
+    step: int | None = None
+    """Last logged step of an unfinished run."""
+    error: str | None = None
+    results: Results | None = None
+    """Everything measured; None until it is finished."""
+    parameters: int | None = None
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    """Of its own training steps alone, without making activations."""
+    train_seconds: float | None = None
+    wall_seconds: float | None = None
+    """The pass of all SAEs that shared its process and stream, activations included."""
+    group_size: int | None = None
+    """How many did."""
+    state_mb: float | None = None
+    """Its own weights, buffers and moments, in 10^6 bytes."""
+    peak_mb: float | None = None
+    """Peak of the whole process, shared by its group, in 10^6 bytes."""
+    evaluated_on: dict[str, Any] = field(default_factory=dict)
+    """The activations that it was scored on; rows that differ here are not comparable."""
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.architecture, self.num_experts, self.config.get("sae.experts_per_token", 1))
+
+    @property
+    def metrics(self) -> Mapping[str, Estimate]:
+        return {} if self.results is None else self.results.metrics
+
+    @property
+    def flops_forward(self) -> int | None:
+        """Per token of training, in FLOPs (a multiply-add is two)."""
+        return None if self.results is None else self.results.flops["forward"]
+
+    @property
+    def flops_total(self) -> int | None:
+        return None if self.results is None else self.results.flops["total"]
+
+    def estimate(self, metric: str) -> Estimate | None:
+        """None where the metric was not measured, such as delta_ce without a language model, or is not finite."""
+        estimate = self.metrics.get(metric)
+        return estimate if estimate is not None and abs(estimate.value) < float("inf") else None
+
+    def value(self, metric: str) -> float | None:
+        estimate = self.estimate(metric)
+        return None if estimate is None else estimate.value
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The config without sizes, seeds and bookkeeping: what makes two rows the same experiment."""
+        return {key: value for key, value in self.config.items() if key not in (*SEEDS, *SIZES) and key.split(".")[0] not in BOOKKEEPING}
+
+    @property
+    def model_file(self) -> Path:
+        return (self.path if self.role == "main" else RunDir(self.path).member(self.sae).path) / MODEL_FILE
+
+    @property
+    def has_weights(self) -> bool:
+        return self.results is not None and self.role != "control" and self.model_file.is_file()
+
+    @property
+    def firing_counts(self) -> Tensor:
+        """[M] evaluation rows on which each latent fired. Raises ValueError where nothing was measured."""
+        if self.results is None:
+            raise ValueError(f"{self.path} is {self.status}: its latents were not counted yet. Is training finished?")
+        return self.results.firing_counts
+
+    def load(self) -> SparseAutoencoder:
+        """The trained SAE. Raises as `load_sae`."""
+        return load_sae(self.model_file)
+
+
+def collect(paths: Sequence[str | Path], controls: bool = False) -> list[ResultRow]:
+    """One row per trained SAE of run folders, sweep folders, or folders of them, sorted by architecture and size; each folder counts once.
+
+    Controls are rows only if asked for. Of an unfinished run only the main SAE is one. Raises ValueError for no paths, FileNotFoundError for a
+    path that holds no run.
+    """
+    if not paths:
+        raise ValueError("no folders were given. Give run folders, sweep folders or folders that hold them, such as runs/.")
+    rows: dict[tuple[Path, str], ResultRow] = {}
+    for given in map(Path, paths):
+        found = _rows_below(given)
+        if not found:
+            raise FileNotFoundError(f"{given} holds no run: neither it nor a folder in it has config.json or sweep.json. Give what training printed.")
+        rows |= {(row.path.resolve(), row.sae): row for row in found if controls or row.role != "control"}
+    return sorted(rows.values(), key=_order)
+
+
+def scored(runs: Sequence[RunDir], file: str = "results.json") -> list[ResultRow]:
+    """Every SAE and control of finished runs, run by run: the main SAE, its baselines, then the controls, labelled by run where there are several.
+
+    `file` is another evaluation in the same folders, such as results-500000.json. Raises ValueError for no runs, FileNotFoundError for an
+    unfinished one.
+    """
+    if not runs:
+        raise ValueError("no runs were given. Train one (make train), then give its folder.")
+    return [
+        replace(row, label=row.sae if len(runs) == 1 else f"{number} {row.sae}")
+        for number, run in enumerate(runs, start=1)
+        for row in _finished(run, run.path.name, read_results(run, file), run.read_json("config.json"))
+    ]
+
+
+def load_members(run: RunDir) -> dict[str, SparseAutoencoder]:
+    """The trained SAEs of a finished run by name, the main one first."""
+    return {row.sae: row.load() for row in scored([run]) if row.role != "control"}
+
+
+def finished_runs(parent: str | Path) -> list[RunDir]:
+    """The run folders in `parent` that have results, newest first; empty where there are none."""
+    return [RunDir(file.parent) for file in sorted(Path(parent).glob("*/results.json"), reverse=True)]
+
+
+def read_results(run: RunDir, file: str = "results.json") -> dict[str, Any]:
+    """Its results with everything measured as `Results` under "results"; parsed once for as long as the file stays as it is. Not to be changed.
+
+    Raises as `RunDir.read_json`.
+    """
+    path = run.path / file
+    return _parsed(run.path, file, (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None)
+
+
+@lru_cache(maxsize=256)
+def _parsed(path: Path, file: str, stamp: tuple[int, int] | None) -> dict[str, Any]:
+    saved: dict[str, Any] = RunDir(path).read_json(file)
+    for entry in (entry for group in ("members", "controls") for entry in saved.get(group, {}).values()):
+        entry["results"] = Results.from_json({name: entry.pop(name) for name in _MEASURED & entry.keys()})
+    return saved
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by key, keys and items in the order in which they come."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def config_columns(rows: Sequence[ResultRow]) -> list[str]:
+    """The settings in which rows that have them differ, sizes included, seeds and bookkeeping not."""
+    keys = dict.fromkeys(key for row in rows for key in row.config if key not in SEEDS and key.split(".")[0] not in BOOKKEEPING)
+    return [key for key in keys if len({hashable(row.config[key]) for row in rows if key in row.config}) > 1]
+
+
+def usual_settings(rows: Sequence[ResultRow]) -> dict[str, Any]:
+    """The most frequent value of every setting among the rows that have it."""
+    values = grouped(((key, hashable(value)) for row in rows for key, value in row.settings.items()), lambda pair: pair[0])
+    return {key: Counter(value for _, value in pairs).most_common(1)[0][0] for key, pairs in values.items()}
+
+
+def unusual(row: ResultRow, usual: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a row that are not the usual ones."""
+    return {key: value for key, value in row.settings.items() if hashable(value) != usual.get(key)}
+
+
+def other_activations(first: dict[str, Any], where: dict[str, Any]) -> str:
+    """In what two `evaluated_on` differ, in a few words; empty where scores can be compared."""
+    differs = sorted(key for key in first.keys() | where.keys() if first.get(key) != where.get(key))
+    if "source" in differs:
+        differs = ["source"]
+    return ", ".join(differs[:4]) + (f" and {len(differs) - 4} more" if len(differs) > 4 else "")
+
+
+def hashable(value: Any) -> Any:
+    """A setting that can be counted: lists and dicts as JSON."""
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def flat_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A plain config as {"sae.num_latents": ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _rows_below(path: Path) -> list[ResultRow]:
+    if (path / "sweep.json").is_file():
+        members = RunDir(path).read_json("sweep.json")["members"]
+        return [row for name, config in members.items() for row in _run_rows(path / "members" / name, name, config)]
+    if (path / "config.json").is_file():
+        return _run_rows(path, path.name, RunDir(path).read_json("config.json"))
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")) if path.is_dir() else []
+    return [row for folder in folders for row in _rows_below(folder)]
+
+
+def _run_rows(path: Path, name: str, config: dict[str, Any]) -> list[ResultRow]:
+    run = RunDir(path)
+    return _finished(run, name, read_results(run), config) if (path / "results.json").is_file() else [_unfinished(run, name, config)]
+
+
+def _finished(run: RunDir, name: str, saved: dict[str, Any], config: dict[str, Any]) -> list[ResultRow]:
+    rows = []
+    where = {key: value for key, value in saved["evaluation"]["source"].items() if key not in _STREAM_ONLY}
+    entries = [(sae, entry, group) for group in ("members", "controls") for sae, entry in saved.get(group, {}).items()]
+    for place, (sae, entry, group) in enumerate(entries):
+        role: Role = entry.get("role") or ("control" if group == "controls" else "baseline" if place else "main")
+        sizes = {key: entry[key] for key in ("architecture", "num_latents", "num_experts", "k")}
+        costs = {key: entry.get(key) for key in ("parameters", "tokens", "train_seconds", "wall_seconds", "group_size")}
+        costs |= {f"{key}_mb": entry[f"{key}_bytes"] / 1e6 for key in ("state", "peak") if entry.get(f"{key}_bytes") is not None}
+        row = ResultRow(
+            path=run.path, name=name if role == "main" else f"{name}/{sae}", sae=sae, status="finished", seed=config["seed"], config={}, role=role,
+            results=entry["results"], tokens_per_second=entry.get("train_tokens_per_second"),
+            evaluated_on=where | {"evaluation rows": entry["results"].rows, "predictions": entry["results"].predictions},
+            **sizes, **costs,
+        )  # fmt: skip
+        shared = {key: value for key, value in config.items() if key != "sae"}
+        rows.append(replace(row, config=_settings(config if role == "main" else shared | {"sae": _saved_config(row)})))
+    return rows
+
+
+def _unfinished(run: RunDir, name: str, config: dict[str, Any]) -> ResultRow:
+    failed = None
+    with suppress(FileNotFoundError):  # another process may just be trying it again
+        failed = run.read_json("failed.json")
+    steps = [row["step"] for row in run.metrics()]
+    status = "failed" if failed else "running" if steps or (run.path / "config.json").is_file() else "waiting"
+    step = failed["step"] if failed else max(steps, default=0)
+    sae = config["sae"]
+    return ResultRow(
+        path=run.path, name=name, sae=sae["architecture"], status=status, architecture=sae["architecture"], num_latents=sae["num_latents"],
+        num_experts=sae.get("num_experts", 1), k=sae.get("k"), seed=config["seed"], config=_settings(config),
+        step=None if status == "waiting" else step, error=failed["error"] if failed else None,
+    )  # fmt: skip
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The flat settings of one SAE: those of its run with its own under "sae"; the one place that reads what earlier versions saved."""
+    return flat_settings(config | {"sae": SAES.upgrade(config["sae"])} if config["sae"].get("architecture") in SAES else config)
+
+
+def _saved_config(row: ResultRow) -> dict[str, Any]:
+    """The config in the header of a model file: results.json does not hold those of a run's further SAEs. Empty where nothing was saved."""
+    if not row.has_weights:
+        return {}
+    with safe_open(row.model_file, framework="pt") as opened:
+        header = opened.metadata()
+    return {"architecture": header["architecture"], **json.loads(header["config"])}
+
+
+def _order(row: ResultRow) -> tuple[Any, ...]:
+    sizes = row.architecture, row.num_latents, row.num_experts, row.k or 0
+    return (*sizes, row.name.rpartition("-s")[0] or row.name, row.seed, str(row.path), row.sae)

@@ -1,0 +1,43 @@
+"""Tiny configs of every architecture and every router: what the contract tests run over."""
+
+from dataclasses import replace
+from typing import Any
+
+from switch_sae.models import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, SwitchSAE, TopKSAE
+from switch_sae.models.routers import Gate, SoftmaxRouter
+from switch_sae.models.routers.bias_balanced import BiasBalancedRouter
+from switch_sae.models.routers.cosine_kmeans import CosineKMeansRouter
+from switch_sae.models.routers.sigmoid import SigmoidRouter
+
+ARCHITECTURES: dict[str, Any] = {
+    "topk": TopKSAE.Config(num_latents=48, k=4),
+    "switch": SwitchSAE.Config(num_latents=48, k=4, num_experts=4),
+    "batch_topk": BatchTopKSAE.Config(num_latents=48, k=4),
+    "matryoshka": MatryoshkaSAE.Config(num_latents=48, k=4),
+    "relu": ReLUSAE.Config(num_latents=48),
+    "gated": GatedSAE.Config(num_latents=48),
+    "jumprelu": JumpReLUSAE.Config(num_latents=48),
+}
+"""By key of `SAES`."""
+ROUTED: dict[str, Any] = {
+    "softmax": SoftmaxRouter.Config(),
+    "softmax hard": SoftmaxRouter.Config(gate=Gate.hard),
+    "softmax straight_through": SoftmaxRouter.Config(gate=Gate.straight_through),
+    "sigmoid": SigmoidRouter.Config(),
+    "bias_balanced": BiasBalancedRouter.Config(),
+    "cosine_kmeans": CosineKMeansRouter.Config(decay=0.9),
+}
+"""Every router, by key of `ROUTERS`, with every gate of softmax behind it."""
+
+
+def switch(router: str, experts_per_token: int = 1, **changes: Any) -> Any:
+    """The Switch SAE of `ARCHITECTURES` with another router."""
+    return replace(ARCHITECTURES["switch"], router=replace(ROUTED[router]), experts_per_token=experts_per_token, **changes)
+
+
+CONTRACTS = (
+    {name: config for name, config in ARCHITECTURES.items() if name != "switch"}
+    | {f"switch, {router}": switch(router) for router in ROUTED}
+    | {f"switch, {router}, two experts per token": switch(router, 2) for router in ROUTED}
+)
+"""Everything that the contract holds for."""
