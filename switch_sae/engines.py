@@ -27,7 +27,8 @@ class Outcome:
     """bool [M]: the latents that counted as dead."""
     squared_error: Callable[[], Tensor]
     """sum_t ||target - recon||^2 in units of the raw activations; computed when asked for."""
-    values_TK: Tensor
+    values: Tensor
+    """[T, slots]: the latents' activations."""
     load_E: Callable[[], Tensor] | None
     """Experts' shares of the batch; None without a router."""
 
@@ -99,7 +100,7 @@ class TorchEngine:
         load_E = (lambda: expert_shares(routing.expert_TS, routing.probs_TE.shape[1])) if routing is not None else None
         return Outcome(
             {name: term.detach() for name, term in terms.items()}, grad_norm, dead_M, lambda: (rows.target_TD - recon_TD).pow(2).sum(),
-            output.latents.values_TK.detach(), load_E,
+            output.latents.values.detach(), load_E,
         )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:

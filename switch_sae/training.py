@@ -119,7 +119,7 @@ class StepResult:
         row = {f"loss/{name}": term.item() for name, term in self.terms.items()}
         grad_norm = self.outcome.grad_norm.item()
         row = {"loss": sum(row.values()), **row, "fvu": self.fvu(), "dead": self.dead_share(), "grad_norm": grad_norm, "lr": self.lr}
-        row["l0"] = (self.outcome.values_TK > 0).sum().item() / len(self.rows)
+        row["l0"] = (self.outcome.values > 0).sum().item() / len(self.rows)
         if self.outcome.load_E is not None:
             load_E = self.outcome.load_E()
             row |= {"load/max": load_E.max().item(), "load/min": load_E.min().item()}

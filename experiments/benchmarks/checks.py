@@ -172,7 +172,7 @@ def train(
         for x_TD in held_out_BTD:
             output = judge(x_TD)
             losses.append(judge.loss_terms(Rows.of(x_TD), output)["mse"])
-            active.append((output.latents.values_TK > 0).sum() / x_TD.shape[0])
+            active.append((output.latents.values > 0).sum() / x_TD.shape[0])
     trainer = step.trainer
     dead = (trainer.tokens_since_fired_M >= trainer.dead_after_tokens).float().mean()
     train_loss, loss, l0 = (torch.stack(values).mean().item() for values in (last, losses, active))

@@ -76,14 +76,12 @@ def top_examples(
     outside = [latent for latent in latents if not 0 <= latent < sae.num_latents]
     if outside:
         raise ValueError(f"latents {outside} do not lie between 0 and {sae.num_latents - 1}.")
-    column_M = torch.full((sae.num_latents,), -1, dtype=torch.int64)
-    column_M[list(latents)] = torch.arange(len(latents))
     values_LCS = torch.zeros(len(latents), *tokens_CS.shape)
     context_T, position_T = keep_CS.nonzero(as_tuple=True)
     for chosen, _, output in sae_outputs(sae, evaluation_set.rows):
-        values_TK, column_TK = output.latents.values_TK.cpu().float(), column_M[output.latents.indices_TK.cpu()]
-        row, slot = ((column_TK >= 0) & (values_TK > 0)).nonzero(as_tuple=True)
-        values_LCS[column_TK[row, slot], context_T[chosen][row], position_T[chosen][row]] = values_TK[row, slot]
+        values_TL = output.latents.cpu().select(torch.tensor(latents, dtype=torch.int64)).float()
+        row, place = values_TL.nonzero(as_tuple=True)
+        values_LCS[place, context_T[chosen][row], position_T[chosen][row]] = values_TL[row, place]
     names = _document_names(evaluation_set, keep_CS)
     found: dict[int, list[Example]] = {}
     for column, latent in enumerate(latents):

@@ -68,7 +68,7 @@ class MetricBatch:
         """Checks a batch and moves it to the CPU. Raises ValueError for outputs that are not finite or not of the target's shape."""
         if output.recon_TD.shape != target_TD.shape:
             raise ValueError(f"the reconstruction has shape {tuple(output.recon_TD.shape)}; it must be that of the target, {tuple(target_TD.shape)}.")
-        for name, tensor in (("activations", target_TD), ("reconstruction", output.recon_TD), ("latent values", output.latents.values_TK)):
+        for name, tensor in (("activations", target_TD), ("reconstruction", output.recon_TD), ("latent values", output.latents.values)):
             check_finite(name, tensor)
         latents, routing = output.latents, output.routing
         if routing is not None:

@@ -20,9 +20,8 @@ class Firing(Metric[MetricBatch]):
         self.num_rows = 0
 
     def update(self, batch: MetricBatch) -> None:
-        latents = batch.output.latents
-        self.firing_counts += torch.bincount(latents.indices_TK[latents.values_TK != 0], minlength=self.setup.num_latents)
-        self.num_rows += len(latents.values_TK)
+        self.firing_counts += batch.output.latents.firing_counts().long()
+        self.num_rows += len(batch.target_TD)
 
     def compute(self) -> dict[str, float]:
         if self.num_rows == 0:

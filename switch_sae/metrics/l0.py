@@ -13,7 +13,7 @@ class L0(DocumentMetric[MetricBatch]):
     """
 
     def rows(self, batch: MetricBatch) -> dict[str, Tensor]:
-        active_TK = batch.output.latents.values_TK != 0
+        active_TK = batch.output.latents.values != 0
         return {"active": active_TK.sum(1), "slots": torch.full((len(active_TK),), active_TK.shape[1]), "rows": torch.ones(len(active_TK))}
 
     def ratios(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Sparse autoencoder architectures. Add one by adding a file and a line to `SAES`."""
 
 from switch_sae.choices import Choice
-from switch_sae.models.base import DenseLatents, Flops, Recipe, SAEOutput, SparseAutoencoder, SparseLatents
+from switch_sae.models.base import DenseLatents, Flops, Latents, Recipe, SAEOutput, SparseAutoencoder, SparseLatents
 from switch_sae.models.batch_topk import BatchTopKSAE
 from switch_sae.models.gated import GatedSAE
 from switch_sae.models.jumprelu import JumpReLUSAE
@@ -33,6 +33,7 @@ __all__ = [
     "Flops",
     "GatedSAE",
     "JumpReLUSAE",
+    "Latents",
     "MatryoshkaSAE",
     "ReLUSAE",
     "Recipe",

@@ -7,7 +7,7 @@ latents per token.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,36 @@ from switch_sae.models.routers.base import Routing
 from switch_sae.rows import Rows
 
 
+class Latents(ABC):
+    """Which of the M latents are active for each of T tokens, and how strongly; 0 where a latent did not fire."""
+
+    num_latents: int
+    """M."""
+
+    @property
+    @abstractmethod
+    def values(self) -> Tensor:
+        """[T, slots]: activations in units of the scaled activations; a slot that holds 0 is unused."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """The same latents as [T, M], zeros where nothing fired."""
+
+    @abstractmethod
+    def select(self, latent_L: Tensor) -> Tensor:
+        """[T, L]: the values of some latents, which differ from each other."""
+
+    @abstractmethod
+    def firing_counts(self) -> Tensor:
+        """[M] how many tokens each latent fired on; zero-valued slots do not count."""
+
+    @abstractmethod
+    def cpu(self) -> Self:
+        """The same on the CPU."""
+
+
 @dataclass(frozen=True)
-class SparseLatents:
+class SparseLatents(Latents):
     """At most K active latents per token. The gate is inside the values, so decoding is linear and knows nothing of experts.
 
     Slots whose value is 0 are unused: they name some latent but that latent did not fire.
@@ -29,38 +57,54 @@ class SparseLatents:
     indices_TK: Tensor
     """Global latent indices, int64 in [0, M)."""
     num_latents: int
-    """M."""
+
+    @property
+    def values(self) -> Tensor:
+        return self.values_TK
 
     def to_dense(self) -> Tensor:
-        """The same latents as [T, M], zeros where nothing fired."""
         dense_TM = self.values_TK.new_zeros(self.values_TK.shape[0], self.num_latents)
         return dense_TM.scatter_add(1, self.indices_TK, self.values_TK)
 
-    def firing_counts(self) -> Tensor:
-        """[M] how many tokens each latent fired on; zero-valued slots do not count."""
-        counts_M = torch.zeros(self.num_latents, dtype=torch.float32, device=self.values_TK.device)
-        return counts_M.scatter_add_(0, self.indices_TK.flatten(), (self.values_TK > 0).float().flatten())
+    def select(self, latent_L: Tensor) -> Tensor:
+        column_M = torch.full((self.num_latents,), len(latent_L), device=self.values_TK.device)  # the last column takes all others
+        column_M[latent_L] = torch.arange(len(latent_L), device=column_M.device)
+        selected_TL = self.values_TK.new_zeros(len(self.values_TK), len(latent_L) + 1)
+        return selected_TL.scatter_add(1, column_M[self.indices_TK], self.values_TK)[:, :-1]
 
-    def cpu(self) -> "SparseLatents":
+    def firing_counts(self) -> Tensor:
+        counts_M = torch.zeros(self.num_latents, dtype=torch.float32, device=self.values_TK.device)
+        return counts_M.scatter_add_(0, self.indices_TK.flatten(), (self.values_TK != 0).float().flatten())
+
+    def cpu(self) -> Self:
         return replace(self, values_TK=self.values_TK.cpu(), indices_TK=self.indices_TK.cpu())
 
 
-class DenseLatents(SparseLatents):
-    """All M latents of every token, K = M: what an SAE without a fixed number of active latents gives. Most values are 0; indices take no memory."""
+@dataclass(frozen=True)
+class DenseLatents(Latents):
+    """All M latents of every token: what an SAE without a fixed number of active latents gives. Most values are 0."""
 
-    @classmethod
-    def of(cls, dense_TM: Tensor) -> "DenseLatents":
-        """From latents as [T, M], >= 0."""
-        return cls(dense_TM, torch.arange(dense_TM.shape[1], device=dense_TM.device).expand_as(dense_TM), dense_TM.shape[1])
+    values_TM: Tensor
+
+    @property
+    def num_latents(self) -> int:  # type: ignore[override]
+        return self.values_TM.shape[1]
+
+    @property
+    def values(self) -> Tensor:
+        return self.values_TM
 
     def to_dense(self) -> Tensor:
-        return self.values_TK
+        return self.values_TM
+
+    def select(self, latent_L: Tensor) -> Tensor:
+        return self.values_TM[:, latent_L]
 
     def firing_counts(self) -> Tensor:
-        return (self.values_TK > 0).sum(dim=0).float()
+        return (self.values_TM != 0).sum(dim=0).float()
 
-    def cpu(self) -> "DenseLatents":
-        return DenseLatents.of(self.values_TK.cpu())
+    def cpu(self) -> Self:
+        return replace(self, values_TM=self.values_TM.cpu())
 
 
 @dataclass(frozen=True)
@@ -69,7 +113,7 @@ class SAEOutput:
 
     recon_TD: Tensor
     """Reconstruction, in the units of the input."""
-    latents: SparseLatents
+    latents: Latents
     routing: Routing | None = None
     """None for architectures without experts."""
 
@@ -133,7 +177,7 @@ class SAEConfig:
 
 
 class SparseAutoencoder(nn.Module, ABC):
-    """x_TD -> SparseLatents -> recon_TD. Takes and returns raw activations; `activation_scale` is applied inside.
+    """x_TD -> Latents -> recon_TD. Takes and returns raw activations; `activation_scale` is applied inside.
 
     Training scales activations once so that their mean squared norm is D (`set_scale`); the factor is a buffer, saved with the weights.
     """
@@ -173,11 +217,11 @@ class SparseAutoencoder(nn.Module, ABC):
                 setattr(cls, name, cls.__name__.removesuffix("SAE") if name == "label" else getattr(SparseAutoencoder, name))
 
     @abstractmethod
-    def encode(self, x_TD: Tensor) -> SparseLatents:
+    def encode(self, x_TD: Tensor) -> Latents:
         """The active latents of raw activations. Raises ValueError for a wrong width."""
 
     @abstractmethod
-    def decode(self, latents: SparseLatents) -> Tensor:
+    def decode(self, latents: Latents) -> Tensor:
         """recon_TD, in the units of the raw activations; `decode(encode(x)) == forward(x).recon_TD`."""
 
     @abstractmethod

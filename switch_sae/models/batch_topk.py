@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switch_sae.models.base import SAEOutput, SparseLatents
+from switch_sae.models.base import Latents, SAEOutput
 from switch_sae.models.pairs import Pairs, decode_pairs, encode_pairs, largest
 from switch_sae.models.topk import TopKSAE
 from switch_sae.rows import Rows
@@ -66,10 +66,10 @@ class BatchTopKSAE(TopKSAE):
         beta = min(self.config.threshold_beta, (1 + self.step) / (10 + self.step))
         self.threshold.copy_(torch.where(smallest.isnan(), self.threshold, torch.lerp(smallest, self.threshold, beta)))
 
-    def encode(self, x_TD: Tensor) -> SparseLatents:
+    def encode(self, x_TD: Tensor) -> Latents:
         return self._pairs(self._scaled(x_TD), keep=self.training).to_latents(len(x_TD), self.num_latents)
 
-    def decode(self, latents: SparseLatents) -> Tensor:
+    def decode(self, latents: Latents) -> Tensor:
         dense_TM = latents.to_dense()
         return self._reconstruct(Pairs.from_dense(dense_TM), len(dense_TM))
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switch_sae.checks import at_least
-from switch_sae.models.base import DenseLatents, Flops, SAEConfig, SAEOutput, SparseAutoencoder, SparseLatents
+from switch_sae.models.base import DenseLatents, Flops, Latents, SAEConfig, SAEOutput, SparseAutoencoder
 from switch_sae.models.losses import reconstruction_loss
 from switch_sae.rows import Rows
 
@@ -72,15 +72,15 @@ class DenseSAE(SparseAutoencoder):
     def initialize(self, rows: Rows) -> None:
         """Nothing depends on data: biases start at 0."""
 
-    def encode(self, x_TD: Tensor) -> SparseLatents:
-        return DenseLatents.of(self._activate(self._scaled(x_TD))[0])
+    def encode(self, x_TD: Tensor) -> Latents:
+        return DenseLatents(self._activate(self._scaled(x_TD))[0])
 
-    def decode(self, latents: SparseLatents) -> Tensor:
+    def decode(self, latents: Latents) -> Tensor:
         return self._decode(latents.to_dense())
 
     def forward(self, x_TD: Tensor) -> DenseOutput:
         latents_TM, pre_TM = self._activate(self._scaled(x_TD))
-        return DenseOutput(self._decode(latents_TM), DenseLatents.of(latents_TM), pre_TM=pre_TM)
+        return DenseOutput(self._decode(latents_TM), DenseLatents(latents_TM), pre_TM=pre_TM)
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         assert isinstance(output, DenseOutput)

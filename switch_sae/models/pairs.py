@@ -33,7 +33,7 @@ class Pairs:
 
     def to_latents(self, tokens: int, num_latents: int) -> DenseLatents:
         dense_TM = self.values_P.new_zeros(tokens, num_latents)
-        return DenseLatents.of(dense_TM.index_put((self.token_P, self.latent_P), self.values_P))
+        return DenseLatents(dense_TM.index_put((self.token_P, self.latent_P), self.values_P))
 
 
 def largest(pre_TM: Tensor, count: int, group: Group = ALONE) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from switch_kernels import Dispatch, encode_topk, sparse_decode
 from switch_sae.checks import all_at_least, at_least
-from switch_sae.models.base import Flops, SAEConfig, SAEOutput, SparseLatents
+from switch_sae.models.base import Flops, Latents, SAEConfig, SAEOutput, SparseLatents
 from switch_sae.models.fused import FusedTraining
 from switch_sae.models.losses import geometric_median, normalized_auxk_loss, reconstruction_loss
 from switch_sae.models.routers.base import Routing
@@ -77,11 +77,13 @@ class TopKSAE(FusedTraining):
         """Which expert computes each (scaled) activation: a dense SAE is one expert that takes them all."""
         return None, Dispatch.to_one_expert(x_TD.shape[0], x_TD.device)
 
-    def encode(self, x_TD: Tensor) -> SparseLatents:
+    def encode(self, x_TD: Tensor) -> Latents:
         return self._encode(self._scaled(x_TD))[0]
 
-    def decode(self, latents: SparseLatents) -> Tensor:
-        return self._decode(latents, None)
+    def decode(self, latents: Latents) -> Tensor:
+        if isinstance(latents, SparseLatents):
+            return self._decode(latents, None)
+        return (latents.to_dense() @ self.W_dec_MD + self.b_out_D) / self.target_scale
 
     def forward(self, x_TD: Tensor) -> SAEOutput:
         latents, routing, by_latent = self._encode(self._scaled(x_TD))
