@@ -38,7 +38,10 @@ class Choice(dict[str, type[T]], Generic[T]):
         return {self.tag: self.key_of(config), **to_plain(config)}
 
     def from_plain(self, plain: Mapping[str, Any]) -> Any:
-        """The config that `to_plain` wrote, in this version or an earlier one. Raises ValueError for a key or a field that this version does not know."""
+        """The config that `to_plain` wrote, in this version or an earlier one.
+
+        Raises ValueError for a key or a field that this version does not know.
+        """
         values = self.upgrade(plain)
         return from_plain(self.entry(values.pop(self.tag)).Config, values)  # type: ignore[attr-defined]
 
@@ -50,7 +53,8 @@ class Choice(dict[str, type[T]], Generic[T]):
         return {self.tag: key, **upgrade(values)}
 
     def derive(self, base: Any, chosen: Mapping[str, Any], usual: Mapping[str, Any]) -> Any:
-        """A config that has the fields `chosen` (plain; nested for choices inside; the tag chooses the entry), else those of `base`, else the usual ones.
+        """A config that has the fields `chosen` (plain; nested for choices inside; the tag chooses the entry), else those of `base`, else the usual
+        ones.
 
         `base` may belong to another entry: what both have is shared. Raises ValueError as `from_plain` does.
         """

@@ -26,8 +26,8 @@ def gradient_bytes(trainer: Trainer) -> int:
 def group_bytes(trainers: Iterable[Trainer]) -> int:
     """The least that training a group needs, without batches and activations: everybody's state, and gradients.
 
-    PyTorch frees an SAE's gradients before the next one's step, so only the largest one's count. The fused engine keeps each SAE's in its CUDA graph, and
-    low-precision copies of its encoder and decoder beside.
+    PyTorch frees an SAE's gradients before the next one's step, so only the largest one's count. The fused engine keeps each SAE's in its CUDA graph,
+    and low-precision copies of its encoder and decoder beside.
     """
     trainers = list(trainers)
     fused = [trainer for trainer in trainers if trainer.execution.is_triton]

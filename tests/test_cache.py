@@ -289,7 +289,9 @@ def test_growing_appends_and_leaves_earlier_shards_untouched(text, tmp_path):
 
 
 def test_batch_size_seed_and_reading_details_share_one_cache(text, tmp_path):
-    keys = {CachedSource(config(text, tmp_path, seed=seed, prefetch=ahead), batch, rows, Model()).describe()["cache"]["key"] for seed, ahead, batch, rows in ((0, True, 8, 5), (7, False, 64, None))}  # fmt: skip
+    variants = ((0, True, 8, 5), (7, False, 64, None))
+    sources = [CachedSource(config(text, tmp_path, seed=seed, prefetch=ahead), batch, rows, Model()) for seed, ahead, batch, rows in variants]
+    keys = {source.describe()["cache"]["key"] for source in sources}
     assert len(keys) == 1
 
 

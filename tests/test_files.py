@@ -15,7 +15,10 @@ from safetensors.torch import save_file
 from switch_sae import files, runs
 from switch_sae.files import RunError, holder, lock, remove_part_files, try_lock, wait_for_lock, write_atomically
 
-HOLD = "import sys, time; from switch_sae.files import try_lock; held = try_lock(sys.argv[1]); print('held', held is not None, flush=True); time.sleep(60)"
+HOLD = (
+    "import sys, time; from switch_sae.files import try_lock; held = try_lock(sys.argv[1]); "
+    "print('held', held is not None, flush=True); time.sleep(60)"
+)
 
 
 def holding_process(path):

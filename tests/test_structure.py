@@ -270,7 +270,8 @@ def test_the_readmes_file_map_names_what_exists_and_all_of_the_package():
 
 
 def test_file_maps_are_read_in_both_styles():
-    plain = "# Where things are\ntext\n```\nswitch_sae/        the library\n  runs.py  plain.py  files and topk.py\n  models/\n    topk.py  # dense\nconf/  data\n```\n"
+    plain = "# Where things are\ntext\n```\nswitch_sae/        the library\n  runs.py  plain.py  files and topk.py\n"
+    plain += "  models/\n    topk.py  # dense\nconf/  data\n```\n"
     lines = "## File map\n\n```text\nswitch_sae/\n├── runs.py, plain.py\n└── models/\n    └── topk.py\nconf/\n```\n"
     expected = {"switch_sae/", "switch_sae/runs.py", "switch_sae/plain.py", "switch_sae/models/", "switch_sae/models/topk.py", "conf/"}
     assert file_map(plain) == file_map(lines) == expected

@@ -1,4 +1,4 @@
-"""Folders of format version 1 (`tests/data/version1`, written before settings of the router had a place of their own) are read, scored and gone on with."""
+"""Folders of format version 1 (`tests/data/version1`) are read, scored and gone on with: they are older than a router's own settings."""
 
 import json
 import shutil

@@ -68,10 +68,7 @@ def passes() -> Iterator[list[float]]:
 
         return call
 
-    with (
-        patch.object(Stream, "__init__", timed(Stream.__init__)),
-        patch.object(LanguageModelSource, "__next__", timed(LanguageModelSource.__next__)),
-    ):
+    with patch.object(Stream, "__init__", timed(Stream.__init__)), patch.object(LanguageModelSource, "__next__", timed(LanguageModelSource.__next__)):
         yield spent
 
 

@@ -106,11 +106,6 @@ KERNELS: dict[str, KernelSpec] = {
             reference=lambda **inputs: _dense_selection(encode_topk_reference(**inputs), inputs["W_enc_MD"].shape[0]),
             make_inputs=_encode_inputs,
         ),
-        KernelSpec(
-            name="sparse_decode",
-            fast=sparse_decode,
-            reference=sparse_decode_reference,
-            make_inputs=_decode_inputs,
-        ),
+        KernelSpec(name="sparse_decode", fast=sparse_decode, reference=sparse_decode_reference, make_inputs=_decode_inputs),
     )
 }

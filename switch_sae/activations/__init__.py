@@ -8,25 +8,9 @@ from switch_sae.activations.language_model_source import CacheDtype, LanguageMod
 from switch_sae.activations.synthetic import SyntheticSource
 from switch_sae.choices import Choice
 
-SOURCES: Choice[ActivationSource] = Choice(
-    "source of activations",
-    "kind",
-    {
-        "language_model": LanguageModelSource,
-        "synthetic": SyntheticSource,
-    },
-)
+SOURCES: Choice[ActivationSource] = Choice("source of activations", "kind", {"language_model": LanguageModelSource, "synthetic": SyntheticSource})
 
-__all__ = [
-    "SOURCES",
-    "ActivationSource",
-    "CacheDtype",
-    "CachedSource",
-    "EvaluationSet",
-    "LanguageModelSource",
-    "SyntheticSource",
-    "build_source",
-]
+__all__ = ["SOURCES", "ActivationSource", "CacheDtype", "CachedSource", "EvaluationSet", "LanguageModelSource", "SyntheticSource", "build_source"]
 
 
 def build_source(config: Any, batch_size: int, rows: int | None = None) -> ActivationSource:

@@ -92,7 +92,8 @@ class CachedSource(ActivationSource):
         if self._count != count:
             rows = sum(shard.rows for shard in store.shards[: self._count])
             self._say(
-                f"activations: reading {rows:,} rows from {store.folder} ({self._count} shard{'s' * (self._count != 1)}, {self.config.cache_dtype.value})"
+                f"activations: reading {rows:,} rows from {store.folder} ({self._count} shard{'s' * (self._count != 1)}, "
+                f"{self.config.cache_dtype.value})"
             )
 
     def _make_block(self, position: Position, cancelled: threading.Event) -> Block:

@@ -155,7 +155,8 @@ def _boot(name: str, device: torch.device, dtype: torch.dtype) -> Any:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError as error:
         raise ImportError(
-            f"activations of a language model need transformer_lens 3.9 or newer, and importing it failed: {error}. pip install 'transformer-lens>=3.9'"
+            f"activations of a language model need transformer_lens 3.9 or newer, and importing it failed: {error}. "
+            "pip install 'transformer-lens>=3.9'"
         ) from error
     folder = BUNDLED if name == "bundled" else Path(name).expanduser()
     local = name == "bundled" or folder.is_dir()

@@ -204,7 +204,8 @@ class ShardStore:
             if now - told > _SECONDS_BETWEEN_LINES and not self._covers(rows, shards):
                 told, speed = now, made / (now - began)
                 self._say(
-                    f"activations: {len(self.shards)} of {in_all} shards, {had + made:,} rows, {speed:,.0f} rows/s, {max(0, new_rows - made) / speed:.0f} s left"
+                    f"activations: {len(self.shards)} of {in_all} shards, {had + made:,} rows, {speed:,.0f} rows/s, "
+                    f"{max(0, new_rows - made) / speed:.0f} s left"
                 )
         seconds = time.perf_counter() - began
         self._say(f"activations: {made:,} rows stored in {seconds:.1f} s, {made / seconds:,.0f} rows/s")
@@ -213,7 +214,8 @@ class ShardStore:
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise RunError(
-                f"{rows:,} more rows of {self.chain.d_in} {str(self.chain.dtype).removeprefix('torch.')} values need {_bytes(size)} in {self.folder}, "
+                f"{rows:,} more rows of {self.chain.d_in} {str(self.chain.dtype).removeprefix('torch.')} values need {_bytes(size)} in "
+                f"{self.folder}, "
                 f"where {_bytes(free)} are free. {_WAYS_OUT}"
             )
 

@@ -10,7 +10,8 @@ from switch_sae.metrics.base import DocumentMetric, MetricBatch, MetricSetup
 
 
 class Experts(DocumentMetric[MetricBatch]):
-    """Load and confidence, from f_i = share of (row, slot) pairs routed to expert i, P_i = mean probability of expert i, gate = the chosen experts' probability.
+    """Load and confidence, from f_i = share of (row, slot) pairs routed to expert i, P_i = mean probability of expert i, gate = the chosen experts'
+    probability.
 
     load_cv = std(f) / mean(f) over experts; load_max = E max f and load_min = E min f (1 is a fair share); load_min_over_max is 0 when an expert
     is idle; load_entropy = H(f) / log E, 1 when balanced; router_entropy = mean_t H(p_t) / log E, 0 when the router is certain;

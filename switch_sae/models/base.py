@@ -138,7 +138,10 @@ class Flops:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an architecture's authors optimise it, where that differs from what the trainer does by default. `TrainerConfig` overrides rate and warm-up."""
+    """How an architecture's authors optimise it, where that differs from what the trainer does by default.
+
+    `TrainerConfig` overrides rate and warm-up.
+    """
 
     lr: float | None = None
     """Peak learning rate; None is the trainer's rule by width."""
@@ -191,7 +194,10 @@ class SparseAutoencoder(nn.Module, ABC):
     num_latents: int
     num_experts: int
     label: str = ""
-    """What figures call it: its class's name without "SAE" unless it says otherwise. This and the next three are every class's own, never inherited."""
+    """What figures call it: its class's name without "SAE" unless it says otherwise.
+
+    This and the next three are every class's own, never inherited.
+    """
     colour: str = "#7A7A7A"
     marker: str = ""
     """Matplotlib's; "" is the common one. Where there are experts, their number chooses the colour, and a marker that is not given."""
@@ -204,7 +210,10 @@ class SparseAutoencoder(nn.Module, ABC):
     activations: dict[str, Any]
     """What it was trained on (`ActivationSource.describe`), for an SAE that was loaded; empty before."""
     execution: Execution = Execution()
-    """Who computes the forward pass, and in which precision: PyTorch in float32 unless it is set. Not saved: it changes rounding, not the function."""
+    """Who computes the forward pass, and in which precision: PyTorch in float32 unless it is set. Not saved:
+
+    it changes rounding, not the function.
+    """
     group: Group = ALONE
     """The processes that share a training batch: what is selected or counted over a batch is over all of theirs."""
     b_pre_D: nn.Parameter

@@ -21,11 +21,7 @@ class Baseline(Enum):
     """The same SAE with its router frozen at its random start."""
 
 
-_MATCHES = {
-    Baseline.flop_matched: Match.flops,
-    Baseline.width_matched: Match.width,
-    Baseline.parameter_matched: Match.parameters,
-}
+_MATCHES = {Baseline.flop_matched: Match.flops, Baseline.width_matched: Match.width, Baseline.parameter_matched: Match.parameters}
 
 
 def usual_baselines(config: Any) -> list[Baseline]:

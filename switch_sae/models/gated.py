@@ -51,10 +51,7 @@ class GatedSAE(DenseSAE):
     def sparsity_terms(self, target_TD: Tensor, output: DenseOutput) -> dict[str, Tensor]:
         open_TM = output.pre_TM.relu()
         gate_recon_TD = open_TM @ self.W_dec_MD.detach() + self.b_out_D.detach()
-        return {
-            "l1": self.config.l1 * self.sparsity_scale * open_TM.mean(dim=0).sum(),
-            "gate_mse": reconstruction_loss(target_TD - gate_recon_TD),
-        }
+        return {"l1": self.config.l1 * self.sparsity_scale * open_TM.mean(dim=0).sum(), "gate_mse": reconstruction_loss(target_TD - gate_recon_TD)}
 
     def flops(self) -> Flops:
         """As `DenseSAE`, and in training two more products: the reconstruction from the gates and its gradient (counted as backward)."""

@@ -28,9 +28,9 @@ class JumpReLUSAE(DenseSAE):
     With K the rectangle of width 1 and height 1, and epsilon the bandwidth, the straight-through gradients are
     df/dtheta = -(theta / epsilon) K((pre - theta) / epsilon) and d[pre > theta]/dtheta = -(1 / epsilon) K((pre - theta) / epsilon).
     `sparsity=l0`: reconstruction + l0 * D * mean_t sum_i [pre_i > theta_i].
-    `sparsity=tanh`: reconstruction + tanh * D * mean_t sum_i tanh(tanh_steepness * f_i ||W_dec,i||) + pre_act * mean_t sum_i ReLU(theta_i - pre_i) ||W_dec,i||,
-    where the estimator also gives pre the gradient that theta gets, negated. Both start from W_enc = W_dec on the unit sphere and zero biases, the
-    former's start: the latter's sets b_enc so that a latent fires on 10,000 / M of the rows, which needs M well above 10,000.
+    `sparsity=tanh`: reconstruction + tanh * D * mean_t sum_i tanh(tanh_steepness * f_i ||W_dec,i||) + pre_act * mean_t sum_i ReLU(theta_i - pre_i)
+    ||W_dec,i||, where the estimator also gives pre the gradient that theta gets, negated. Both start from W_enc = W_dec on the unit sphere and zero
+    biases, the former's start: the latter's sets b_enc so that a latent fires on 10,000 / M of the rows, which needs M well above 10,000.
     """
 
     @dataclass

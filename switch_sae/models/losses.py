@@ -1,4 +1,7 @@
-"""Loss terms as pure functions. Every coefficient multiplies a quantity in the units of the reconstruction loss: squared activations summed over D."""
+"""Loss terms as pure functions. Every coefficient multiplies a quantity in the units of the reconstruction loss:
+
+squared activations summed over D.
+"""
 
 import torch
 from torch import Tensor

@@ -21,8 +21,8 @@ class SwitchSAE(TopKSAE):
     That is with the paper's router, `softmax`; `config.router` chooses another, and then p_i is what it calls the gate. Only expert i is computed.
     With `experts_per_token` = S > 1, i runs over the S best experts, each with its own p_i (not renormalised), and TopK selects among all their gated
     latents, p_i already inside (or K / S of each: `joint_topk=false`). Latents are numbered expert-major: expert e owns latents e*F to (e+1)*F - 1,
-    F = M / E. With one expert it equals `TopKSAE` exactly. In the paper b_router and b_pre share their storage (a bug of its code) and experts have no
-    b_enc: `preset=paper`.
+    F = M / E. With one expert it equals `TopKSAE` exactly. In the paper b_router and b_pre share their storage (a bug of its code) and experts have
+    no b_enc: `preset=paper`.
     """
 
     @dataclass
@@ -47,7 +47,8 @@ class SwitchSAE(TopKSAE):
                 )
             if not 1 <= self.experts_per_token <= self.num_experts:
                 raise ValueError(
-                    f"experts_per_token={self.experts_per_token} must lie between 1 and num_experts={self.num_experts}: a token takes distinct experts."
+                    f"experts_per_token={self.experts_per_token} must lie between 1 and num_experts={self.num_experts}: "
+                    "a token takes distinct experts."
                 )
             if not self.joint_topk and self.k % self.experts_per_token:
                 raise ValueError(

@@ -98,7 +98,10 @@ class TopKSAE(FusedTraining):
         return terms
 
     def flops(self) -> Flops:
-        """Backward: gradients of values and W_dec (2DK each) and of W_enc (2DK), on selected rows only; AuxK, which runs only on dead latents, is left out."""
+        """Backward: gradients of values and W_dec (2DK each) and of W_enc (2DK), on selected rows only;
+
+        AuxK, which runs only on dead latents, is left out.
+        """
         per_row = 2 * self.d_in
         k = self.config.k
         encode = per_row * self.experts_per_token * self.num_latents // self.num_experts

@@ -75,7 +75,8 @@ def matched(config: Any, reference: Any, match: Match, d_in: int) -> Any:
     low = config.least_latents // step
     if costs(low) > wanted:
         raise ValueError(
-            f"no width matches in {match.value}: with num_latents={low * step}, the fewest that fit its other settings, this SAE costs {costs(low):,}, "
+            f"no width matches in {match.value}: with num_latents={low * step}, the fewest that fit its other settings, this SAE costs "
+            f"{costs(low):,}, "
             f"the one of {reference.num_latents} latents {wanted:,}. Use fewer experts or a wider reference."
         )
     high = low + 1

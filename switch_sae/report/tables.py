@@ -186,8 +186,10 @@ def _summary_legend(groups: Sequence[Summary]) -> list[str]:
     counts = sorted({len(group.rows) for group in groups})
     n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return [
-        f"mean ± standard deviation (n - 1) over seeds, n = {n}; a single seed has none. FVU: squared error / variance. delta CE: nats per prediction.",
-        "dead: never fired on the evaluation rows. load CV: std / mean of experts' shares. FLOPs: per token of training, with router and decoder. tok/s:",
+        f"mean ± standard deviation (n - 1) over seeds, n = {n}; a single seed has none. FVU: squared error / variance. "
+        "delta CE: nats per prediction.",
+        "dead: never fired on the evaluation rows. load CV: std / mean of experts' shares. FLOPs: per token of training, with router and "
+        "decoder. tok/s:",
         "of training steps alone. state B: own weights and moments. peak B: peak of the process, shared by all SAEs that trained in it.",
     ]
 

@@ -35,17 +35,7 @@ class Problem:
 
     def run(self, order_N: Tensor | None = None, grad_scale: float = 0.3) -> TokenLoss:
         return decode_loss(
-            self.values_TK,
-            self.indices_TK,
-            self.slot_TK,
-            self.gate_TS,
-            self.W_MD,
-            self.D,
-            self.b_pre_D,
-            self.x_TD,
-            self.scale,
-            grad_scale,
-            order_N,
+            self.values_TK, self.indices_TK, self.slot_TK, self.gate_TS, self.W_MD, self.D, self.b_pre_D, self.x_TD, self.scale, grad_scale, order_N
         )
 
 

@@ -37,12 +37,18 @@ class Sorted:
 
 
 def num_rows(num_pairs: int, num_experts: int) -> int:
-    """N, the rows that hold any `num_pairs` pairs in expert order, padding included: R + E * (ALIGN - 1) rounded up to ALIGN, or R rounded up if E is 1."""
+    """N, the rows that hold any `num_pairs` pairs in expert order, padding included:
+
+    R + E * (ALIGN - 1) rounded up to ALIGN, or R rounded up if E is 1.
+    """
     return round_up(num_pairs + (num_experts * (ALIGN - 1) if num_experts > 1 else 0), ALIGN)
 
 
 def count_experts(expert_TS: Tensor, num_experts: int) -> Tensor:
-    """int32 [B, E]: pairs of each expert in each block of `block_tokens(E)` tokens, as `route` counts them; experts (int32) lie in [0, num_experts)."""
+    """int32 [B, E]: pairs of each expert in each block of `block_tokens(E)` tokens, as `route` counts them;
+
+    experts (int32) lie in [0, num_experts).
+    """
     tokens, slots = expert_TS.shape
     block = block_tokens(num_experts)
     width = min(128, padded_experts(num_experts))
@@ -86,17 +92,7 @@ def sort_pairs(expert_TS: Tensor, counts_BE: Tensor, num_experts: int) -> Sorted
         counts_E=torch.empty(num_experts, dtype=torch.int32, device=device),
     )
     width = min(16, padded_experts(num_experts))
-    launch(
-        _sum_counts,
-        (cdiv(num_experts, width),),
-        counts_BE,
-        before_BE,
-        result.counts_E,
-        blocks,
-        E=num_experts,
-        WIDTH=width,
-        CHUNK=4096 // width,
-    )
+    launch(_sum_counts, (cdiv(num_experts, width),), counts_BE, before_BE, result.counts_E, blocks, E=num_experts, WIDTH=width, CHUNK=4096 // width)
     chunks = cdiv(pairs, block)
     launch(
         _place_pairs,
@@ -153,7 +149,10 @@ def _place_pairs(
     PAD: tl.constexpr,
     ROW_ALIGN: tl.constexpr,
 ):
-    """The first `chunks` programs place BLOCK_T pairs each; the rest mark the padding rows of PAD experts and a slice of those after the last expert."""
+    """The first `chunks` programs place BLOCK_T pairs each;
+
+    the rest mark the padding rows of PAD experts and a slice of those after the last expert.
+    """
     program = tl.program_id(0)
     n = tl.arange(0, WIDTH)
     counts = tl.load(counts_E + n, mask=n < E, other=0)
@@ -211,16 +210,7 @@ def gather_rows(x_TD: Tensor, scale: Tensor, b_pre_D: Tensor, order_N: Tensor, s
 
 @triton.jit
 def _gather_rows(
-    x_TD,
-    scale,
-    b_pre_D,
-    order_N,
-    rows_ND,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    S: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x_TD, scale, b_pre_D, order_N, rows_ND, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

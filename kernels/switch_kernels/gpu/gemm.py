@@ -26,7 +26,10 @@ class LatentGradients(NamedTuple):
 
 @triton.jit
 def find_tile(num_row_tiles, COLUMN_TILES: tl.constexpr, BAND: tl.constexpr = 16):
-    """This program's (row tile, column tile). Bands of BAND row tiles are crossed column by column: programs that run together share rows and weights in L2."""
+    """This program's (row tile, column tile). Bands of BAND row tiles are crossed column by column:
+
+    programs that run together share rows and weights in L2.
+    """
     pid = tl.program_id(0)
     band = pid // (BAND * COLUMN_TILES)
     height = tl.minimum(num_row_tiles - band * BAND, BAND)
@@ -62,7 +65,10 @@ def tiles_of_rows(matrix, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COL
 
 @triton.jit
 def latents_of(expert, matrix, F: tl.constexpr, WIDTH: tl.constexpr, LATENTS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """Tiles of an expert's [F, WIDTH] part of an [E, F, WIDTH] matrix, for `load_latents`. What lies past its F rows reads as 0, not as the next expert's."""
+    """Tiles of an expert's [F, WIDTH] part of an [E, F, WIDTH] matrix, for `load_latents`.
+
+    What lies past its F rows reads as 0, not as the next expert's.
+    """
     if DESCRIPTORS:
         return matrix
     else:
@@ -177,7 +183,8 @@ def _encode_kernel(
 
 
 def encode(rows_ND: Tensor, W_MD: Tensor, b_M: Tensor | None, start_E1: Tensor, F: int, group: int, precision: str) -> tuple[Tensor, Tensor]:
-    """(pre_NF [N, Fp], group_max_NG [N, ceil(F / group)]) in the operands' dtype: pre = rows @ W[e]^T + b of each row's expert, and its maxima over groups.
+    """(pre_NF [N, Fp], group_max_NG [N, ceil(F / group)]) in the operands' dtype: pre = rows @ W[e]^T + b of each row's expert, and its maxima over
+    groups.
 
     rows_ND is [N, Dp], W_MD [M, Dp], b_M float32; their pad columns hold 0. Pad columns of pre hold 0, padding rows whatever a row of zeros gives,
     rows behind the last expert 0. `group` is a power of two up to 128; with group 1 the maxima are pre itself, not a copy.

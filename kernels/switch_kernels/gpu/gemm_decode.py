@@ -313,17 +313,12 @@ def _combine_slots_kernel(
 
 
 def combine_slots(
-    y_ND: Tensor,
-    row_R: Tensor,
-    slots: int,
-    gate_TS: Tensor,
-    x_TD: Tensor,
-    scale: Tensor,
-    b_pre_D: Tensor,
-    grad_scale: float,
-    out_dtype: torch.dtype,
+    y_ND: Tensor, row_R: Tensor, slots: int, gate_TS: Tensor, x_TD: Tensor, scale: Tensor, b_pre_D: Tensor, grad_scale: float, out_dtype: torch.dtype
 ) -> RowLoss:
-    """The loss where several experts serve a token: error_t = sum_s gate[t, s] * y[row of (t, s)] + b_pre - x_t * scale; y is what `decode_rows` gave."""
+    """The loss where several experts serve a token: error_t = sum_s gate[t, s] * y[row of (t, s)] + b_pre - x_t * scale;
+
+    y is what `decode_rows` gave.
+    """
     num_tokens, D = x_TD.shape
     num_rows, DP = y_ND.shape
     block_t, block_d = (8, 32) if interpreted() else (32, min(64, max(16, next_power_of_2(D))))

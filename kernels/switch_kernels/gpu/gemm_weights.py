@@ -40,7 +40,10 @@ def _finish_slice(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Adds the extra rows to a gradient [BM, BN], at the expert's latents from `first` on and columns from `column` on; writes it and its sum of squares."""
+    """Adds the extra rows to a gradient [BM, BN], at the expert's latents from `first` on and columns from `column` on;
+
+    writes it and its sum of squares.
+    """
     i = tl.arange(0, BM)
     j = tl.arange(0, BN)
     row = expert * F + first

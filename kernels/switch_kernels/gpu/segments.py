@@ -11,18 +11,7 @@ from switch_kernels.gpu.update import appended, is_finite, row_product, update_r
 
 
 @triton.jit
-def _locate(
-    q,
-    end,
-    pair,
-    weights,
-    row_R,
-    slots,
-    K: tl.constexpr,
-    S: tl.constexpr,
-    BY_ROW: tl.constexpr,
-    HAS_SLOT: tl.constexpr,
-):
+def _locate(q, end, pair, weights, row_R, slots, K: tl.constexpr, S: tl.constexpr, BY_ROW: tl.constexpr, HAS_SLOT: tl.constexpr):
     """(row of the table, weight) of the q-th pair; past the end some row and weight 0."""
     p = tl.load(pair + tl.minimum(q, tl.maximum(end - 1, 0)))
     row = p // K
@@ -337,20 +326,5 @@ def update_latents(
         UNROLL,
     )
     update_row_in_registers(
-        j,
-        sums,
-        weight,
-        exp_avg,
-        exp_avg_sq,
-        operand,
-        hyper,
-        total_square,
-        seed,
-        D,
-        DP,
-        WIDTH,
-        CHUNKS,
-        UNIT_NORM,
-        HAS_OPERAND,
-        STOCHASTIC,
+        j, sums, weight, exp_avg, exp_avg_sq, operand, hyper, total_square, seed, D, DP, WIDTH, CHUNKS, UNIT_NORM, HAS_OPERAND, STOCHASTIC
     )

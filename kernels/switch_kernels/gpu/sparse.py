@@ -48,17 +48,7 @@ class GatherTiling:
 
 
 @triton.jit
-def _sparse_decode(
-    values,
-    indices,
-    W,
-    out,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+def _sparse_decode(values, indices, W, out, D: tl.constexpr, DP: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, ROWS)
     a = tl.load(values + t * K + k, mask=k < K, other=0.0).to(tl.float32)

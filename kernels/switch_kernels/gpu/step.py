@@ -1,7 +1,8 @@
 """One training step of a TopK or Switch SAE up to its gradients: router, dispatch, encoding, selection, decoding, losses, backward.
 
 No device data is read on the host and no shape depends on it, so the step can be captured in a CUDA graph; the same bits come out every time.
-Loss: mean_t ||x - recon||^2 + balance * E * sum_i f_i P_i + auxk, with x scaled by `scale` (Mudide et al., arXiv 2410.08201; AuxK: Gao et al., 2406.04093).
+Loss: mean_t ||x - recon||^2 + balance * E * sum_i f_i P_i + auxk, with x scaled by `scale` (Mudide et al., arXiv 2410.08201; AuxK: Gao et al.,
+2406.04093).
 """
 
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ class _WeightGradients:
 def training_step(
     x_TD: Tensor, target_TD: Tensor, scale: Tensor, target_scale: Tensor, weights: Weights, settings: Settings, dead: DeadLatents | None = None
 ) -> StepTensors:
-    """Losses and gradients of one batch of raw activations x_TD and what they shall become (float32 or bfloat16, contiguous). `dead` switches AuxK on.
+    """Losses and gradients of one batch of raw activations x_TD and what they shall become (float32 or bfloat16, contiguous). `dead` switches AuxK
+    on.
 
     An autoencoder gives its activations and their scale twice.
     """

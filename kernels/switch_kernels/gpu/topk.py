@@ -47,7 +47,8 @@ def group_of(F: int, k: int) -> int:
 
 
 def select_rows(pre_NF: Tensor, group_max_NG: Tensor, F: int, group: int, expert_TS: Tensor, row_R: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of the F pre-activations of every pair's row: values_RK (relu applied, dtype of pre_NF) and indices_RK (int32, expert * F + column).
+    """The k largest of the F pre-activations of every pair's row: values_RK (relu applied, dtype of pre_NF) and indices_RK (int32, expert * F +
+    column).
 
     Descending by value, then ascending by index; selected before the relu, so rows with fewer than k positive entries end in zeros. With group > 1,
     group_max_NG[n, g] must be the exact maximum of columns g * group to (g + 1) * group - 1 of row n as stored; with group 1 it is not read.

@@ -187,22 +187,7 @@ def _update_rows(
         c = n * WIDTH + column
         grads = appended(grads, tl.load(grad + j * D + c, mask=c < D, other=0.0, eviction_policy="evict_first").to(tl.float32))
     update_row_in_registers(
-        j,
-        grads,
-        weight,
-        exp_avg,
-        exp_avg_sq,
-        operand,
-        hyper,
-        total_square,
-        seed,
-        D,
-        DP,
-        WIDTH,
-        CHUNKS,
-        UNIT_NORM,
-        HAS_OPERAND,
-        STOCHASTIC,
+        j, grads, weight, exp_avg, exp_avg_sq, operand, hyper, total_square, seed, D, DP, WIDTH, CHUNKS, UNIT_NORM, HAS_OPERAND, STOCHASTIC
     )
 
 
@@ -211,7 +196,8 @@ def update_rows_(state: MatrixState, grad_MD: Tensor, hyper: Tensor, total_squar
 
     `grad_MD` is float32 or bfloat16. `hyper` is float32 [6]: lr, beta1, beta2, 1 / (1 - beta1^t), 1 / (1 - beta2^t), clip (infinity: none).
     `total_square` (float32, one element) is the squared norm of all gradients before the projection; the clip factor is
-    min(1, clip / (norm + 1e-6)), and where it is not finite nothing changes. `step_seed` (int32, one element, another each step) feeds the stochastic rounding of a bfloat16 `exp_avg_sq`.
+    min(1, clip / (norm + 1e-6)), and where it is not finite nothing changes. `step_seed` (int32, one element, another each step) feeds the stochastic
+    rounding of a bfloat16 `exp_avg_sq`.
     """
     M, D = state.weight_MD.shape
     check_state(state, step_seed)
@@ -219,12 +205,7 @@ def update_rows_(state: MatrixState, grad_MD: Tensor, hyper: Tensor, total_squar
         raise ValueError(f"the gradient has shape {tuple(grad_MD.shape)}: it must be contiguous and have the weight's, {(M, D)}.")
     tiling = RowTiling.of(D)
     launch(
-        _update_rows,
-        (M,),
-        grad_MD,
-        *state_arguments(state, hyper, total_square, step_seed),
-        **state_constants(state, tiling),
-        num_warps=tiling.warps,
+        _update_rows, (M,), grad_MD, *state_arguments(state, hyper, total_square, step_seed), **state_constants(state, tiling), num_warps=tiling.warps
     )
 
 
@@ -292,15 +273,7 @@ def update_flat_(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tens
 
 @triton.jit
 def _weighted_row_sum(
-    weights,
-    W,
-    out,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    SPAN: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    weights, W, out, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
     first = tl.program_id(0).to(tl.int64) * SPAN
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)

@@ -11,7 +11,7 @@ ROUTERS: Choice[Router] = Choice(
     "router",
     "kind",
     {
-        "softmax": SoftmaxRouter,
+        "softmax": SoftmaxRouter,  # the paper's
         "sigmoid": SigmoidRouter,
         "bias_balanced": BiasBalancedRouter,
         "cosine_kmeans": CosineKMeansRouter,

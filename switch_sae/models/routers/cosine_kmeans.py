@@ -1,4 +1,7 @@
-"""A control without parameters: the nearest centroid of centred activations, found by online spherical k-means (Banerjee & Ghosh 2004; Zhong 2005)."""
+"""A control without parameters: the nearest centroid of centred activations, found by online spherical k-means (Banerjee & Ghosh 2004;
+
+Zhong 2005).
+"""
 
 from dataclasses import dataclass
 

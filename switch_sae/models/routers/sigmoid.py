@@ -10,7 +10,8 @@ from switch_sae.models.routers.base import LinearRouter, Routing, largest, load_
 
 
 class SigmoidRouter(LinearRouter):
-    """s = sigmoid(W (x - b)); experts and gates: the S largest s, not renormalised: with one expert per token the quotient would be 1 and carry no gradient.
+    """s = sigmoid(W (x - b)); experts and gates: the S largest s, not renormalised: with one expert per token the quotient would be 1 and carry no
+    gradient.
 
     Loss: load_balance * D * E * sum_i f_i P_i with P_i = mean_t s_ti / sum_j s_tj (arXiv 2412.19437, eq. 17 to 20, over the batch).
     """

@@ -82,7 +82,8 @@ def _figure(k: int, lines: Lines, points: Sequence[dict[str, Any]], laws: Laws) 
         axes[0].set_ylabel(f"{label}, k = {k}")
     floors = "; * with an irreducible error, where at least 5 widths support it (F test, 5 %): such exponents compare only with each other."
     text = (
-        f"Points: mean over {seeds([g for groups in lines.values() for g in groups])}; bars: ± 1 standard deviation. Fits: least squares of log error "
+        f"Points: mean over {seeds([g for groups in lines.values() for g in groups])}; bars: ± 1 standard deviation. "
+        "Fits: least squares of log error "
         "on the width means; [ ]: 95 % t interval of the exponent, with as many degrees of freedom as widths less parameters"
     )
     handles = [*(handle(kind, linestyle="none") for kind in lines), mark("fit", color="0.4")]
