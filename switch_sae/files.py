@@ -22,6 +22,10 @@ class RunError(RuntimeError):
     """A folder cannot be written or read; the message says what to do, and what is on disk is whole."""
 
 
+Say = Callable[[str], None]
+"""Where lines for a person go."""
+
+
 def tell(text: str) -> None:
     """Prints a line at once, into a pipe or a job's log file too."""
     print(text, flush=True)
@@ -137,7 +141,7 @@ def holder(path: str | Path) -> str:
     return "another process"
 
 
-def wait_for_lock(path: str | Path, give_up: Callable[[], bool], say: Callable[[str], None] = tell) -> Lock | None:
+def wait_for_lock(path: str | Path, give_up: Callable[[], bool], say: Say = tell) -> Lock | None:
     """As `lock`; None as soon as `give_up()`, asked ten times a second while the lock is held elsewhere, is true."""
     told = False
     while (held := try_lock(path)) is None:
@@ -150,7 +154,7 @@ def wait_for_lock(path: str | Path, give_up: Callable[[], bool], say: Callable[[
     return held
 
 
-def lock(path: str | Path, say: Callable[[str], None] = tell) -> Lock:
+def lock(path: str | Path, say: Say = tell) -> Lock:
     """Waits until the lock of the file `path` is free and takes it; says once whom it waits for. Use as `with lock(path): ...`.
 
     Waits forever where the caller itself holds it. Raises RunError as `try_lock`.

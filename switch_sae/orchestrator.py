@@ -6,7 +6,7 @@ how many share a folder and in what happens when one fails (`Keeper`).
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +15,7 @@ import torch
 
 from switch_kernels import resolve
 from switch_sae.config import RunConfig, config_from_plain, config_to_plain
+from switch_sae.files import Say, tell
 from switch_sae.memory import available_bytes, group_bytes
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.models.baselines import baseline_config, usual_baselines
@@ -25,7 +26,6 @@ from switch_sae.stream import Stream, resolve_device
 from switch_sae.training import Interruption, StepResult, Trainer, joined, part_of, prepare, train
 from switch_sae.wandb_logger import WandbLogger
 
-Say = Callable[[str], None]
 MAIN, BASELINE = "main", "baseline"
 
 
@@ -284,14 +284,14 @@ class _RunKeeper(Keeper):
         self.step = step
 
 
-def run_training(config: RunConfig, say: Say = print) -> RunDir:
+def run_training(config: RunConfig, say: Say = tell) -> RunDir:
     """Trains an SAE with its baselines, evaluates and saves them in a new run folder. Raises Interrupted after a signal, with everything saved."""
     baselines = usual_baselines(config.sae) if config.baselines is None else config.baselines
     run = RunDir.create(config.runs, config.name or f"{config.sae.slug()}-s{config.seed}")
     return _run(replace(config, baselines=baselines), run, say)
 
 
-def resume_training(path: str | Path, say: Say = print) -> RunDir:
+def resume_training(path: str | Path, say: Say = tell) -> RunDir:
     """Goes on with an interrupted run, exactly. A finished one is only reported."""
     run = RunDir.open(path)
     config = config_from_plain(run.read_json("config.json"))
@@ -345,7 +345,7 @@ def run_members(run: RunDir, config: RunConfig, d_in: int) -> list[Member]:
     return [main, *(Member(b.name, b.name, BASELINE, run, config, baseline_config(config.sae, b, d_in)) for b in baselines)]
 
 
-def score_again(run: RunDir, config: RunConfig, file: str, say: Say = print) -> None:
+def score_again(run: RunDir, config: RunConfig, file: str, say: Say = tell) -> None:
     """Scores all SAEs of a finished run and its controls by `config` and writes `file` beside results.json; what training cost is kept.
 
     Says so where the activations are others than those of training.

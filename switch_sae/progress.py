@@ -8,6 +8,7 @@ from typing import Self
 
 from tqdm import tqdm
 
+from switch_sae.files import tell
 from switch_sae.training import StepResult
 
 
@@ -37,7 +38,7 @@ class Progress:
                 self.bar.set_postfix_str(self._text(step, results, now))
         elif step % self._every == 0 or step == self.total_steps:
             left = (self.total_steps - step) * (now - self.began) / max(1, step - self.start)
-            print(f"step {step:>6}/{self.total_steps}  {self._text(step, results, now)}  {left:.0f} s left", flush=True)
+            tell(f"step {step:>6}/{self.total_steps}  {self._text(step, results, now)}  {left:.0f} s left")
 
     def _text(self, step: int, results: Sequence[StepResult], now: float) -> str:
         rate = (step - self.start) * self.batch_size / (now - self.began)

@@ -43,7 +43,7 @@ class TrainerConfig:
     """The automatic rule's rate for 2^14 latents."""
     lr_width: LRWidth = LRWidth.total
     warmup_steps: int | None = None
-    """Linear warm-up; None is the architecture's published one, else 1000, or 5 % of a run shorter than 20,000 steps."""
+    """Linear warm-up; None is 1000, or 5 % of a run shorter than 20,000 steps."""
     decay_fraction: float = 0.2
     """The last part of the run, over which the rate falls linearly to 0."""
     clip: float = 1.0
@@ -76,7 +76,7 @@ class Schedule:
     def resolve(cls, config: TrainerConfig, sae: SparseAutoencoder, total_steps: int) -> "Schedule":
         width = sae.num_latents // (sae.num_experts if config.lr_width is LRWidth.expert else 1)
         peak = next(lr for lr in (config.lr, sae.recipe.lr, config.lr_at_16k / math.sqrt(width / 2**14)) if lr is not None)
-        warmup = next(steps for steps in (config.warmup_steps, sae.recipe.warmup_steps, min(1000, total_steps // 20)) if steps is not None)
+        warmup = min(1000, total_steps // 20) if config.warmup_steps is None else config.warmup_steps
         return cls(peak, warmup, round(config.decay_fraction * total_steps), total_steps)
 
     def __call__(self, step: int) -> float:

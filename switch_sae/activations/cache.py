@@ -1,7 +1,6 @@
 """A language model's activations, computed once and read from disk by every job that needs the same ones."""
 
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from switch_sae.activations.language_model import LanguageModel
 from switch_sae.activations.language_model_source import CacheDtype, LanguageModelSource
 from switch_sae.activations.shards import Chain, ShardStore
 from switch_sae.activations.tokens import tokenizer_fingerprint
-from switch_sae.files import tell
+from switch_sae.files import Say, tell
 from switch_sae.rows import Rows
 
 
@@ -37,7 +36,7 @@ class CachedSource(ActivationSource):
         batch_size: int,
         rows: int | None = None,
         language_model: LanguageModel | None = None,
-        say: Callable[[str], None] = tell,
+        say: Say = tell,
     ) -> None:
         if config.cache is None:
             raise ValueError("CachedSource needs a folder, but cache=null. Set cache=FOLDER, or use LanguageModelSource.")

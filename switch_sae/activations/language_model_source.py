@@ -15,6 +15,7 @@ from switch_sae.activations.language_model import LanguageModel, Precision
 from switch_sae.activations.text import HELD_OUT_ONE_IN, Document, TextConfig, documents, local_split
 from switch_sae.activations.tokens import ContextFeed, ContextRules, Contexts, LocalFeed, Packing, StreamFeed
 from switch_sae.checks import all_at_least
+from switch_sae.files import tell
 from switch_sae.rows import Rows
 
 _EVALUATION_POOL = 4
@@ -144,7 +145,7 @@ class LanguageModelSource(ActivationSource):
         if epoch and not self._announced:
             self._announced = True
             size = f" of {self._text['rows_per_epoch']:,} rows" if "rows_per_epoch" in self._text else ""
-            print(f"activations: the text has been read once and repeats: epoch {epoch + 1}{size}.", flush=True)
+            tell(f"activations: the text has been read once and repeats: epoch {epoch + 1}{size}.")
         return batch
 
     def make_block(self, position: Position, cancelled: threading.Event) -> Block:

@@ -138,15 +138,10 @@ class Flops:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an architecture's authors optimise it, where that differs from what the trainer does by default.
-
-    `TrainerConfig` overrides rate and warm-up.
-    """
+    """How an architecture's authors optimise it, where that differs from what the trainer does by default. `TrainerConfig` overrides the rate."""
 
     lr: float | None = None
     """Peak learning rate; None is the trainer's rule by width."""
-    warmup_steps: int | None = None
-    """None is the trainer's."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's."""
     unit_decoder: bool = True

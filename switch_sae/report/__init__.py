@@ -1,8 +1,7 @@
 """Results in, tables and figures out."""
 
-from collections.abc import Callable
-
 from switch_sae.analysis.geometry import decoder_geometry
+from switch_sae.files import Say, tell
 from switch_sae.report.figures import FIGURES, draw_figures
 from switch_sae.report.figures.single_runs import curves_figure, geometry_figure, has_load, load_figure, scores_figure
 from switch_sae.report.tables import margins, summary_table, table
@@ -13,7 +12,7 @@ from switch_sae.style import render, save_figure
 __all__ = ["FIGURES", "draw_figures", "margins", "render", "report", "summary_table", "table"]
 
 
-def report(run: RunDir, say: Callable[[str], None] = print) -> None:
+def report(run: RunDir, say: Say = tell) -> None:
     """Says a finished run's table, margins and what to do next, and draws its figures into `run.figures` as PNG and PDF.
 
     Doing it again gives the same. Raises FileNotFoundError for a run without results.json.

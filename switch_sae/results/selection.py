@@ -1,9 +1,10 @@
 """Which SAEs of a set of runs belong into one figure: comparable, of the usual settings, matched in width or in FLOPs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from switch_sae.files import Say, tell
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import ResultRow, grouped, unusual, usual_settings
 from switch_sae.results.summary import Summary, activations_key, summary
@@ -30,7 +31,7 @@ class Material:
     """By architecture: the most frequent value of each setting; of `RECIPE` settings among that architecture's SAEs, of all others among all."""
 
     @classmethod
-    def of(cls, rows: Sequence[ResultRow], say: Callable[[str], None] = print) -> "Material":
+    def of(cls, rows: Sequence[ResultRow], say: Say = tell) -> "Material":
         """Of rows scored on different activations, the largest set that shares them; says what it leaves out. Raises NotEnough for none finished."""
         finished = [row for row in rows if row.status == "finished"]
         if not finished:

@@ -5,14 +5,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from switch_sae.config import RunConfig
-from switch_sae.orchestrator import Group, Interrupted, Keeper, Member, Say, Streams
+from switch_sae.files import Say, tell
+from switch_sae.orchestrator import Group, Interrupted, Keeper, Member, Streams
 from switch_sae.runs import RunDir
 from switch_sae.sweep.folder import SweepFolder
 from switch_sae.sweep.matching import time_matched_width
 from switch_sae.sweep.plan import SweepConfig
 
 
-def run_sweep(config: SweepConfig, say: Say = print) -> SweepFolder:
+def run_sweep(config: SweepConfig, say: Say = tell) -> SweepFolder:
     """Plans a new sweep, or finds the one of the same settings in `sweep.folder`, and works on it until every member is finished, failed or in
     another process's hands. Raises Interrupted after a signal, with everything saved."""
     with _Streams(say) as streams:
@@ -21,7 +22,7 @@ def run_sweep(config: SweepConfig, say: Say = print) -> SweepFolder:
         return _work(folder, config.sweep.at_once, streams, say)
 
 
-def resume_sweep(path: str | Path, at_once: int | None = None, say: Say = print) -> SweepFolder:
+def resume_sweep(path: str | Path, at_once: int | None = None, say: Say = tell) -> SweepFolder:
     """Goes on with a sweep: finished members are skipped, interrupted ones go on from their last checkpoints, failed ones are tried again."""
     folder = SweepFolder.open(path)
     finished = sum(map(folder.is_finished, folder.members))

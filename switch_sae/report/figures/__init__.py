@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from switch_sae.files import Say, tell
 from switch_sae.report.figures import ablations, duplication, expert_similarity, frontier, projection, scaling, training_curves
 from switch_sae.results.export import write_csv
 from switch_sae.results.rows import collect
@@ -20,9 +21,7 @@ FIGURES: dict[str, Callable[[Material], Drawing]] = {
 }
 
 
-def draw_figures(
-    paths: Sequence[str | Path], out: str | Path, only: Sequence[str] = (), say: Callable[[str], None] = print
-) -> tuple[list[str], dict[str, str]]:
+def draw_figures(paths: Sequence[str | Path], out: str | Path, only: Sequence[str] = (), say: Say = tell) -> tuple[list[str], dict[str, str]]:
     """Draws each of `FIGURES` (or those named in `only`) that the runs suffice for into `out`: NAME.png, NAME.pdf, and NAME.csv with its numbers.
 
     Returns the names drawn, and for the others what is missing. Raises ValueError for an unknown name and as `collect` does.
