@@ -101,7 +101,6 @@ class Streams:
             self.say(f"device: {device} ({reason}), {torch.get_num_threads()} threads; backend: {execution}")
             self.stream = Stream(config.source, config.batch_size, config.rows_read, config.calibration_rows, device, execution)
             self.say(self.stream.describe())
-            self.say(f"training on {config.total_steps * config.batch_size:,} activations in {config.total_steps:,} steps of {config.batch_size}")
         return self.stream
 
     def score(self, config: RunConfig) -> Scorer:
@@ -126,7 +125,7 @@ def build_sae(config: Any, d_in: int, seed: int) -> SparseAutoencoder:
     return SAES.build(config, d_in, torch.Generator().manual_seed(seed))
 
 
-class Group:
+class Cohort:
     """Members that train together from step `start` to the end of their stream and are then scored."""
 
     def __init__(self, members: Iterable[Member], start: int, streams: Streams, keeper: Keeper) -> None:
@@ -159,6 +158,8 @@ class Group:
                 run.forget_metrics_after(self.start)
                 config, wandb_id = members[0].config, resume[run.path].state.get("wandb_id") if resume else None
                 self.wandb[run.path] = WandbLogger(config.wandb, run.path, config_to_plain(config), wandb_id, self.keeper.wandb_group)
+            steps, batch = self.config.total_steps, self.config.batch_size
+            self.say(f"training on {steps * batch:,} activations in {steps:,} steps of {batch}")
             for name, trainer in self.trainers.items():
                 self.say(f"  {name}: {plan_line(trainer)}")
             self._say_memory(stream, free)
@@ -320,7 +321,7 @@ def _run(config: RunConfig, run: RunDir, say: Say) -> RunDir:
     try:
         with Streams(say) as streams:
             members = run_members(run, config, streams.get(config).source.d_in)
-            Group(members, max(run.checkpoint_steps(), default=0), streams, keeper).work()
+            Cohort(members, max(run.checkpoint_steps(), default=0), streams, keeper).work()
     except Interrupted:
         raise
     except KeyboardInterrupt:

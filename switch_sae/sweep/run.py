@@ -6,7 +6,7 @@ from pathlib import Path
 
 from switch_sae.config import RunConfig
 from switch_sae.files import Say, tell
-from switch_sae.orchestrator import Group, Interrupted, Keeper, Member, Streams
+from switch_sae.orchestrator import Cohort, Interrupted, Keeper, Member, Streams
 from switch_sae.runs import RunDir
 from switch_sae.sweep.folder import SweepFolder
 from switch_sae.sweep.matching import time_matched_width
@@ -72,9 +72,9 @@ def _work(folder: SweepFolder, at_once: int | None, streams: _Streams, say: Say)
             tried |= set(claims)
             try:
                 for start, names in _by_start({name: folder.run(name) for name in claims}, say):
-                    group = Group(map(folder.member, names), start, streams, keeper)
-                    group.work()
-                    _add_controls(folder, group, streams)
+                    cohort = Cohort(map(folder.member, names), start, streams, keeper)
+                    cohort.work()
+                    _add_controls(folder, cohort, streams)
             finally:
                 for held in claims.values():
                     held.release()
@@ -84,12 +84,12 @@ def _work(folder: SweepFolder, at_once: int | None, streams: _Streams, say: Say)
     return folder
 
 
-def _add_controls(folder: SweepFolder, group: Group, streams: _Streams) -> None:
+def _add_controls(folder: SweepFolder, cohort: Cohort, streams: _Streams) -> None:
     """PCA with as many components as each member has active latents, unless it has been scored."""
-    stream, have = streams.get(group.config), folder.controls()
-    for k in sorted({k for trainer in group.trainers.values() if (k := trainer.sae.k)}):
+    stream, have = streams.get(cohort.config), folder.controls()
+    for k in sorted({k for trainer in cohort.trainers.values() if (k := trainer.sae.k)}):
         if f"pca_{min(k, stream.source.d_in)}" not in have:
-            folder.add_controls(streams.score(group.config).pca(stream.calibration, k))
+            folder.add_controls(streams.score(cohort.config).pca(stream.calibration, k))
 
 
 def _by_start(runs: Mapping[str, RunDir], say: Say) -> list[tuple[int, list[str]]]:
