@@ -55,7 +55,7 @@ class FusedTraining(SparseAutoencoder):
         routing = (None, None) if router is None else (router.W_ED, router.b_D)
         weights = Weights(operands["W_enc_MD"], operands["W_dec_MD"], self.b_enc_M, self.b_in_D, self.b_out_D, *routing)
         settings = Settings(
-            self.num_experts, self.experts_per_token, self.config.k, self.joint_topk, router.balance if router else 0.0,
+            self.num_experts, self.experts_per_token, self.config.k, self.joint_topk, router.balance * self.d_out if router else 0.0,
             router is not None and router.is_trained, dot, self.plan(len(rows)),
         )  # fmt: skip
         computed = training_step(rows.x_TD, rows.target_TD, self.activation_scale, self.target_scale, weights, settings, dead)

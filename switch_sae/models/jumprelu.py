@@ -78,11 +78,11 @@ class JumpReLUSAE(DenseSAE):
     def sparsity_terms(self, target_TD: Tensor, output: DenseOutput) -> dict[str, Tensor]:
         config, pre_TM, threshold_M = self.config, output.pre_TM, self.log_threshold_M.exp()
         if config.sparsity is Sparsity.l0:
-            return {"l0": config.l0 * self.d_in * self.sparsity_scale * _MeanL0.apply(pre_TM, threshold_M, self.bandwidth)}
+            return {"l0": config.l0 * self.d_out * self.sparsity_scale * _MeanL0.apply(pre_TM, threshold_M, self.bandwidth)}
         norm_M = self._decoder_norms()
         saturated_TM = torch.tanh(output.latents.to_dense() * (config.tanh_steepness * norm_M))
         return {
-            "tanh": config.tanh * self.d_in * self.sparsity_scale * saturated_TM.sum(dim=1).mean(),
+            "tanh": config.tanh * self.d_out * self.sparsity_scale * saturated_TM.sum(dim=1).mean(),
             "pre_act": config.pre_act * torch.dot((threshold_M - pre_TM).relu().mean(dim=0), norm_M),
         }
 

@@ -111,14 +111,15 @@ class SwitchSAE(TopKSAE):
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss_terms(rows, output, dead_M)
-        return terms if output.routing is None else terms | self.router.loss_terms(output.routing)
+        return terms if output.routing is None else terms | self.router.loss_terms(output.routing, self.d_out)
 
     def begin_step(self, step: int, total_steps: int) -> None:
         self.router.begin_step(step, total_steps)
 
     def end_step(self, rows: Rows, output: SAEOutput) -> None:
         assert output.routing is not None
-        self.router.end_step(self._scaled(rows.x_TD), output.routing)
+        if type(self.router).end_step is not Router.end_step:  # scaling the batch once more is worth it only where somebody looks
+            self.router.end_step(self._scaled(rows.x_TD), output.routing)
 
     def flops(self) -> Flops:
         dense, (router, backward) = super().flops(), self.router.flops()

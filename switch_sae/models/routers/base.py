@@ -32,7 +32,7 @@ class RouterKernel:
     W_ED: nn.Parameter
     b_D: nn.Parameter
     balance: float
-    """alpha * D."""
+    """alpha."""
     is_trained: bool
 
 
@@ -56,8 +56,8 @@ class Router(nn.Module, ABC):
     def route(self, x_TD: Tensor) -> Routing:
         """The experts of scaled activations; a tie for one expert per token goes to the lowest."""
 
-    def loss_terms(self, routing: Routing) -> dict[str, Tensor]:
-        """The router's own scalar losses by name, already weighted, in the units of the reconstruction loss."""
+    def loss_terms(self, routing: Routing, unit: float) -> dict[str, Tensor]:
+        """The router's own scalar losses by name, already weighted: a coefficient of 1 weighs `unit`, the size D of the target."""
         return {}
 
     def begin_step(self, step: int, total_steps: int) -> None:

@@ -31,10 +31,10 @@ class SigmoidRouter(LinearRouter):
         gate_TS, expert_TS = largest(score_TE, self.experts_per_token)
         return Routing(expert_TS, gate_TS, shares(score_TE))
 
-    def loss_terms(self, routing: Routing) -> dict[str, Tensor]:
+    def loss_terms(self, routing: Routing, unit: float) -> dict[str, Tensor]:
         if self.config.load_balance == 0:
             return {}
-        return {"load_balance": self.config.load_balance * self.d_in * load_balance_loss(routing.expert_TS, routing.probs_TE, self.group)}
+        return {"load_balance": self.config.load_balance * unit * load_balance_loss(routing.expert_TS, routing.probs_TE, self.group)}
 
 
 def shares(score_TE: Tensor) -> Tensor:

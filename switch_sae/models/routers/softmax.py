@@ -48,12 +48,12 @@ class SoftmaxRouter(LinearRouter):
             gate_TS = one_TS if self.config.gate is Gate.hard else one_TS + (gate_TS - gate_TS.detach())
         return Routing(expert_TS, gate_TS, probs_TE)
 
-    def loss_terms(self, routing: Routing) -> dict[str, Tensor]:
+    def loss_terms(self, routing: Routing, unit: float) -> dict[str, Tensor]:
         if self.config.load_balance == 0:
             return {}
-        return {"load_balance": self.config.load_balance * self.d_in * load_balance_loss(routing.expert_TS, routing.probs_TE, self.group)}
+        return {"load_balance": self.config.load_balance * unit * load_balance_loss(routing.expert_TS, routing.probs_TE, self.group)}
 
     def kernel(self) -> RouterKernel | None:
         if self.config.gate is not Gate.probability:
             return None
-        return RouterKernel(self.W_ED, self.b_D, self.config.load_balance * self.d_in, self.config.train)
+        return RouterKernel(self.W_ED, self.b_D, self.config.load_balance, self.config.train)
