@@ -5,12 +5,16 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from test_report import cells, tiny_run
 from test_sweep import config, quiet
 
+from experiments.compose import CONF, register_schemas, run_config
 from switch_sae import load_sae
-from switch_sae.models import SAES, SwitchSAE, TopKSAE
+from switch_sae.models import ROUTERS, SAES, SwitchSAE, TopKSAE
 from switch_sae.models.dense import DenseSAE, encoder_linear
+from switch_sae.models.routers.base import LinearRouter, Routing, largest
+from switch_sae.models.topk import EncoderInit
 from switch_sae.report import draw_figures, report, table
 from switch_sae.results import collect
 from switch_sae.results.kind import Kind
@@ -56,10 +60,24 @@ class TwinSAE(SwitchSAE):
         return replace(routing, gate_TS=routing.gate_TS.sqrt()), dispatch
 
 
+class SharpRouter(LinearRouter):
+    """A router: softmax of sharpened logits, no loss."""
+
+    @dataclass
+    class Config(LinearRouter.Config):
+        sharpness: float = 2.0
+
+    def route(self, x_TD):
+        probs_TE = torch.softmax(self.config.sharpness * self.logits(x_TD), dim=1)
+        gate_TS, expert_TS = largest(probs_TE, self.experts_per_token)
+        return Routing(expert_TS, gate_TS, probs_TE)
+
+
 @pytest.fixture(autouse=True)
 def architectures(monkeypatch):
     monkeypatch.setitem(SAES, "softplus", SoftplusSAE)
     monkeypatch.setitem(SAES, "twin", TwinSAE)
+    monkeypatch.setitem(ROUTERS, "sharp", SharpRouter)
 
 
 def test_its_family_and_look_are_its_own():
@@ -79,6 +97,25 @@ def test_its_family_and_look_are_its_own():
 def test_its_slug_is_its_key_and_sizes():
     assert TwinSAE.Config(num_latents=64, k=4, num_experts=4).slug() == "twin-e4-m64-k4"
     assert SoftplusSAE.Config(num_latents=64).slug() == "softplus-m64" and TopKSAE.Config(num_latents=64, k=4).slug() == "topk-m64-k4"
+
+
+def test_a_line_in_the_table_is_all_that_the_command_line_needs():
+    register_schemas()
+    with initialize_config_dir(version_base="1.3", config_dir=CONF):
+        overrides = ["sae=twin", "sae/router=sharp", "sae.router.sharpness=3", "preset=paper"]
+        sae = run_config(compose("train", overrides=overrides)).sae
+    assert sae == TwinSAE.Config(encoder_bias=False, encoder_init=EncoderInit.linear, auxk=0.0, k=16, router=SharpRouter.Config(sharpness=3.0))
+
+
+def test_a_router_goes_through_a_run_its_baselines_a_sweep_and_loading(tmp_path):
+    sae = SwitchSAE.Config(num_latents=32, k=4, num_experts=4, router=SharpRouter.Config())
+    run = tiny_run(tmp_path, sae=sae, baselines=None)
+    assert set(cells(table([run]))) == {"switch", "flop_matched", "frozen_router", "pca_4", "untrained"}
+    assert load_sae(run.path).config == sae and load_sae(run.member("frozen_router").path).config.router == SharpRouter.Config(train=False)
+    grids = {"sharp": {"sae": {"num_experts": 4, "router": {"kind": "sharp", "sharpness": [1.0, 4.0]}}}}
+    folder = run_sweep(config(tmp_path / "sweep", experts=[], seeds=1, grids=grids), quiet)
+    assert list(folder.members) == [f"switch-e4-m64-k4-router=sharp-sharpness={value}-s0" for value in (1, 4)]
+    assert {row.config["sae.router.sharpness"] for row in collect([folder.path])} == {1.0, 4.0}
 
 
 @pytest.mark.parametrize("sae", [SoftplusSAE.Config(num_latents=32), TwinSAE.Config(num_latents=32, k=4, num_experts=4)])
