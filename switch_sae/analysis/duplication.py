@@ -58,6 +58,8 @@ class Duplication(Analysis):
             axis.set_xlabel(label)
             axis.grid(axis="x", linewidth=0.4, color="0.88")
         axes[0].xaxis.set_major_formatter(percent())
+        if axes[0].get_xscale() == "linear":  # shares begin at 0, also where all are 0
+            axes[0].set_xlim(0, max(0.01, 1.1 * max((record["duplicates"] or 0.0 for record in table), default=0.0)))
         axes[0].set_yticks(range(len(table)), [record["sae"] for record in table])
         axes[0].set_ylim(len(table) - 0.5, -0.5)
         return figure
