@@ -340,10 +340,14 @@ def _run(config: RunConfig, run: RunDir, say: Say) -> RunDir:
 
 def run_members(run: RunDir, config: RunConfig, d_in: int) -> list[Member]:
     """The main SAE of a run and its baselines."""
-    key = SAES.key_of(config.sae)
-    main = Member(key, key, MAIN, run, config, config.sae)
     baselines = usual_baselines(config.sae) if config.baselines is None else config.baselines
-    return [main, *(Member(b.name, b.name, BASELINE, run, config, baseline_config(config.sae, b, d_in)) for b in baselines)]
+    return [main_member(run, config), *(Member(b.name, b.name, BASELINE, run, config, baseline_config(config.sae, b, d_in)) for b in baselines)]
+
+
+def main_member(run: RunDir, config: RunConfig) -> Member:
+    """The SAE that a run is about."""
+    key = SAES.key_of(config.sae)
+    return Member(key, key, MAIN, run, config, config.sae)
 
 
 def score_again(run: RunDir, config: RunConfig, file: str, say: Say = tell) -> None:
@@ -360,10 +364,10 @@ def score_again(run: RunDir, config: RunConfig, file: str, say: Say = tell) -> N
         if changed:
             say(f"note: these are not the activations of training; {', '.join(changed)} changed (another language model, text or Python version).")
         entries: dict[str, Entry] = {}
-        main, *others = run_members(run, config, stream.source.d_in)
-        for member in (main, *(other for other in others if other.key in before["members"])):
-            entry = score.member(load_sae(member.folder.path).to(stream.device), member.role)
-            entries[member.key] = before["members"][member.key] | entry
+        main = main_member(run, config)
+        for key, trained in before["members"].items():
+            folder, role = (run, MAIN) if key == main.key else (run.member(key), BASELINE)
+            entries[key] = trained | score.member(load_sae(folder.path).to(stream.device), role)
         controls = untrained_controls(score, main, entries[main.key], stream)
         score.write(run, file, entries, controls)
 
