@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from omegaconf.errors import InterpolationKeyError
 
 from switch_sae.activations import SOURCES
 from switch_sae.choices import Choice
-from switch_sae.config import RunConfig
-from switch_sae.models import SAES
+from switch_sae.config import RunConfig, check_baselines
+from switch_sae.models import ROUTERS, SAES
 from switch_sae.orchestrator import Interrupted
 from switch_sae.plain import to_plain
 from switch_sae.runs import RunError
@@ -44,15 +44,16 @@ def register_schemas() -> None:
 
 def _register(store: ConfigStore, group: str, table: Choice[Any], usual: set[str]) -> None:
     """One option of a group for each entry of a table; choices inside an entry become groups below it (`sae/router=sigmoid`)."""
-    for name, owner in table.items():
-        node, inner = OmegaConf.structured(owner.Config), []
-        for f in fields(owner.Config):
+    for name in table:
+        config = table.config_of(name)
+        node, inner = OmegaConf.structured(config), []
+        for f in fields(config):
             if "choice" in f.metadata:
                 choice, node[f.name] = f.metadata["choice"], MISSING
                 _register(store, f"{group}/{f.name}", choice, usual)
                 inner.append({f.name: choice.key_of(f.default_factory())})
             elif f.name in usual:
-                default = to_plain(getattr(owner.Config(), f.name))
+                default = to_plain(getattr(config(), f.name))
                 # k has no default that fits a model whose file does not name one.
                 OmegaConf.update(node, f.name, "${usual.k}" if f.name == "k" else f"${{oc.select:usual.{f.name},{json.dumps(default)}}}")
         store.store(group=group, name=f"base_{name}", node=node)
@@ -63,7 +64,9 @@ def run_config(composed: DictConfig) -> RunConfig:
     """The plain typed config; relations between values are checked here, by the dataclasses."""
     config = _object(composed)
     assert isinstance(config, RunConfig)
-    return RunConfig(**{f.name: getattr(config, f.name) for f in fields(RunConfig)})
+    plain = RunConfig(**{f.name: getattr(config, f.name) for f in fields(RunConfig)})
+    check_baselines(plain)
+    return plain
 
 
 def sweep_config(composed: DictConfig) -> SweepConfig:
@@ -74,12 +77,26 @@ def sweep_config(composed: DictConfig) -> SweepConfig:
 
 
 def _object(composed: DictConfig) -> Any:
+    """Typed, and nothing left out: Hydra lets `+key` add what no schema has."""
+    _refuse_unknown(composed)
+    known = {f.name for table in (SAES, ROUTERS) for key in table for f in fields(table.config_of(key))}
+    if unknown := sorted(set(composed.usual) - known):
+        raise ValueError(f"usual: no architecture and no router has a setting {', '.join(unknown)}.")
     try:
         return OmegaConf.to_object(composed)
     except InterpolationKeyError as error:
         raise ValueError(
             f"{error.full_key} is set by nothing: conf/model/MODEL.yaml should say `usual: {{k: ...}}`, or give {error.full_key}=..."
         ) from error
+
+
+def _refuse_unknown(node: DictConfig, path: str = "") -> None:
+    schema = OmegaConf.get_type(node)
+    if is_dataclass(schema) and (unknown := sorted({str(key) for key in node} - {f.name for f in fields(schema)})):
+        raise ValueError(f"there are no settings {', '.join(path + key for key in unknown)}; it has {', '.join(f.name for f in fields(schema))}.")
+    for key in node:
+        if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(below := node._get_node(key)) and below._value() is not None:
+            _refuse_unknown(below, f"{path}{key}.")
 
 
 @contextmanager

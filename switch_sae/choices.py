@@ -37,40 +37,57 @@ class Choice(dict[str, type[T]], Generic[T]):
         """A config as JSON values, with its tag."""
         return {self.tag: self.key_of(config), **to_plain(config)}
 
-    def from_plain(self, plain: Mapping[str, Any]) -> Any:
+    def from_plain(self, plain: Any) -> Any:
         """The config that `to_plain` wrote, in this version or an earlier one.
 
         Raises ValueError for a key or a field that this version does not know.
         """
-        values = self.upgrade(plain)
-        return from_plain(self.entry(values.pop(self.tag)).Config, values)  # type: ignore[attr-defined]
+        return self._typed(self.upgrade(plain))
 
-    def upgrade(self, plain: Mapping[str, Any]) -> dict[str, Any]:
+    def upgrade(self, plain: Any) -> dict[str, Any]:
         """What an earlier version saved, as this one would have; raises ValueError for an unknown key."""
-        values = dict(plain)
+        values = self._tagged(plain)
         key = values.pop(self.tag, None)
         upgrade = getattr(self.entry(key), "upgrade", dict)
         return {self.tag: key, **upgrade(values)}
 
     def derive(self, base: Any, chosen: Mapping[str, Any], usual: Mapping[str, Any]) -> Any:
-        """A config that has the fields `chosen` (plain; nested for choices inside; the tag chooses the entry), else those of `base`, else the usual
-        ones.
+        """A config that has the fields `chosen` (plain; nested for choices inside; the tag chooses the entry), else `base`'s, else the usual ones.
 
         `base` may belong to another entry: what both have is shared. Raises ValueError as `from_plain` does.
         """
-        return self.from_plain(self._derived(base, chosen, usual))
+        return self._typed(self._derived(base, self.key_of(base), chosen, usual))
 
-    def _derived(self, base: Any, chosen: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-        key = chosen.get(self.tag, self.key_of(base))
-        plain, values = to_plain(base), {self.tag: key, **chosen}
-        for f in fields(self.entry(key).Config):  # type: ignore[attr-defined]
+    def _derived(self, base: Any, key: str, chosen: Any, usual: Mapping[str, Any]) -> dict[str, Any]:
+        values = {self.tag: key, **self._tagged(chosen)}
+        plain = {} if base is None else to_plain(base)
+        for f in fields(self.config_of(values[self.tag])):
             if "choice" in f.metadata:
-                inner = getattr(base, f.name, None)
-                default = f.default_factory()  # type: ignore[operator]
-                values[f.name] = f.metadata["choice"]._derived(default if inner is None else inner, chosen.get(f.name) or {}, usual)
+                choice, inner = f.metadata["choice"], getattr(base, f.name, None)
+                key = choice.key_of(f.default_factory() if inner is None else inner)  # type: ignore[operator]
+                values[f.name] = choice._derived(inner, key, values.get(f.name, {}), usual)
             elif f.name not in values and (f.name in plain or f.name in usual):
                 values[f.name] = plain.get(f.name, usual.get(f.name))
         return values
+
+    def _tagged(self, plain: Any) -> dict[str, Any]:
+        """A mapping as it is; a bare key is short for the entry's defaults."""
+        if isinstance(plain, str):
+            return {self.tag: plain}
+        if not isinstance(plain, Mapping):
+            raise ValueError(f"{plain!r} says no {self.what}. Write {{{self.tag}: KEY, ...}} with KEY one of {', '.join(self)}.")
+        return dict(plain)
+
+    def _typed(self, plain: dict[str, Any]) -> Any:
+        return from_plain(self.config_of(plain.get(self.tag)), {key: value for key, value in plain.items() if key != self.tag})
+
+    def config_of(self, key: Any) -> type[Any]:
+        """The `Config` of an entry, which must be its own: an inherited one would be taken for its parent's, and built as that."""
+        entry = self.entry(key)
+        if "Config" not in vars(entry):
+            raise ValueError(f"{entry.__qualname__} has no Config of its own. Nest one in it: @dataclass class Config(Parent.Config): pass.")
+        config: type[Any] = vars(entry)["Config"]
+        return config
 
     def entry(self, key: Any) -> type[T]:
         """The class of a key. Raises ValueError for one that this version does not know."""
@@ -80,4 +97,4 @@ class Choice(dict[str, type[T]], Generic[T]):
 
     def field(self, key: str) -> Any:
         """A dataclass field that holds a config of this choice, by default `key`'s."""
-        return field(default_factory=lambda: self[key].Config(), metadata={"choice": self})  # type: ignore[attr-defined]
+        return field(default_factory=lambda: self.config_of(key)(), metadata={"choice": self})

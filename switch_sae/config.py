@@ -69,12 +69,6 @@ class RunConfig:
         all_at_least(self, tokens=1, batch_size=1, calibration_rows=2, log_every=0, checkpoint_every=0, threads=0)
         if self.tokens < self.batch_size:
             raise ValueError(f"tokens={self.tokens} is less than one batch (batch_size={self.batch_size}). Raise tokens or lower batch_size.")
-        if self.baselines:
-            if len(set(self.baselines)) != len(self.baselines):
-                raise ValueError(f"baselines {[b.name for b in self.baselines]} name one twice.")
-            for baseline in self.baselines:
-                if why := why_no_baseline(self.sae, baseline):
-                    raise ValueError(f"baselines: there is no {baseline.name} for this SAE: {why}. Leave it out, or use baselines=[].")
 
     @property
     def total_steps(self) -> int:
@@ -84,6 +78,16 @@ class RunConfig:
     def rows_read(self) -> int:
         """Rows of the stream that the run takes, in whole batches: calibration, then training."""
         return (-(-self.calibration_rows // self.batch_size) + self.total_steps) * self.batch_size
+
+
+def check_baselines(config: RunConfig) -> None:
+    """Raises ValueError for baselines that a new run cannot have; what an earlier version trained still loads."""
+    baselines = config.baselines or []
+    if len(set(baselines)) != len(baselines):
+        raise ValueError(f"baselines {[b.name for b in baselines]} name one twice.")
+    for baseline in baselines:
+        if why := why_no_baseline(config.sae, baseline):
+            raise ValueError(f"baselines: there is no {baseline.name} for this SAE: {why}. Leave it out, or use baselines=[].")
 
 
 def config_to_plain(config: RunConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 
 from switch_kernels import resolve
-from switch_sae.config import RunConfig, config_from_plain, config_to_plain
+from switch_sae.config import RunConfig, check_baselines, config_from_plain, config_to_plain
 from switch_sae.files import Say, tell
 from switch_sae.memory import available_bytes, group_bytes
 from switch_sae.models import SAES, SparseAutoencoder
@@ -128,14 +128,15 @@ def build_sae(config: Any, d_in: int, seed: int) -> SparseAutoencoder:
 class Cohort:
     """Members that train together from step `start` to the end of their stream and are then scored."""
 
-    def __init__(self, members: Iterable[Member], start: int, streams: Streams, keeper: Keeper) -> None:
+    def __init__(self, members: Iterable[Member], start: int, streams: Streams, keeper: Keeper, began: float) -> None:
+        """`began` is when work on it began, its stream included (`time.perf_counter`)."""
         self.members = {member.name: member for member in members}
         self.start, self.streams, self.keeper, self.say = start, streams, keeper, streams.say
         self.config = next(iter(self.members.values())).config
         """Of the first member: what concerns the stream is the same for all."""
         self.trainers: dict[str, Trainer] = {}
         self.wandb: dict[Path, WandbLogger] = {}
-        self.began = time.perf_counter()
+        self.began = began
 
     def work(self) -> None:
         """Raises Interrupted after a signal, and whatever stops the whole group: an error of the source, a full disk."""
@@ -238,16 +239,14 @@ class Cohort:
     def _score(self, stream: Stream) -> None:
         self.say("evaluating" if len(self.trainers) == 1 else f"evaluating {len(self.trainers)} SAEs")
         wall_seconds, group_size = time.perf_counter() - self.began if self.start == 0 else None, len(self.trainers)
+        score = self.streams.score(self.config)  # an error here is everybody's
         for run, members in self._folders().items():
+            entries: dict[str, Entry] = {}
             try:
                 for member in members:
-                    member.folder.save_sae(self.trainers[member.name].sae, stream.source.describe())
-                score = self.streams.score(self.config)
-                entries = {
-                    member.key: score.member(trainer.sae, member.role) | training_facts(trainer, wall_seconds, group_size)
-                    for member in members
-                    if (trainer := self.trainers[member.name])
-                }
+                    trainer = self.trainers[member.name]
+                    member.folder.save_sae(trainer.sae, stream.source.describe())
+                    entries[member.key] = score.member(trainer.sae, member.role) | training_facts(trainer, wall_seconds, group_size)
                 controls = untrained_controls(score, members[0], entries[members[0].key], stream) if self.keeper.with_controls else {}
             except Exception as error:  # as in training: the others must not suffer
                 self._failed(members[0].name, self.trainers[members[0].name].steps_done, error)
@@ -288,6 +287,7 @@ class _RunKeeper(Keeper):
 def run_training(config: RunConfig, say: Say = tell) -> RunDir:
     """Trains an SAE with its baselines, evaluates and saves them in a new run folder. Raises Interrupted after a signal, with everything saved."""
     baselines = usual_baselines(config.sae) if config.baselines is None else config.baselines
+    check_baselines(config)
     run = RunDir.create(config.runs, config.name or f"{config.sae.slug()}-s{config.seed}")
     return _run(replace(config, baselines=baselines), run, say)
 
@@ -317,11 +317,11 @@ def _run(config: RunConfig, run: RunDir, say: Say) -> RunDir:
     if new:
         run.write_json("environment.json", environment())
         run.write_json("config.json", config_to_plain(config))  # last: with it the folder is a run that can be resumed
-    keeper = _RunKeeper(run.path)
+    keeper, began = _RunKeeper(run.path), time.perf_counter()
     try:
         with Streams(say) as streams:
             members = run_members(run, config, streams.get(config).source.d_in)
-            Cohort(members, max(run.checkpoint_steps(), default=0), streams, keeper).work()
+            Cohort(members, max(run.checkpoint_steps(), default=0), streams, keeper, began).work()
     except Interrupted:
         raise
     except KeyboardInterrupt:

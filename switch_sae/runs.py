@@ -223,7 +223,7 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
             if (foreign := cls()).recognises(file):
                 return foreign.load(file).eval()
     if file.is_dir():
-        if not (file / MODEL_FILE).is_file() and RunDir(file).last_checkpoint() is not None:
+        if not (file / MODEL_FILE).is_file() and RunDir(file).checkpoint_steps():
             raise FileNotFoundError(
                 f"{file} holds no {MODEL_FILE} yet, only checkpoints: training did not finish. Go on with make train RESUME={file}"
             )

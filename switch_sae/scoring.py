@@ -37,7 +37,9 @@ class Scorer:
         return self(sae, SAES.key_of(sae), sae.k) | {"role": role, "parameters": sum(p.numel() for p in sae.parameters())}
 
     def pca(self, calibration: Rows, k: int) -> dict[str, Entry]:
-        """The control that a rank-k PCA of the calibration rows is, by its name."""
+        """The control that a rank-k PCA of the calibration rows is, by its name; none for a transcoder, which may not look at its target."""
+        if calibration.target_TD is not calibration.x_TD:
+            return {}
         pca = PCABaseline.fit(calibration.x_TD, min(k, calibration.x_TD.shape[1]))
         return {f"pca_{pca.k}": self(pca, "pca", pca.k)}
 

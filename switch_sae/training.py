@@ -258,7 +258,6 @@ def train(
     log_every: int = 50,
     progress: Callable[[int, dict[str, StepResult]], None] | None = None,
     resume: Checkpoint | None = None,
-    extra_state: dict[str, Any] | None = None,
     interruption: Interruption | None = None,
     failed: Callable[[str, int, Exception], None] | None = None,
 ) -> bool:
@@ -267,7 +266,7 @@ def train(
     With `failed`, a member whose step or whose state raises leaves the group, `failed` is told (name, step, error), and the others go on as if it had
     never been there; without it the error goes up.
 
-    `save` receives a `Checkpoint` of the whole group: all members at one step, the source's position, `extra_state`. Its tensors are the living
+    `save` receives a `Checkpoint` of the whole group: all members at one step, and the source's position. Its tensors are the living
     ones, so it must write or copy them before it returns. Logging and progress only
     read. A resumed run equals an uninterrupted one bit for bit.
     """
@@ -308,18 +307,18 @@ def train(
         if stop or step == total_steps or (checkpoint_every and step % checkpoint_every == 0):
             states = each(step, Trainer.state_dict)
             if states:
-                save(group_checkpoint(states, source, step, extra_state or {}))
+                save(group_checkpoint(states, source, step))
         if stop:
             return False
     return True
 
 
-def group_checkpoint(states: dict[str, tuple[dict[str, Tensor], dict[str, Any]]], source: Any, step: int, extra_state: dict[str, Any]) -> Checkpoint:
+def group_checkpoint(states: dict[str, tuple[dict[str, Tensor], dict[str, Any]]], source: Any, step: int) -> Checkpoint:
     """The states of all members (`Trainer.state_dict`) and of their source, as one transaction."""
     tensors: dict[str, Tensor] = {"torch_rng": torch.get_rng_state()}
     for name, (member_tensors, _) in states.items():
         tensors |= {f"{name}:{key}": tensor.cpu() for key, tensor in member_tensors.items()}
-    return Checkpoint(step, tensors, {"members": {name: state for name, (_, state) in states.items()}, "source": source.state_dict(), **extra_state})
+    return Checkpoint(step, tensors, {"members": {name: state for name, (_, state) in states.items()}, "source": source.state_dict()})
 
 
 def part_of(checkpoint: Checkpoint, keys: Mapping[str, str]) -> Checkpoint:

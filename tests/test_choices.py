@@ -178,3 +178,35 @@ def test_a_derived_config_shares_no_object_with_its_base():
     derived = SAES.derive(base, {}, {})
     derived.router.load_balance = 9.0
     assert base.router.load_balance == 0.1 and SyntheticSource.Config() == SOURCES.derive(SyntheticSource.Config(), {}, {})
+
+
+def test_an_entry_without_a_config_of_its_own_is_refused_not_built_as_its_parent(monkeypatch):
+    class Mine(TopKSAE):
+        pass
+
+    monkeypatch.setitem(SAES, "mine", Mine)
+    with pytest.raises(ValueError, match=r"Mine has no Config of its own. Nest one in it"):
+        SAES.from_plain({"architecture": "mine"})
+
+
+def test_a_bare_key_is_short_for_defaults_and_what_is_no_choice_is_refused():
+    switch = SAES.from_plain({"architecture": "switch", "router": "sigmoid"})
+    assert switch.router == ROUTERS["sigmoid"].Config()
+    for nothing in (None, 3, ["softmax"]):
+        with pytest.raises(ValueError, match=r"says no router. Write \{kind: KEY, ...\} with KEY one of softmax, sigmoid"):
+            SAES.from_plain({"architecture": "switch", "router": nothing})
+
+
+def test_what_is_usual_reaches_choices_inside_that_the_base_does_not_have():
+    usual = {"load_balance": 3.0, "auxk": 0.5, "k": 5}
+    derived = SAES.derive(TopKSAE.Config(k=7), {"architecture": "switch"}, usual)
+    assert (derived.router.load_balance, derived.k, derived.auxk) == (3.0, 7, TopKSAE.Config().auxk)
+    assert SAES.derive(TopKSAE.Config(), {"architecture": "switch", "router": {"kind": "sigmoid"}}, usual).router.load_balance == 3.0
+    with pytest.raises(ValueError, match=r"unknown settings \['gate'\] for SwitchSAE.Config"):  # a key of format version 1 is none of today's
+        SAES.derive(TopKSAE.Config(), {"architecture": "switch", "gate": "hard"}, usual)
+
+
+def test_version_1_settings_beside_those_of_today_lose_nothing():
+    mixed = {"architecture": "switch", "gate": "hard", "router": {"kind": "softmax", "load_balance": 3.0}}
+    router = SAES.from_plain(mixed).router
+    assert (router.gate.value, router.load_balance) == ("hard", 3.0)

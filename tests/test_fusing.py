@@ -65,7 +65,28 @@ def with_frozen_decoder():
     return sae
 
 
+def with_gradient_hook():
+    sae = built(SwitchSAE, SWITCH)
+    sae.W_enc_MD.register_hook(lambda gradient: gradient * 0)
+    return sae
+
+
+def with_router_frozen_by_hand():
+    sae = built(SwitchSAE, SWITCH)
+    sae.router.b_D.requires_grad_(False)
+    return sae
+
+
+def with_another_part():
+    sae = built(TopKSAE, TopKSAE.Config(num_latents=16, k=2))
+    sae.adapter = torch.nn.Identity()
+    return sae
+
+
 VARIANTS = {
+    "a hook on a gradient": (with_gradient_hook, "W_enc_MD have hooks on their gradients"),
+    "a router frozen in part": (with_router_frozen_by_hand, "its router is frozen in part"),
+    "another part": (with_another_part, "know nothing of its part adapter, Identity"),
     "a subclass with another loss": (lambda: built(OtherLoss, SWITCH), "no Triton kernels train OtherLoss"),
     "a subclass that changes nothing": (lambda: built(OnlyRenamed, TopKSAE.Config(num_latents=16, k=2)), "no Triton kernels train OnlyRenamed"),
     "a subclass with another recipe": (lambda: built(OtherRecipe, SWITCH), "no Triton kernels train OtherRecipe"),

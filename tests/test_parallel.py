@@ -3,6 +3,7 @@
 Sums are taken in another order, and nothing else differs: at every step the same latents are selected and counted, and the same statistics kept.
 """
 
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -66,7 +67,14 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        torch.multiprocessing.spawn(work, (str(folder),), nprocs=SIZE)
+        context = multiprocessing.get_context("forkserver")  # imports torch once for both
+        context.set_forkserver_preload(["switch_sae.training", "torch._dynamo"])
+        both = [context.Process(target=work, args=(rank, str(folder))) for rank in range(SIZE)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join()
+    assert [process.exitcode for process in both] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in range(SIZE)]
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ class FakeSweep:
         entry = {
             "metrics": {name: {"value": value, "low": None, "high": None} for name, value in values.items()},
             "vectors": {}, "rows": 500, "documents": 5, "outlier_rows": 0, "predictions": 0, "firing_counts": [1] * sae.num_latents,
-            "flops": {"router": 0, "encode": 1, "decode": 1, "backward": 1, "forward": model.flops().forward, "total": model.flops().total},
+            "flops": asdict(model.flops()) | {"forward": model.flops().forward, "total": model.flops().total},
             "architecture": architecture, "num_latents": sae.num_latents, "num_experts": model.num_experts, "k": getattr(sae, "k", None),
             "parameters": 7, "tokens": 1000, "train_tokens_per_second": 50.0 + seed,
             "train_seconds": 2.0, "wall_seconds": 9.0, "group_size": 4, "state_bytes": 3_000_000, "peak_bytes": 5_000_000,

@@ -21,7 +21,7 @@ from experiments.compose import CONF, register_schemas, sweep_config
 from switch_sae import load_sae, orchestrator
 from switch_sae.activations import SyntheticSource
 from switch_sae.config import EvaluationConfig, RunConfig, config_to_plain
-from switch_sae.models import SwitchSAE, TopKSAE
+from switch_sae.models import ROUTERS, SAES, SwitchSAE, TopKSAE
 from switch_sae.orchestrator import Interrupted, build_sae, run_training
 from switch_sae.report.figures.ablations import BALANCE, GATE, _families
 from switch_sae.results.rows import ResultRow
@@ -115,6 +115,49 @@ def test_what_is_matched(match, widths):
     if match is Match.active:
         encode = {build_sae(member.sae, 16, 0).flops().encode for member in members}
         assert len(encode) == 1
+
+
+def test_widths_are_matched_before_they_must_fit():
+    """Eight latents per expert would be too few for k at the dense width, and 64 does not divide by 3."""
+    members = planned(experts=[16, 3], k=[8], seeds=1, match=Match.active)
+    assert [member.sae.num_latents for member in members.values()] == [64 * 16, 64 * 3]
+    (member,) = planned(experts=[3], seeds=1, match=Match.parameters).values()
+    assert member.sae.num_latents == 63 and abs(parameters(member) - (64 * 33 + 16)) <= 3 * 33 / 2
+
+
+def test_a_dense_base_says_what_it_lacks_and_its_members_are_named_by_what_they_have():
+    dense = replace(config(experts=[8], seeds=1), sae=SAES["relu"].Config(num_latents=64))
+    with pytest.raises(ValueError, match=r"k is set by nothing: name it in the grid, in sweep.k"):
+        plan_members(dense, Measured())
+    assert list(plan_members(replace(dense, usual={"k": 4}), Measured())) == ["switch-e8-m64-k4-s0"]
+    grid = {"sae": {"num_experts": [1, 8], "router": {"kind": ["sigmoid"]}}}
+    assert list(planned(experts=[], seeds=1, grids={"g": grid})) == ["topk-m64-k4-s0", "switch-e8-m64-k4-router=sigmoid-s0"]
+    (member,) = planned(experts=[], seeds=1, grids={"g": {"sae": {"num_experts": 8, "router": ["sigmoid"]}}}).values()
+    assert type(member.sae.router) is ROUTERS["sigmoid"].Config
+
+
+def test_an_error_of_the_shared_rows_stops_all_and_fails_nobody(tmp_path, monkeypatch):
+    def nothing_held_out(source, rows):
+        raise ValueError("no held-out text")
+
+    monkeypatch.setattr(SyntheticSource, "evaluation_set", nothing_held_out)
+    with pytest.raises(ValueError, match="no held-out text"):
+        run_sweep(config(tmp_path / "sweep", experts=[2], steps=5), quiet)
+    monkeypatch.undo()
+    assert not list(tmp_path.rglob("failed.json"))
+    assert all(map((folder := resume_sweep(tmp_path / "sweep", say=quiet)).is_finished, folder.members))
+
+
+def test_a_sweep_planned_by_version_1_goes_on_with_the_same_command(tmp_path):
+    folder = run_sweep(config(tmp_path / "sweep", experts=[2], steps=2), quiet)
+    plan = json.loads((folder.path / "sweep.json").read_text())
+    for saved in (plan["settings"], *plan["members"].values()):
+        router = saved["sae"].pop("router")
+        saved["sae"] |= {"gate": router["gate"], "load_balance": router["load_balance"], "train_router": router["train"]}
+        saved["baselines"] = []
+    del plan["settings"]["usual"]
+    (folder.path / "sweep.json").write_text(json.dumps(plan))
+    assert run_sweep(config(tmp_path / "sweep", experts=[2], steps=2), quiet).members == folder.members
 
 
 def test_flop_matching_counts_all_experts_of_a_token():

@@ -13,8 +13,9 @@ from switch_sae.config import config_from_plain, config_to_plain
 from switch_sae.models import SwitchSAE
 from switch_sae.models.baselines import Baseline
 from switch_sae.models.routers import Gate, SoftmaxRouter
-from switch_sae.orchestrator import resume_training
+from switch_sae.orchestrator import resume_training, run_members
 from switch_sae.results import collect
+from switch_sae.runs import RunDir
 
 DATA = Path(__file__).parent / "data" / "version1"
 
@@ -75,3 +76,11 @@ def test_a_run_that_stopped_under_version_1_ends_with_the_weights_it_would_have_
         assert after[name]["metrics"]["fvu"]["value"] == pytest.approx(member["metrics"]["fvu"]["value"], rel=1e-5), name
     steps = [row["step"] for row in run.metrics() if row["sae"] == "switch"]
     assert steps == sorted(set(steps)) and steps[-1] == 30 and not (run.path / "checkpoints").exists()
+
+
+def test_a_run_whose_router_was_frozen_kept_its_usual_baselines():
+    """The default of version 1 named the frozen router also where the main SAE's router was frozen itself."""
+    plain = RunDir(DATA / "finished").read_json("config.json")
+    plain["sae"]["train_router"] = False
+    config = config_from_plain(plain)
+    assert [member.key for member in run_members(RunDir("nowhere"), config, 12)] == ["switch", "flop_matched", "frozen_router"]

@@ -73,6 +73,11 @@ def test_every_architecture_has_its_baselines_or_says_why_not(name, baseline):
     has_k, is_routed, is_reference = hasattr(config, "k"), hasattr(config, "router"), name == "topk"
     trains_its_router = is_routed and getattr(config.router, "train", False)
     assert (reason is None) == (trains_its_router if baseline is Baseline.frozen_router else has_k and not is_reference)
+    if reason == "its router is not trained" and hasattr(
+        config.router, "train"
+    ):  # runs of earlier versions have such a baseline: it is the SAE again
+        assert baseline_config(config, baseline, D) == config
+        return
     if reason is not None:
         with pytest.raises(ValueError) as caught:
             baseline_config(config, baseline, D)

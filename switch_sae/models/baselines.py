@@ -46,8 +46,9 @@ def why_no_baseline(config: Any, baseline: Baseline) -> str | None:
 
 
 def baseline_config(config: Any, baseline: Baseline, d_in: int) -> Any:
-    """The config of the control. Raises ValueError where `why_no_baseline` has a reason."""
-    if why := why_no_baseline(config, baseline):
+    """The config of the control. Raises ValueError where `why_no_baseline` has a reason, but for a router that is frozen already."""
+    is_frozen = baseline is Baseline.frozen_router and getattr(getattr(config, "router", None), "train", None) is False
+    if not is_frozen and (why := why_no_baseline(config, baseline)):
         raise ValueError(f"there is no {baseline.name} for this SAE: {why}.")
     if baseline is Baseline.frozen_router:
         return replace(config, router=replace(config.router, train=False))

@@ -40,7 +40,7 @@ class FusedTraining(SparseAutoencoder):
         """Dead latents that each of a token's experts may use for AuxK."""
 
     def router_kernel(self) -> RouterKernel | None:
-        """What the kernels need of the router; None without one, where all tokens go to one expert, and where they do not know it."""
+        """What the kernels need of the router; None where there is none, or where they do not know it."""
         return None
 
     def plan(self, tokens: int) -> Plan:
@@ -106,20 +106,25 @@ def why_not_fused(sae: SparseAutoencoder) -> str | None:
     frozen = [key for key, parameter in sae.named_parameters(recurse=False) if not parameter.requires_grad]
     if frozen:
         return f"{', '.join(frozen)} are frozen, which the Triton kernels do not know"
+    if hooked := [key for key, parameter in sae.named_parameters() if parameter._backward_hooks or parameter._post_accumulate_grad_hooks]:
+        return f"{', '.join(hooked)} have hooks on their gradients, which the Triton kernels would not call"
     if sae.group.size > 1:
         return f"{sae.group.size} processes share a batch, and the Triton kernels' statistics of a batch are those of one"
-    return next((why for module in sae.children() if (why := _why_no_router(module, sae.router_kernel()))), None)
+    return next((why for name, module in sae.named_children() if (why := _why_no_part(name, module, sae.router_kernel()))), None)
 
 
-def _why_no_router(router: nn.Module, kernel: RouterKernel | None) -> str | None:
-    """As for the SAE itself: only the class whose own body has `kernel`, and only where that knows its settings."""
-    assert isinstance(router, Router)
-    if kernel is None or "kernel" not in vars(type(router)) or _changed(router):
-        return f"no Triton kernels know its router, {type(router).__name__}({router.config})"
+def _why_no_part(name: str, part: nn.Module, kernel: RouterKernel | None) -> str | None:
+    """As for the SAE itself: only a router whose own class has `kernel`, and only where that knows its settings."""
+    if not isinstance(part, Router):
+        return f"the Triton kernels know nothing of its part {name}, {type(part).__name__}"
+    if kernel is None or "kernel" not in vars(type(part)) or _changed(part):
+        return f"no Triton kernels know its router, {type(part).__name__}({part.config})"
+    if {parameter.requires_grad for parameter in part.parameters()} != {kernel.is_trained}:
+        return "its router is frozen in part, which the Triton kernels do not know"
     return None
 
 
 def _changed(module: nn.Module) -> list[str]:
     """Methods and hooks that this one object has and its class has not."""
-    own = [key for key in vars(module) if key != "plan" and callable(getattr(type(module), key, None))]
+    own = [key for key in vars(module) if callable(getattr(type(module), key, None))]
     return own + [hooks for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks") if getattr(module, hooks)]

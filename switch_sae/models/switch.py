@@ -39,6 +39,8 @@ class SwitchSAE(TopKSAE):
         def __post_init__(self) -> None:
             super().__post_init__()
             at_least("num_experts", self.num_experts, 1)
+            if isinstance(self.router, str):
+                raise ValueError(f"router={self.router!r} is a name, not settings. On the command line write sae/router={self.router}.")
             if self.num_latents % self.num_experts:
                 nearest = max(1, round(self.num_latents / self.num_experts)) * self.num_experts
                 raise ValueError(
@@ -91,7 +93,8 @@ class SwitchSAE(TopKSAE):
         """Of format version 1, where the router's settings stood beside the SAE's."""
         former = {"gate": "gate", "load_balance": "load_balance", "train_router": "train"}
         router = {name: fields[old] for old, name in former.items() if old in fields}
-        return {key: value for key, value in fields.items() if key not in former} | ({"router": {"kind": "softmax", **router}} if router else {})
+        others = {key: value for key, value in fields.items() if key not in former}
+        return others | ({"router": {"kind": "softmax", **router, **others.get("router", {})}} if router else {})
 
     def share_batches(self, group: Group) -> None:
         self.group = self.router.group = group

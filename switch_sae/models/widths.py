@@ -82,6 +82,8 @@ def matched(config: Any, reference: Any, match: Match, d_in: int) -> Any:
     high = low + 1
     while costs(high) <= wanted:
         low, high = high, 2 * high
+        if high > 2**40:
+            raise ValueError(f"no width matches in {match.value}: what this SAE costs does not grow with num_latents.")
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if costs(middle) <= wanted else (low, middle)

@@ -117,13 +117,13 @@ def matched_panels(groups: Sequence[Summary]) -> tuple[dict[str, tuple[int, list
 
 
 def has_equal_flops(group: Summary, dense: Summary) -> bool:
-    """Whether two SAEs are FLOP-matched: a token sees as many latents in all its experts together as the dense SAE has (the paper's meaning, without
-    the router), or the runs' own FLOPs per token of training, router and decoder included, agree within `EQUAL_FLOPS`.
+    """Whether two SAEs are FLOP-matched: encoding a token costs the same (the paper's meaning, without the router; `Match.active`), or the FLOPs per
+    token of training, router and decoder included, agree within `EQUAL_FLOPS` (`Match.flops`).
 
     FLOPs are compared at equal k only, since they count the decoder's k rows.
     """
     row, ours, theirs = group.first, group.mean("flops_total"), dense.mean("flops_total")
-    if row.kind.experts_per_token * row.num_latents // row.num_experts == dense.first.num_latents:
+    if row.results is not None and dense.first.results is not None and row.results.flops["encode"] == dense.first.results.flops["encode"]:
         return True
     return ours is not None and theirs is not None and row.k == dense.first.k and abs(ours - theirs) <= EQUAL_FLOPS * theirs
 

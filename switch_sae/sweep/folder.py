@@ -144,7 +144,7 @@ class SweepFolder:
 
 
 def _refuse_other_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    saved_flat, now_flat = _flat(saved), _flat(now)
+    saved_flat, now_flat = _flat(_of_today(saved)), _flat(_of_today(now))
     differs = [key for key in sorted({*saved_flat, *now_flat} - _MAY_DIFFER) if saved_flat.get(key) != now_flat.get(key)]
     if differs:
         told = "; ".join(f"{key}: there {saved_flat.get(key)!r}, now {now_flat.get(key)!r}" for key in differs[:6])
@@ -152,6 +152,11 @@ def _refuse_other_settings(path: Path, saved: dict[str, Any], now: dict[str, Any
             f"{path} holds another sweep ({told}). Use the same settings to go on with it, another sweep.folder for a new one, "
             f"or `make sweep RESUME={path}` for the one that is there."
         )
+
+
+def _of_today(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a sweep of any version, as this one would save them."""
+    return {"usual": {}, **settings, "sae": SAES.upgrade(settings["sae"]), "baselines": settings.get("baselines") or None}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

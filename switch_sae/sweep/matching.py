@@ -21,8 +21,7 @@ def time_matched_width(stream: Stream, member: RunConfig, reference: RunConfig, 
     The time of a step is nearly linear in the width, so a secant search needs few measurements. Both are measured in turn, since the machine's speed
     drifts. What comes out differs a little from one measurement to the next: whoever needs it again must keep it.
     """
-    experts = member.sae.width_step
-    least = experts * (getattr(member.sae, "k", 1))
+    experts, least = member.sae.width_step, member.sae.least_latents
     width, tried = member.sae.num_latents, {}
     for _ in range(SEARCHES):
         tried[width] = _time_ratio(stream, member, width, reference)
@@ -49,8 +48,8 @@ def _time_ratio(stream: Stream, member: RunConfig, width: int, reference: RunCon
         stream.trainer(build_sae(sae, stream.source.d_in, 0), member.trainer, member.total_steps, member.normalize_activations)
         for sae in (replace(member.sae, num_latents=width), reference.sae)
     ]
-    x_TD = stream.calibration.x_TD.to(stream.device)
-    batches = itertools.cycle([Rows.of(batch) for batch in x_TD.split(member.batch_size) if len(batch) == member.batch_size])
+    rows, size = stream.calibration.to(stream.device), member.batch_size
+    batches = itertools.cycle([rows[start : start + size] for start in range(0, len(rows) - size + 1, size)])
     ratios = []
     for _ in range(ROUNDS + 1):
         times = [_seconds(trainer, [next(batches) for _ in range(STEPS)]) for trainer in trainers]

@@ -127,15 +127,17 @@ def _expand(config: SweepConfig, grid: dict[str, Any], measures: Measures) -> It
         for (path, _), value in zip(axes, values, strict=True):
             *above, last = path
             functools.reduce(lambda below, name: below.setdefault(name, {}), above, chosen)[last] = value
-        sae = _sae(config, chosen["sae"])
+        sae = _sae(config, chosen["sae"], match)
         trainer = from_plain(TrainerConfig, to_plain(config.trainer) | chosen["trainer"])
         member = replace(config.base, sae=sae, trainer=trainer, baselines=[], name=None)
-        dense = {key: value for key, value in chosen["sae"].items() if key in ("num_latents", "k")}
-        reference = _sae(config, dense | {"architecture": REFERENCE})
-        if match is Match.time and sae != reference:
-            member.sae = replace(sae, num_latents=measures.time_matched(member, replace(member, sae=reference)))
-        elif match not in (None, Match.time, Match.width) and sae != reference:
-            member.sae = matched(sae, reference, match, measures.d_in(member))
+        if match not in (None, Match.width):
+            dense = {key: value for key, value in chosen["sae"].items() if key in ("num_latents", "k")}
+            reference = _sae(config, dense | {"architecture": REFERENCE}, None)
+            if sae != reference:
+                how = Match.active if match is Match.time else match  # in time, the search begins where both see as many latents
+                member.sae = matched(sae, reference, how, measures.d_in(member))
+                if match is Match.time:
+                    member.sae = replace(sae, num_latents=measures.time_matched(member, replace(member, sae=reference)))
         yield member, "".join(f"-{name}={_short(value)}" for name, value in _told(member.sae, axes, values))
 
 
@@ -152,13 +154,22 @@ def _axes(settings: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tup
 def _told(sae: Any, axes: Sequence[tuple[tuple[str, ...], list[Any]]], values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """(name, value) of the settings that a member's name must say: not those of its slug, nor those that its architecture does not have."""
     for ((part, *path), _), value in zip(axes, values, strict=True):
-        is_there = part != "sae" or len(path) > 1 or hasattr(sae, path[0])
+        is_there = part != "sae" or hasattr(sae, path[0])
         if path[-1] not in ("architecture", "num_latents", "num_experts", "k") and is_there:
             yield path[-2] if path[-1] == "kind" else path[-1], value
 
 
-def _sae(config: SweepConfig, chosen: dict[str, Any]) -> Any:
-    """The typed config of one member's SAE: what the grid chose, what it shares with the run's, and what is usual for the model."""
+def _sae(config: SweepConfig, chosen: dict[str, Any], match: Match | None) -> Any:
+    """The typed config of one member's SAE: what the grid chose, what it shares with the run's, and what is usual for the model.
+
+    Where its width is to be matched it is only provisional, wide enough for any number of experts.
+    """
+    if match not in (None, Match.width):
+        width, experts = chosen.get("num_latents", config.sae.num_latents), chosen.get("num_experts", getattr(config.sae, "num_experts", 1))
+        chosen = chosen | {"num_latents": width * experts}
+    has_k = hasattr(SAES.config_of(chosen.get("architecture", SAES.key_of(config.sae))), "k")
+    if has_k and not (hasattr(config.sae, "k") or "k" in chosen or "k" in config.usual):
+        raise ValueError("k is set by nothing: name it in the grid, in sweep.k, or as `usual: {k: ...}` of the model.")
     return SAES.derive(config.sae, chosen, config.usual).simplest()
 
 

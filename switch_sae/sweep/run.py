@@ -1,6 +1,7 @@
 """Working on a sweep: claim members, train and score them as one group on one stream, until none is left."""
 
 import signal
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def _work(folder: SweepFolder, at_once: int | None, streams: _Streams, say: Say)
             tried |= set(claims)
             try:
                 for start, names in _by_start({name: folder.run(name) for name in claims}, say):
-                    cohort = Cohort(map(folder.member, names), start, streams, keeper)
+                    cohort = Cohort(map(folder.member, names), start, streams, keeper, time.perf_counter())
                     cohort.work()
                     _add_controls(folder, cohort, streams)
             finally:
