@@ -92,8 +92,7 @@ def check_baselines(config: RunConfig) -> None:
 
 def config_to_plain(config: RunConfig) -> dict[str, Any]:
     """The config as JSON values; entries of tables are named by their keys (`architecture: switch`), never by import paths."""
-    plain: dict[str, Any] = to_plain(config)
-    return plain
+    return dict(to_plain(config))
 
 
 def config_from_plain(plain: dict[str, Any]) -> RunConfig:

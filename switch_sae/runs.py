@@ -145,11 +145,6 @@ class RunDir:
         for old in self._checkpoints()[:-_KEPT_CHECKPOINTS]:
             old.unlink(missing_ok=True)
 
-    def last_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint, or None where training has saved none. Raises ValueError when it cannot be read."""
-        files = self._checkpoints()
-        return self._read_checkpoint(files[-1]) if files else None
-
     def checkpoint_steps(self) -> list[int]:
         """Steps that were saved and are still here, in order."""
         return [int(file.stem.split("-")[1]) for file in self._checkpoints()]

@@ -1,7 +1,7 @@
 """A source of activations with its first rows and the device that trains on it: what all SAEs of a group share."""
 
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -49,12 +49,6 @@ class Stream:
 
     def close(self) -> None:
         self.source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def first_rows(source: ActivationSource, rows: int) -> Rows:

@@ -115,18 +115,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match=r"No space left on device. What was there before is untouched"):
         run.save_checkpoint(Checkpoint(2, {"a": torch.arange(4)}, {}))
-    last = run.last_checkpoint()
+    last = run.checkpoint_at(run.checkpoint_steps()[-1])
     assert last.step == 1 and last.state == {"x": 1} and torch.equal(last.tensors["a"], torch.arange(3))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.safetensors"]
 
 
 def test_only_the_last_two_checkpoints_are_kept(tmp_path):
     run = RunDir(tmp_path)
-    assert run.last_checkpoint() is None
+    assert run.checkpoint_steps() == []
     for step in (5, 10, 15):
         run.save_checkpoint(Checkpoint(step, {"a": torch.tensor([step])}, {}))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000010.safetensors", "step-00000015.safetensors"]
-    assert run.last_checkpoint().step == 15
+    assert run.checkpoint_at(15).step == 15 and run.checkpoint_steps() == [10, 15]
 
 
 def test_run_folders_made_in_the_same_second_differ(tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def test_every_saved_checkpoint_resumes_to_the_same_weights(tmp_path):
         folder = RunDir(tmp_path / str(checkpoint.step))
         folder.save_checkpoint(checkpoint)
         again = members()
-        assert train(again, source(), STEPS, save=lambda c: None, checkpoint_every=0, resume=folder.last_checkpoint())
+        assert train(again, source(), STEPS, save=lambda c: None, checkpoint_every=0, resume=folder.checkpoint_at(checkpoint.step))
         assert same(weights(trainers), weights(again)), checkpoint.step
 
 
@@ -79,7 +79,7 @@ def test_a_checkpoint_does_not_share_memory_that_training_goes_on_changing(tmp_p
         kept[checkpoint.step] = {key: tensor.clone() for key, tensor in checkpoint.tensors.items()}
 
     train(members(), source(), 10, save=save, checkpoint_every=5)
-    assert same(run_dir.last_checkpoint().tensors, kept[10]) and not same(kept[5], kept[10])
+    assert same(run_dir.checkpoint_at(10).tensors, kept[10]) and not same(kept[5], kept[10])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
