@@ -51,7 +51,7 @@ train: $(VENV)/.installed  ## train and evaluate a Switch SAE: make train EXPERT
 compare: $(VENV)/.installed  ## Switch against dense TopK SAEs, width-matched and FLOP-matched, on one activation stream
 	$(PY) -m experiments.train experiment=run/compare $(overrides)
 
-sweep: $(VENV)/.installed  ## many SAEs from one pass: make sweep EXPERTS=1,2,4,8 K=16,32 SEEDS=3 MATCH=flops, or EXPERIMENT=small/frontier, or RESUME=runs/...
+sweep: $(VENV)/.installed  ## many SAEs from one pass: make sweep EXPERTS=1,2,4,8 K=16,32 SEEDS=3, or EXPERIMENT=small/frontier, RESUME=runs/...
 	$(if $(RESUME),$(PY) -m experiments.sweep --resume $(RESUME) $(ARGS),$(PY) -m experiments.sweep $(sweep_overrides))
 
 results: $(VENV)/.installed  ## the table of any run folders and sweeps, over seeds: make results RUNS=runs ARGS='--out table.csv'
