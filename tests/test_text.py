@@ -143,10 +143,12 @@ def test_dataset_folder_is_streamed_and_bad_names_are_explained(tmp_path, monkey
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "corpus"
     folder.mkdir()
-    (folder / "train.jsonl").write_text("\n".join(json.dumps({"body": f"document {i}", "n": i}) for i in range(60)))
+    (folder / "train.jsonl").write_text(
+        "\n".join(json.dumps({"body": f"document {i}", "n": i}) for i in range(400))
+    )  # names hold the folder: one in 20 is held out by chance
     config = TextConfig(kind="dataset", dataset=str(folder), text_column="body")
     train, held_out = both_sides(config)
-    assert len(train) + len(held_out) == 60 and held_out and all(d.held_out for d in held_out)
+    assert len(train) + len(held_out) == 400 and held_out and all(d.held_out for d in held_out)
     assert [d.text for d in train] == [f"document {d.name.rsplit('/', 1)[1]}" for d in train]
     with pytest.raises(ValueError, match=r"no text column 'text'\. Set text\.text_column to one of its text columns: \['body'\]"):
         both_sides(TextConfig(kind="dataset", dataset=str(folder)))
