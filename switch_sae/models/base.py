@@ -206,7 +206,6 @@ class SparseAutoencoder(nn.Module, ABC):
     """What it was trained on (`ActivationSource.describe`), for an SAE that was loaded; empty before."""
     execution: Execution = Execution()
     """Who computes the forward pass, and in which precision: PyTorch in float32 unless it is set. Not saved:
-
     it changes rounding, not the function.
     """
     group: Group = ALONE

@@ -1,5 +1,4 @@
 """Loss terms as pure functions. Every coefficient multiplies a quantity in the units of the reconstruction loss:
-
 squared activations summed over D.
 """
 

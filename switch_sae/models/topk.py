@@ -99,7 +99,6 @@ class TopKSAE(FusedTraining):
 
     def flops(self) -> Flops:
         """Backward: gradients of values and W_dec (2DK each) and of W_enc (2DK), on selected rows only;
-
         AuxK, which runs only on dead latents, is left out.
         """
         per_row = 2 * self.d_in

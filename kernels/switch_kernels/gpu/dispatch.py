@@ -38,7 +38,6 @@ class Sorted:
 
 def num_rows(num_pairs: int, num_experts: int) -> int:
     """N, the rows that hold any `num_pairs` pairs in expert order, padding included:
-
     R + E * (ALIGN - 1) rounded up to ALIGN, or R rounded up if E is 1.
     """
     return round_up(num_pairs + (num_experts * (ALIGN - 1) if num_experts > 1 else 0), ALIGN)
@@ -46,7 +45,6 @@ def num_rows(num_pairs: int, num_experts: int) -> int:
 
 def count_experts(expert_TS: Tensor, num_experts: int) -> Tensor:
     """int32 [B, E]: pairs of each expert in each block of `block_tokens(E)` tokens, as `route` counts them;
-
     experts (int32) lie in [0, num_experts).
     """
     tokens, slots = expert_TS.shape
@@ -150,7 +148,6 @@ def _place_pairs(
     ROW_ALIGN: tl.constexpr,
 ):
     """The first `chunks` programs place BLOCK_T pairs each;
-
     the rest mark the padding rows of PAD experts and a slice of those after the last expert.
     """
     program = tl.program_id(0)

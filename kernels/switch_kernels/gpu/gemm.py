@@ -27,7 +27,6 @@ class LatentGradients(NamedTuple):
 @triton.jit
 def find_tile(num_row_tiles, COLUMN_TILES: tl.constexpr, BAND: tl.constexpr = 16):
     """This program's (row tile, column tile). Bands of BAND row tiles are crossed column by column:
-
     programs that run together share rows and weights in L2.
     """
     pid = tl.program_id(0)

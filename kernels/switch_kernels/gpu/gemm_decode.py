@@ -316,7 +316,6 @@ def combine_slots(
     y_ND: Tensor, row_R: Tensor, slots: int, gate_TS: Tensor, x_TD: Tensor, scale: Tensor, b_pre_D: Tensor, grad_scale: float, out_dtype: torch.dtype
 ) -> RowLoss:
     """The loss where several experts serve a token: error_t = sum_s gate[t, s] * y[row of (t, s)] + b_pre - x_t * scale;
-
     y is what `decode_rows` gave.
     """
     num_tokens, D = x_TD.shape

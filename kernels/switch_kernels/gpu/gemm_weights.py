@@ -41,7 +41,6 @@ def _finish_slice(
     BN: tl.constexpr,
 ):
     """Adds the extra rows to a gradient [BM, BN], at the expert's latents from `first` on and columns from `column` on;
-
     writes it and its sum of squares.
     """
     i = tl.arange(0, BM)

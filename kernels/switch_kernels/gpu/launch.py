@@ -36,7 +36,6 @@ _run: Callable[[Launch], None] = Launch.run
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
     """Runs `kernel` on `grid`. Nothing is launched on an empty grid. Options are pinned, never tuned or left to a default:
-
     results stay bitwise the same.
     """
     if min(grid) > 0:

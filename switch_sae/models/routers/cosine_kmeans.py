@@ -1,5 +1,4 @@
 """A control without parameters: the nearest centroid of centred activations, found by online spherical k-means (Banerjee & Ghosh 2004;
-
 Zhong 2005).
 """
 
