@@ -18,7 +18,7 @@ from switch_sae.config import RunConfig, check_baselines, config_from_plain, con
 from switch_sae.files import Say, tell
 from switch_sae.memory import available_bytes, group_bytes
 from switch_sae.models import SAES, SparseAutoencoder
-from switch_sae.models.baselines import baseline_config, usual_baselines
+from switch_sae.models.baselines import Baseline, baseline_config, usual_baselines
 from switch_sae.progress import Progress
 from switch_sae.runs import Checkpoint, RunDir, RunError, environment, load_sae
 from switch_sae.scoring import Entry, Scorer, training_facts
@@ -286,10 +286,9 @@ class _RunKeeper(Keeper):
 
 def run_training(config: RunConfig, say: Say = tell) -> RunDir:
     """Trains an SAE with its baselines, evaluates and saves them in a new run folder. Raises Interrupted after a signal, with everything saved."""
-    baselines = usual_baselines(config.sae) if config.baselines is None else config.baselines
     check_baselines(config)
     run = RunDir.create(config.runs, config.name or f"{config.sae.slug()}-s{config.seed}")
-    return _run(replace(config, baselines=baselines), run, say)
+    return _run(replace(config, baselines=_chosen_baselines(config)), run, say)
 
 
 def resume_training(path: str | Path, say: Say = tell) -> RunDir:
@@ -338,10 +337,16 @@ def _run(config: RunConfig, run: RunDir, say: Say) -> RunDir:
     return run
 
 
+def _chosen_baselines(config: RunConfig) -> list[Baseline]:
+    return usual_baselines(config.sae) if config.baselines is None else config.baselines
+
+
 def run_members(run: RunDir, config: RunConfig, d_in: int) -> list[Member]:
     """The main SAE of a run and its baselines."""
-    baselines = usual_baselines(config.sae) if config.baselines is None else config.baselines
-    return [main_member(run, config), *(Member(b.name, b.name, BASELINE, run, config, baseline_config(config.sae, b, d_in)) for b in baselines)]
+    return [
+        main_member(run, config),
+        *(Member(b.name, b.name, BASELINE, run, config, baseline_config(config.sae, b, d_in)) for b in _chosen_baselines(config)),
+    ]
 
 
 def main_member(run: RunDir, config: RunConfig) -> Member:
