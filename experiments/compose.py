@@ -14,9 +14,9 @@ from omegaconf.errors import InterpolationKeyError
 
 from switch_sae.activations import SOURCES
 from switch_sae.choices import Choice
+from switch_sae.cohort import Interrupted
 from switch_sae.config import RunConfig, check_baselines
 from switch_sae.models import ROUTERS, SAES
-from switch_sae.orchestrator import Interrupted
 from switch_sae.plain import to_plain
 from switch_sae.runs import RunError
 from switch_sae.sweep import SweepConfig

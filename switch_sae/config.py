@@ -9,8 +9,12 @@ from switch_sae.checks import all_at_least
 from switch_sae.models import SAES
 from switch_sae.models.baselines import Baseline, why_no_baseline
 from switch_sae.plain import from_plain, to_plain
+from switch_sae.rows import OUTLIER_FACTOR
 from switch_sae.training import TrainerConfig
 from switch_sae.wandb_logger import WandbConfig
+
+BEFORE: dict[str, Any] = {"outlier_factor": None}
+"""What settings meant in runs that were saved before they existed."""
 
 
 @dataclass
@@ -41,6 +45,9 @@ class RunConfig:
     """What trains beside the SAE, on the same batches; null is what the architecture suggests (`usual_baselines`)."""
     normalize_activations: bool = True
     """Scale activations once so that their mean squared norm is D; the factor is saved with the SAE."""
+    outlier_factor: float | None = OUTLIER_FACTOR
+    """Rows whose norm exceeds so many median norms of the calibration rows do not train and set no scale; null keeps all rows. They are evaluated,
+    apart from the others."""
     calibration_rows: int = 32_768
     """First rows of the stream, which set the scale, the biases' start and the PCA control; they are not trained on."""
     tokens: int = 2_500_000
@@ -66,6 +73,8 @@ class RunConfig:
     """Name in the run folder's name; None is made from the architecture."""
 
     def __post_init__(self) -> None:
+        if self.outlier_factor is not None and not self.outlier_factor > 1:
+            raise ValueError(f"outlier_factor={self.outlier_factor} must be above 1, such as 10 median norms, or null to leave no row out.")
         all_at_least(self, tokens=1, batch_size=1, calibration_rows=2, log_every=0, checkpoint_every=0, threads=0)
         if self.tokens < self.batch_size:
             raise ValueError(f"tokens={self.tokens} is less than one batch (batch_size={self.batch_size}). Raise tokens or lower batch_size.")
@@ -97,5 +106,5 @@ def config_to_plain(config: RunConfig) -> dict[str, Any]:
 
 def config_from_plain(plain: dict[str, Any]) -> RunConfig:
     """The inverse of `config_to_plain`, in any version. Raises ValueError for names that this version does not know."""
-    config: RunConfig = from_plain(RunConfig, plain)
+    config: RunConfig = from_plain(RunConfig, {**BEFORE, **plain})
     return config

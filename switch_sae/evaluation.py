@@ -1,7 +1,7 @@
 """Scoring an SAE on the fixed evaluation rows: every metric that applies, with intervals over documents."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from switch_sae.activations.base import EvaluationSet
+from switch_sae.countdown import Countdown
+from switch_sae.files import Say
 from switch_sae.metrics import METRICS, Downstream, DownstreamLoss, Firing, Metric, MetricBatch, MetricSetup
-from switch_sae.metrics.bootstrap import bootstrap_intervals
-from switch_sae.metrics.forward import Evaluable, sae_outputs
+from switch_sae.metrics.bootstrap import bootstrap_intervals, intervals
+from switch_sae.metrics.forward import Evaluable, chunks, outputs
+from switch_sae.rows import NormLimit
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class Estimate:
     def __format__(self, spec: str) -> str:
         spec = spec or ".4g"
         return f"{self.value:{spec}}" if self.low is None or self.high is None else f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+_PLAIN = ("vectors", "flops", "rows", "documents", "outlier_rows", "predictions")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Results:
     """Next-token predictions behind ce_*, delta_ce, kl and loss_recovered_*; 0 when no downstream was given."""
     firing_counts: Tensor
     """[M] evaluation rows on which each latent fired, int64."""
+    prediction_documents: int | None = None
+    """Documents that the predictions come from; None without downstream, or in results of an earlier version."""
 
     def __getitem__(self, name: str) -> Estimate:
         if name not in self.metrics:
@@ -53,7 +61,7 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values. Numbers that are not finite (a ratio whose denominator is 0) become null: JSON has none."""
-        plain = {name: getattr(self, name) for name in ("vectors", "flops", "rows", "documents", "outlier_rows", "predictions")}
+        plain = {name: getattr(self, name) for name in (*_PLAIN, "prediction_documents")}
         metrics = {name: {key: _finite_or_none(value) for key, value in asdict(estimate).items()} for name, estimate in self.metrics.items()}
         return {"metrics": metrics, **plain, "firing_counts": self.firing_counts.tolist()}
 
@@ -65,12 +73,25 @@ class Results:
 
 
 def evaluate(sae: Evaluable, evaluation_set: EvaluationSet, downstream: Downstream | None = None, bootstrap: int = 1000) -> Results:
-    """Scores an SAE, or a control such as `PCABaseline`, on all rows of an evaluation set; the SAE is left exactly as it was.
+    """Scores one SAE, or a control such as `PCABaseline`: a group of one, see `evaluate_group`."""
+    return evaluate_group({"sae": sae}, evaluation_set, downstream, bootstrap).results["sae"]
+
+
+def evaluate_group(
+    saes: Mapping[str, Evaluable],
+    evaluation_set: EvaluationSet,
+    downstream: Downstream | None = None,
+    bootstrap: int = 1000,
+    failed: Callable[[str, Exception], None] | None = None,
+    say: Say | None = None,
+) -> "GroupResults":
+    """Scores SAEs and controls on all rows of an evaluation set, in one pass over the language model; each SAE is left exactly as it was.
 
     `bootstrap` is the number of resamples behind each 95 % interval over documents (0: no intervals; a single document has none either). Rows are
-    run in chunks of a fixed size, so the result is the same to the last bit for every caller.
+    run in chunks of a fixed size, so the result is the same to the last bit for every caller and in every company. `say` hears how long it will take.
 
-    Raises ValueError for rows or outputs that are not finite, and for a downstream made from another evaluation set.
+    Raises ValueError for rows or outputs that are not finite, and for a downstream made from another evaluation set; with `failed`, an SAE that
+    cannot be scored is left out and `failed` is told (name, error).
     """
     if downstream is not None and downstream.evaluation_set is not evaluation_set:
         raise ValueError("downstream was prepared from another evaluation set: its numbers would not belong to these rows. Make it from this one.")
@@ -78,38 +99,107 @@ def evaluate(sae: Evaluable, evaluation_set: EvaluationSet, downstream: Downstre
     documents, document_T = evaluation_set.document_T.cpu().unique(return_inverse=True)
     if len(document_T) != len(rows):
         raise ValueError(f"the evaluation set has {len(rows)} rows but {len(document_T)} document numbers; it needs one per row.")
-    setup = MetricSetup.of(rows.target_TD, len(documents), sae.num_latents, sae.num_experts)
-    metrics = {name: metric(setup) for name, metric in METRICS.items() if metric.applies(setup)}
-    firing = metrics["firing"]
-    assert isinstance(firing, Firing)
-    outliers = 0
-    for chosen, target_TD, output in sae_outputs(sae, rows):
-        batch = MetricBatch.of(target_TD, output, document_T[chosen])
-        outliers += len(batch.target_TD) - int(batch.inlier_T(setup.norm_limit).sum())
-        for metric in metrics.values():
-            metric.update(batch)
-    estimates = _estimates(list(metrics.values()), len(documents), bootstrap)
+    shared = MetricSetup.of(rows.target_TD, len(documents), num_latents=0, num_experts=0)
+    scores = {name: _Scores.of(replace(shared, num_latents=sae.num_latents, num_experts=sae.num_experts)) for name, sae in saes.items()}
+    losses: dict[str, DownstreamLoss] = {}
+    saes = dict(saes)
+
+    def out(name: str, error: Exception) -> None:
+        if failed is None:
+            raise error
+        del saes[name], scores[name]
+        losses.pop(name, None)
+        failed(name, error)
+
+    progress = Countdown("evaluating", len(rows), "rows", say or (lambda _: None))
+    for chosen in chunks(len(rows)):
+        for name, sae in list(saes.items()):
+            try:
+                target_TD, output = outputs(sae, rows[chosen])
+                scores[name].update(MetricBatch.of(target_TD, output, document_T[chosen]))
+            except Exception as error:  # one SAE that cannot be run must not stop the others
+                out(name, error)
+        progress(chosen.stop)
     if downstream is not None:
-        loss = DownstreamLoss(replace(setup, num_documents=downstream.num_documents))
-        for predictions in downstream.predictions(sae):
-            loss.update(predictions)
-        estimates |= _estimates([loss], downstream.num_documents, bootstrap)
-    flops = sae.flops()
-    return Results(
-        metrics=estimates,
-        vectors={name: values for metric in metrics.values() for name, values in metric.vectors().items()},
-        flops=asdict(flops) | {"forward": flops.forward, "total": flops.total},
-        rows=len(document_T),
-        documents=len(documents),
-        outlier_rows=outliers,
-        predictions=0 if downstream is None else downstream.num_predictions,
-        firing_counts=firing.firing_counts,
-    )
+        losses = {name: DownstreamLoss(replace(shared, num_documents=downstream.num_documents)) for name in saes}
+        progress = Countdown("evaluating", len(downstream), "parts of the text", say or (lambda _: None))
+        for done, batches in enumerate(downstream.predictions(saes, out), start=1):
+            for name, batch in batches.items():
+                losses[name].update(batch)
+            progress(done)
+    outliers = len(rows) - int(NormLimit.of(rows).inlier_T(rows).sum())
+    results = {}
+    for name, sae in saes.items():
+        metrics, flops = list(scores[name].metrics.values()), sae.flops()
+        estimates = _estimates(metrics, len(documents), bootstrap)
+        if downstream is not None:
+            estimates |= _estimates([losses[name]], downstream.num_documents, bootstrap)
+        results[name] = Results(
+            metrics=estimates,
+            vectors={key: values for metric in metrics for key, values in metric.vectors().items()},
+            flops=asdict(flops) | {"forward": flops.forward, "total": flops.total},
+            rows=len(document_T),
+            documents=len(documents),
+            outlier_rows=outliers,
+            predictions=0 if downstream is None else downstream.num_predictions,
+            firing_counts=scores[name].firing.firing_counts,
+            prediction_documents=None if downstream is None else downstream.num_documents,
+        )
+    measured: dict[str, dict[str, Metric[Any]]] = {name: {"fvu_inliers": scores[name].metrics["fvu"]} for name in saes}
+    for name, loss in losses.items():
+        measured[name]["delta_ce"] = loss
+    return GroupResults(results, measured, bootstrap)
+
+
+@dataclass(frozen=True)
+class GroupResults:
+    """What a group scored on the same rows."""
+
+    results: dict[str, Results]
+    _measured: dict[str, dict[str, Metric[Any]]]
+    """What `ratios` compares, by name of the SAE and of the number."""
+    _bootstrap: int
+
+    def ratios(self, main: str) -> dict[str, dict[str, Estimate]]:
+        """By the name of every other SAE: FVU (outliers left out) and delta CE of `main` divided by its own, with the interval that resampling the
+        same documents for both gives. A number that is not above 0 has no ratio."""
+        ratios: dict[str, dict[str, Estimate]] = {}
+        for other, measured in self._measured.items():
+            for name, theirs in measured.items() if other != main else ():
+                ours, below = self._measured[main][name], self.results[other].metrics[name].value
+                if not below > 0:
+                    continue
+
+                def resampled(weights_RN: Tensor, ours: Any = ours, theirs: Any = theirs, name: str = name) -> dict[str, Tensor]:
+                    return {name: ours.replicates(weights_RN)[name] / theirs.replicates(weights_RN)[name]}
+
+                interval = intervals(resampled, theirs.setup.num_documents, self._bootstrap).get(name, (None, None))
+                ratios.setdefault(other, {})[name] = Estimate(self.results[main].metrics[name].value / below, *interval)
+        return ratios
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The metrics that apply to one SAE."""
+
+    metrics: dict[str, Metric[MetricBatch]]
+    firing: Firing
+
+    @classmethod
+    def of(cls, setup: MetricSetup) -> "_Scores":
+        metrics = {name: metric(setup) for name, metric in METRICS.items() if metric.applies(setup)}
+        firing = metrics["firing"]
+        assert isinstance(firing, Firing)
+        return cls(metrics, firing)
+
+    def update(self, batch: MetricBatch) -> None:
+        for metric in self.metrics.values():
+            metric.update(batch)
 
 
 def _estimates(metrics: Sequence[Metric[Any]], num_documents: int, replicates: int) -> dict[str, Estimate]:
-    intervals = bootstrap_intervals(metrics, num_documents, replicates)
-    return {name: Estimate(value, *intervals.get(name, (None, None))) for metric in metrics for name, value in metric.compute().items()}
+    spans = bootstrap_intervals(metrics, num_documents, replicates)
+    return {name: Estimate(value, *spans.get(name, (None, None))) for metric in metrics for name, value in metric.compute().items()}
 
 
 def _finite_or_none(value: float | None) -> float | None:

@@ -8,12 +8,14 @@ from typing import Self
 
 from tqdm import tqdm
 
+from switch_sae.countdown import PATIENCE, duration
 from switch_sae.files import tell
 from switch_sae.training import StepResult
 
 
 class Progress:
-    """A bar with loss, FVU, dead latents, tokens/s and time left; where no terminal is attached, one line per 5 % of the run."""
+    """A bar with loss, FVU, dead latents, tokens/s and time left; where no terminal is attached, one line per 5 % of the run, and the first after
+    `PATIENCE` seconds, so that a long run says early how long it will be."""
 
     def __init__(self, total_steps: int, batch_size: int, start: int = 0) -> None:
         self.total_steps, self.batch_size, self.start = total_steps, batch_size, start
@@ -36,9 +38,10 @@ class Progress:
             if now - self._shown > 0.5 or step == self.total_steps:
                 self._shown = now
                 self.bar.set_postfix_str(self._text(step, results, now))
-        elif step % self._every == 0 or step == self.total_steps:
-            left = (self.total_steps - step) * (now - self.began) / max(1, step - self.start)
-            tell(f"step {step:>6}/{self.total_steps}  {self._text(step, results, now)}  {left:.0f} s left")
+        elif step % self._every == 0 or step == self.total_steps or (self._shown == self.began and now - self.began > PATIENCE):
+            self._shown = now
+            left = duration((self.total_steps - step) * (now - self.began) / max(1, step - self.start))
+            tell(f"step {step:>6}/{self.total_steps}  {self._text(step, results, now)}  {left} left")
 
     def _text(self, step: int, results: Sequence[StepResult], now: float) -> str:
         rate = (step - self.start) * self.batch_size / (now - self.began)

@@ -1,10 +1,14 @@
-"""Rows of activations: what an SAE reads, and what it must reconstruct."""
+"""Rows of activations: what an SAE reads, what it must reconstruct, and which of them are outliers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+OUTLIER_FACTOR = 10.0
+"""A row is an outlier when its norm exceeds this many median norms. A few such rows in ten thousand can hold half of the variance: position 0 of
+GPT-2, attention sinks at ordinary positions of Llama-like models (saprmarks/dictionary_learning, pull request 52)."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,44 @@ class Rows:
             return Rows(x_TD, x_TD)
         return Rows(x_TD, torch.cat([part.target_TD for part in parts]))
 
-    def __getitem__(self, chosen: slice) -> "Rows":
+    def __getitem__(self, chosen: slice | Tensor) -> "Rows":
         return self.map(lambda rows_TD: rows_TD[chosen])
 
     def __len__(self) -> int:
         return len(self.x_TD)
+
+
+@dataclass(frozen=True)
+class NormLimit:
+    """Norms above which rows are outliers."""
+
+    x: float
+    target: float
+    """Of targets; equal to `x` for an autoencoder."""
+
+    @classmethod
+    def of(cls, rows: Rows, factor: float = OUTLIER_FACTOR) -> "NormLimit":
+        """`factor` median norms of these rows. Raises ValueError where half of them are zero: their median says nothing."""
+        limits = [factor * float(norms(rows_TD).median()) for rows_TD in _distinct(rows)]
+        if min(limits) == 0:
+            raise ValueError("at least half of the rows are zero, so their median norm says nothing about outliers. Check the hook point.")
+        return cls(limits[0], limits[-1])
+
+    def inlier_T(self, rows: Rows) -> Tensor:
+        """Which rows are no outliers, bool."""
+        small = [norms(rows_TD) <= limit for rows_TD, limit in zip(_distinct(rows), (self.x, self.target), strict=False)]
+        return small[0] & small[-1]
+
+    def inliers(self, rows: Rows) -> Rows:
+        """The rows that are no outliers; the very same where none is."""
+        inlier_T = self.inlier_T(rows)
+        return rows if bool(inlier_T.all()) else rows[inlier_T]
+
+
+def norms(x_TD: Tensor) -> Tensor:
+    """[T] Euclidean norms, float32."""
+    return torch.linalg.vector_norm(x_TD.float(), dim=1)
+
+
+def _distinct(rows: Rows) -> list[Tensor]:
+    return [rows.x_TD] if rows.target_TD is rows.x_TD else [rows.x_TD, rows.target_TD]

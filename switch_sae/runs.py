@@ -6,6 +6,7 @@
       metrics.jsonl        one JSON object per logged step
       checkpoints/         step-00001000.safetensors: everything an exact resume needs, at most two of them
       model.safetensors    the SAE: weights, and in its header architecture, config, and what its activations were
+      training.json        what training cost, until there are scores; then it is in results.json
       results.json         evaluation
       figures/
       analysis/            what analyses of its weights found (`analysis.base`)
@@ -41,7 +42,7 @@ from switch_sae.plain import to_plain
 FORMAT_VERSION = 2
 _READABLE = ("1", "2")
 """Version 2: the router of an SAE is a part with settings and weights of its own."""
-MODEL_FILE = "model.safetensors"
+MODEL_FILE, TRAINING_FILE = "model.safetensors", "training.json"
 _KEPT_CHECKPOINTS = 2
 
 
@@ -157,9 +158,10 @@ class RunDir:
         """Removes one that cannot be read, or that training will write again."""
         self._checkpoint_file(step).unlink(missing_ok=True)
 
-    def remove_checkpoints(self) -> None:
-        """For a finished run: the SAE itself is in model.safetensors."""
+    def finish(self) -> None:
+        """For a run with results: removes what only an unfinished one needs. The SAE itself is in model.safetensors."""
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        (self.path / TRAINING_FILE).unlink(missing_ok=True)
 
     def remove_part_files(self) -> None:
         """Removes what a killed process had half written; nothing ever reads it. Only for a run that no other process is writing."""

@@ -7,22 +7,31 @@ import torch
 
 from switch_kernels import Execution
 from switch_sae.activations import ActivationSource, build_source
+from switch_sae.countdown import duration
 from switch_sae.models import SparseAutoencoder
-from switch_sae.rows import Rows
+from switch_sae.rows import NormLimit, Rows
 from switch_sae.training import Trainer, TrainerConfig, prepare
 
 
 class Stream:
     """Batches for training, after the calibration rows, which set scales, the biases' start and the PCA control and are not trained on."""
 
-    def __init__(self, source_config: Any, batch_size: int, rows: int, calibration_rows: int, device: str, execution: Execution) -> None:
-        """`rows` is how many rows the job will read, calibration included."""
+    def __init__(
+        self, source_config: Any, batch_size: int, rows: int, calibration_rows: int, device: str, execution: Execution, outlier_factor: float | None
+    ) -> None:
+        """`rows` is how many rows the job will read, calibration included; `outlier_factor` as in `RunConfig`."""
         self.source_config, self.batch_size, self.device, self.execution = source_config, batch_size, device, execution
+        self.outlier_factor, self._rows = outlier_factor, rows
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)  # graphs and kernels go to the current device
         self.source: ActivationSource = build_source(on_device(source_config, device), batch_size, rows)
         try:
-            self.calibration = first_rows(self.source, calibration_rows)
+            first = first_rows(self.source, calibration_rows)
+            self.limit = None if outlier_factor is None else NormLimit.of(first, outlier_factor)
+            """Rows of a larger norm do not train."""
+            self.calibration = first if self.limit is None else self.limit.inliers(first)
+            """Without outliers."""
+            self._outliers = len(first) - len(self.calibration), len(first)
             self.start = self.source.state_dict()
             """Where training begins."""
         except BaseException:
@@ -31,8 +40,12 @@ class Stream:
 
     def trainer(self, sae: SparseAutoencoder, config: TrainerConfig, total_steps: int, normalize_activations: bool) -> Trainer:
         """A trainer for a new SAE, which moves to the device and gets its scale and biases from the calibration rows."""
-        prepare(sae.to(self.device), self.calibration, normalize_activations)
+        prepare(sae.to(self.device), self.calibration, normalize_activations, None)
         return Trainer(sae, config, total_steps, self.batch_size, self.execution)
+
+    def batches(self) -> "Batches":
+        """The batches of one training, from where the source stands."""
+        return Batches(self.source, self.limit)
 
     def rewind(self) -> None:
         """Goes to where training begins, unless it is there: going anew would make the first block of activations once more."""
@@ -40,15 +53,87 @@ class Stream:
             self.source.load_state_dict(self.start)
 
     def describe(self) -> str:
-        """One line about the activations."""
+        """What the activations are, how many of the first are outliers, and how long those of the run will take."""
         about = self.source.describe()
         told = {key: about[key] for key in ("model", "hook", "context_length") if key in about} | {"d_in": self.source.d_in}
         told |= {f"text {key}": about["text"][key] for key in ("kind", "documents", "rows_per_epoch") if key in about.get("text", {})}
         words = (f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in told.items())
-        return f"activations: {about['source']}, {', '.join(words)}"
+        lines = [f"activations: {about['source']}, {', '.join(words)}"]
+        if self.limit is not None:
+            count, first = self._outliers
+            lines.append(
+                f"outliers: {count:,} of the first {first:,} rows ({count / first:.2%}) lie beyond {self.outlier_factor:g} median norms "
+                f"({self.limit.x:.4g}); such rows set no scale and do not train (outlier_factor=null keeps them)"
+            )
+        if self.source.rate is not None:
+            lines.append(
+                f"activations: {self.source.rate:,.0f} rows/s; the {self._rows:,} of this run take about {duration(self._rows / self.source.rate)}"
+            )
+        return "\n".join(lines)
 
     def close(self) -> None:
         self.source.close()
+
+
+class Batches:
+    """A source's batches without outliers: rows beyond the limit are left out, and the batch is filled up from the next one.
+
+    A stand-in for the source in `training.train`. Where there are no outliers, its batches are the source's own, bit for bit.
+    """
+
+    def __init__(self, source: ActivationSource, limit: NormLimit | None) -> None:
+        """`limit` None leaves nothing out."""
+        self.source, self.limit = source, limit
+        self.rows = self.left_out = 0
+        """How many rows were looked at, and how many of them were outliers."""
+        self._rest: Rows | None = None
+        self._before: dict[str, Any] = {}
+        """Where the source stood before it gave the batch that `_rest` is the end of, whose first `_taken` inliers are used up."""
+        self._taken = self._size = 0
+
+    def __next__(self) -> Rows:
+        if self.limit is None:
+            return next(self.source)
+        parts: list[Rows] = []
+        while not parts or (missing := self._size - sum(map(len, parts))):
+            rest = self._draw() if self._rest is None else self._rest
+            part = rest[:missing] if parts and len(rest) > missing else rest
+            parts.append(part)
+            self._taken += len(part)
+            self._rest = rest[len(part) :] if len(part) < len(rest) else None
+        return Rows.cat(parts)
+
+    def _draw(self) -> Rows:
+        """The inliers of the source's next batch. Raises ValueError where most rows are outliers: they are not like those that set the limit."""
+        assert self.limit is not None
+        self._before, self._taken = self.source.state_dict(), 0
+        rows = next(self.source)
+        inliers = self.limit.inliers(rows)
+        self._size = len(rows)
+        self.rows += len(rows)
+        self.left_out += len(rows) - len(inliers)
+        if 2 * self.left_out > self.rows > 10 * len(rows):
+            raise ValueError(
+                f"{self.left_out:,} of {self.rows:,} training rows have a norm above {self.limit.x:.4g} and would be left out: they are not like the "
+                "calibration rows, which set this limit. Raise calibration_rows, or train on all rows with outlier_factor=null."
+            )
+        return inliers
+
+    def state_dict(self) -> dict[str, Any]:
+        """The source's state, and how far into its next batch the rows are used up."""
+        if self._rest is None:
+            return {**self.source.state_dict(), "outliers": {"rows": self.rows, "left_out": self.left_out, "taken": 0}}
+        return {**self._before, "outliers": {"rows": self.rows, "left_out": self.left_out, "taken": self._taken}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Also of an earlier version, or of the source alone. Raises as the source does."""
+        counted = state.get("outliers", {"rows": 0, "left_out": 0, "taken": 0})
+        self.source.load_state_dict({key: value for key, value in state.items() if key != "outliers"})
+        self._rest = None
+        if counted["taken"] and self.limit is not None:
+            self._rest = self._draw()[counted["taken"] :]
+            self._taken = counted["taken"]
+        self.rows, self.left_out = counted["rows"], counted["left_out"]
 
 
 def first_rows(source: ActivationSource, rows: int) -> Rows:

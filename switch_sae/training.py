@@ -18,7 +18,7 @@ from switch_sae.checks import all_at_least
 from switch_sae.engines import Engine, EngineSettings, Outcome, TorchEngine, TritonEngine
 from switch_sae.models import SparseAutoencoder
 from switch_sae.models.fused import FusedTraining, why_not_fused
-from switch_sae.rows import Rows
+from switch_sae.rows import OUTLIER_FACTOR, NormLimit, Rows
 from switch_sae.runs import Checkpoint, renamed
 
 DEFAULT_EXECUTION = Execution()
@@ -204,10 +204,11 @@ class Trainer:
 
 
 @torch.no_grad()
-def prepare(sae: SparseAutoencoder, calibration: Rows, normalize_activations: bool) -> None:
+def prepare(sae: SparseAutoencoder, calibration: Rows, normalize_activations: bool, outlier_factor: float | None = OUTLIER_FACTOR) -> None:
     """The data-dependent start: one scale so that the mean squared norm of activations is D (or 1 if switched off), then the biases.
 
-    The rows may be on another device than the SAE, which stays where it is. Raises ValueError for activations that are all zero or not finite.
+    Rows beyond `outlier_factor` median norms have no part in it; None leaves none out. The rows may be on another device than the SAE, which stays
+    where it is. Raises ValueError for activations that are all zero or not finite.
     """
     calibration = calibration.to(sae.activation_scale.device)
     for rows_TD in (calibration.x_TD, calibration.target_TD):
@@ -215,6 +216,8 @@ def prepare(sae: SparseAutoencoder, calibration: Rows, normalize_activations: bo
             raise ValueError("the first activations hold NaN or infinite values: check the model, the hook and its dtype.")
         if not rows_TD.any():
             raise ValueError("the first activations are all zero: this hook carries nothing. Choose another.")
+    if outlier_factor is not None:
+        calibration = NormLimit.of(calibration, outlier_factor).inliers(calibration)
     if normalize_activations:
         sae.set_scale(calibration)
     sae.initialize(calibration)

@@ -10,10 +10,11 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.compose import CONF, register_schemas, run_config
 from switch_sae.activations import LanguageModelSource, SyntheticSource
 from switch_sae.activations.language_model import BUNDLED
+from switch_sae.cohort import build_sae
 from switch_sae.config import Baseline, RunConfig, config_from_plain, config_to_plain
 from switch_sae.models import ROUTERS, SAES, SwitchSAE
 from switch_sae.models.topk import EncoderInit
-from switch_sae.orchestrator import build_sae, run_members, run_training
+from switch_sae.orchestrator import run_members, run_training
 from switch_sae.runs import RunDir
 from switch_sae.training import LRWidth
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from switch_sae.activations.base import EvaluationSet
 from switch_sae.analysis.pca import PCABaseline
-from switch_sae.evaluation import Estimate, Results, evaluate
+from switch_sae.evaluation import Estimate, Results, evaluate, evaluate_group
 from switch_sae.metrics import Downstream
 from switch_sae.models import Flops, SAEOutput, SparseLatents, SwitchSAE, TopKSAE
 
@@ -23,7 +23,7 @@ class ToyModel:
         generator = torch.Generator().manual_seed(seed)
         self.embedding = torch.randn(V, D, generator=generator) + 0.5
         self.head = torch.randn(D, V, generator=generator)
-        self.clean_passes = 0
+        self.passes = 0
 
     def activations(self, tokens_CS):
         return self.mixed(self.embedding[tokens_CS.long()])
@@ -33,7 +33,7 @@ class ToyModel:
         return x_CSD + x_CSD.cumsum(1) / torch.arange(1, x_CSD.shape[1] + 1)[:, None]
 
     def logits(self, tokens_CS, replace=None):
-        self.clean_passes += replace is None
+        self.passes += 1
         x = self.activations(tokens_CS)
         return self.mixed(x if replace is None else replace(x)) @ self.head
 
@@ -75,12 +75,12 @@ def switch(k=3):
     return SwitchSAE(SwitchSAE.Config(num_latents=24, k=k, num_experts=4), D, torch.Generator().manual_seed(1))
 
 
-def by_hand(model, evaluation_set, function):
-    """CE and KL of every counted prediction, one context and one position at a time."""
+def by_hand(model, evaluation_set, function, everywhere=False):
+    """CE and KL of every counted prediction, one context and one position at a time; `everywhere` replaces positions that were not kept too."""
     clean_ce, spliced_ce, kl = [], [], []
     for tokens, keep in zip(evaluation_set.tokens_CS, evaluation_set.keep_CS, strict=True):
         x = model.activations(tokens[None])[0]
-        spliced = torch.stack([function(row[None])[0] if kept else row for row, kept in zip(x, keep, strict=True)])
+        spliced = torch.stack([function(row[None])[0] if kept or everywhere else row for row, kept in zip(x, keep, strict=True)])
         clean_logits, spliced_logits = (model.mixed(rows[None])[0] @ model.head for rows in (x, spliced))
         for s in range(S - 1):
             if keep[s] and keep[s + 1]:
@@ -97,7 +97,7 @@ def test_downstream_equals_predicting_one_position_at_a_time():
     results = evaluate(Elementwise(lambda x: 0.7 * x + 0.1), evaluation_set, Downstream(model, evaluation_set), bootstrap=20)
     clean, spliced, kl = by_hand(model, evaluation_set, lambda x: 0.7 * x + 0.1)
     mean = evaluation_set.x_TD.mean(0, keepdim=True)
-    _, zero_ce, _ = by_hand(model, evaluation_set, torch.zeros_like)
+    _, zero_ce, _ = by_hand(model, evaluation_set, torch.zeros_like, everywhere=True)
     _, mean_ce, _ = by_hand(model, evaluation_set, lambda x: mean)
     expected = {"ce_clean": clean, "ce_spliced": spliced, "delta_ce": spliced - clean, "kl": kl, "ce_zero": zero_ce, "ce_mean": mean_ce}
     expected["loss_recovered_zero"] = (zero_ce - spliced) / (zero_ce - clean)
@@ -117,8 +117,8 @@ def test_identity_changes_nothing_and_zero_is_zero_ablation():
         assert same[name] == Estimate(0, 0, 0), name
     assert same["loss_recovered_zero"].value == same["loss_recovered_mean"].value == 1
     assert same["cosine"].value == pytest.approx(1) and same["relative_norm"].value == 1
-    nothing = evaluate(Elementwise(torch.zeros_like), evaluation_set, downstream, bootstrap=0)
-    assert nothing["ce_spliced"] == Estimate(nothing["ce_zero"].value) and nothing["loss_recovered_zero"].value == 0
+    nothing = evaluate(Elementwise(torch.zeros_like), evaluation_set, downstream, bootstrap=0)  # zeros at kept positions only: less is lost
+    assert nothing["loss_recovered_zero"].value != 0 and nothing["ce_spliced"].value != nothing["ce_zero"].value
     mean = evaluation_set.x_TD.double().mean(0).float()
     average = evaluate(Elementwise(lambda x: mean.expand_as(x)), evaluation_set, downstream, bootstrap=0)
     assert average["loss_recovered_mean"].value == 0 and average["fvu"].value == pytest.approx(1, abs=1e-6)
@@ -128,12 +128,87 @@ def test_clean_predictions_are_shared_and_the_cache_does_not_change_numbers():
     model = ToyModel()
     evaluation_set = text_set(model)
     cached, uncached = Downstream(model, evaluation_set), Downstream(model, evaluation_set, cache_bytes=0)
-    model.clean_passes = 0
     sae = switch()
     first = evaluate(sae, evaluation_set, cached, bootstrap=10)
-    assert model.clean_passes == 0
     assert evaluate(sae, evaluation_set, uncached, bootstrap=10).to_json() == first.to_json()
-    assert model.clean_passes > 0
+    model.passes = 0
+    assert evaluate(sae, evaluation_set, cached, bootstrap=10).to_json() == first.to_json() and model.passes == 3  # three chunks, the SAE's pass each
+    assert evaluate(sae, evaluation_set, uncached, bootstrap=10).to_json() == first.to_json() and model.passes == 9  # and the clean run again
+
+
+def test_a_group_shares_the_language_model_and_each_scores_as_alone():
+    model = ToyModel()
+    evaluation_set = text_set(model)
+    saes = {"switch": switch(), "topk": TopKSAE(TopKSAE.Config(num_latents=24, k=3), D), "pca": PCABaseline.fit(evaluation_set.x_TD, 2)}
+    alone = {name: evaluate(sae, evaluation_set, Downstream(model, evaluation_set), bootstrap=40).to_json() for name, sae in saes.items()}
+    downstream, model.passes = Downstream(model, evaluation_set), 0
+    group = evaluate_group(saes, evaluation_set, downstream, bootstrap=40)
+    assert {name: results.to_json() for name, results in group.results.items()} == alone
+    assert model.passes == 3 * (2 + 3) + 1  # clean, mean and every SAE for each chunk; zeros once
+    ratios = group.ratios("switch")
+    assert ratios.keys() == {"topk", "pca"}
+    for other, ratio in ratios.items():
+        for name, estimate in ratio.items():
+            assert estimate.value == group.results["switch"][name].value / group.results[other][name].value
+            assert estimate.low < estimate.value < estimate.high
+    assert evaluate_group({"a": saes["topk"], "b": saes["topk"]}, evaluation_set, bootstrap=40).ratios("a") == {
+        "b": {"fvu_inliers": Estimate(1, 1, 1)}
+    }
+
+
+@pytest.mark.parametrize("where", ["rows", "predictions"])
+def test_an_sae_that_cannot_be_scored_leaves_the_others_alone(where):
+    model, calls = ToyModel(), []
+    evaluation_set = text_set(model)
+    ill = Elementwise(lambda x: calls.append(0) or (x / 0 if where == "rows" or len(calls) > 1 else x))
+    told = {}
+    group = evaluate_group({"ill": ill, "well": switch()}, evaluation_set, Downstream(model, evaluation_set), 20, failed=told.__setitem__)
+    assert group.results.keys() == {"well"} and "reconstruction hold NaN" in str(told["ill"])
+    assert group.results["well"].to_json() == evaluate(switch(), evaluation_set, Downstream(model, evaluation_set), 20).to_json()
+    with pytest.raises(ValueError, match="reconstruction hold NaN"):
+        evaluate_group({"ill": Elementwise(lambda x: x / 0), "well": switch()}, evaluation_set)
+
+
+class LooksBack(ToyModel):
+    """Sees the tokens after the hook too, so that zeros at the hook do not make all contexts alike."""
+
+    def logits(self, tokens_CS, replace=None):
+        return super().logits(tokens_CS, replace) + self.embedding[tokens_CS.long()] @ self.head
+
+
+def test_zero_ablation_is_computed_for_each_context_where_they_differ():
+    for model in (ToyModel(), LooksBack()):
+        evaluation_set = text_set(model)
+        results = evaluate(switch(), evaluation_set, Downstream(model, evaluation_set), bootstrap=0)
+        keep, tokens = evaluation_set.keep_CS, evaluation_set.tokens_CS.long()
+        logprobs = model.logits(tokens, lambda x: 0 * x).log_softmax(2)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+        assert results["ce_zero"].value == pytest.approx(-float(logprobs[keep[:, :-1] & keep[:, 1:]].double().mean()), rel=1e-6)
+
+
+class Pointwise(ToyModel):
+    """Mixes positions after the hook alone, so that one row of huge norm stays one."""
+
+    def activations(self, tokens_CS):
+        return self.embedding[tokens_CS.long()]
+
+
+def test_outlier_rows_are_spliced_and_told_apart():
+    model = Pointwise()
+    model.embedding[3] *= 100
+    evaluation_set = text_set(model)
+    x = evaluation_set.x_TD
+    limit = 10 * x.norm(dim=1).median()
+    outliers = x.norm(dim=1) > limit
+    assert 0 < outliers.sum() < len(x) / 5
+    spoiled = evaluate(
+        Elementwise(lambda x: torch.where(x.norm(dim=1, keepdim=True) > limit, 0 * x, x)), evaluation_set, Downstream(model, evaluation_set)
+    )
+    assert spoiled.outlier_rows == int(outliers.sum()) and spoiled["fvu_inliers"].value == 0 and spoiled["fvu"].value > 0.5
+    assert spoiled["delta_ce_inliers"] == spoiled["kl_inliers"] == Estimate(0, 0, 0) and spoiled["delta_ce"].value != 0 and spoiled["kl"].value > 0
+    same = evaluate(
+        Elementwise(lambda x: torch.where(x.norm(dim=1, keepdim=True) > limit, x, 0.9 * x)), evaluation_set, Downstream(model, evaluation_set)
+    )
+    assert same["delta_ce_inliers"] == same["delta_ce"] and same["fvu"].value < same["fvu_inliers"].value == pytest.approx(0.014, rel=0.4)
 
 
 def test_a_limited_number_of_contexts_is_spread_over_the_text():

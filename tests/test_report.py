@@ -170,7 +170,7 @@ def test_evaluating_again_agrees_and_leaves_the_first_results_alone(run, tmp_pat
     before = (fresh.path / "results.json").read_bytes()
     assert evaluate_again(fresh) == "results-500.json"
     first, again = json.loads(before), fresh.read_json("results-500.json")
-    assert again == {key: first[key] for key in ("evaluation", "members", "controls")}
+    assert again == {key: first[key] for key in ("evaluation", "members", "controls", "ratios", "outliers")}
     assert evaluate_again(fresh, rows=300) == "results-300.json"
     assert (fresh.path / "results.json").read_bytes() == before
     assert "On 300 held-out rows" in table([fresh], "results-300.json")

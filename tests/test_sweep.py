@@ -18,11 +18,12 @@ from hydra import compose, initialize_config_dir
 
 from experiments.benchmarks.kill_test import compare
 from experiments.compose import CONF, register_schemas, sweep_config
-from switch_sae import load_sae, orchestrator
+from switch_sae import cohort, load_sae
 from switch_sae.activations import SyntheticSource
+from switch_sae.cohort import Interrupted, build_sae
 from switch_sae.config import EvaluationConfig, RunConfig, config_to_plain
 from switch_sae.models import ROUTERS, SAES, SwitchSAE, TopKSAE
-from switch_sae.orchestrator import Interrupted, build_sae, run_training
+from switch_sae.orchestrator import run_training
 from switch_sae.report.figures.ablations import BALANCE, GATE, _families
 from switch_sae.results.rows import ResultRow
 from switch_sae.results.rows import flat_settings as flat
@@ -260,14 +261,14 @@ def test_training_some_at_a_time_changes_nothing(peaceful, tmp_path):
 
 
 def test_a_signal_in_the_last_step_is_heard(peaceful, tmp_path, monkeypatch):
-    step, sent = orchestrator.Trainer.step, []
+    step, sent = cohort.Trainer.step, []
 
     def interrupted(trainer, x_TD):
         if trainer.steps_done == STEPS - 1 and not sent:
             sent.append(signal.raise_signal(signal.SIGTERM))
         return step(trainer, x_TD)
 
-    monkeypatch.setattr(orchestrator.Trainer, "step", interrupted)
+    monkeypatch.setattr(cohort.Trainer, "step", interrupted)
     with pytest.raises(Interrupted, match=f"stopped at step {STEPS}"):
         run_sweep(config(tmp_path / "sweep"), quiet)
     monkeypatch.undo()
@@ -298,14 +299,14 @@ def test_a_kill_in_the_first_round_of_checkpoints_costs_no_second_pass(peaceful,
 
 
 def test_members_that_never_began_do_not_cost_others_their_only_checkpoint(tmp_path, monkeypatch):
-    step, sent = orchestrator.Trainer.step, []
+    step, sent = cohort.Trainer.step, []
 
     def interrupted(trainer, x_TD):
         if trainer.steps_done == 12 and not sent:
             sent.append(signal.raise_signal(signal.SIGTERM))
         return step(trainer, x_TD)
 
-    monkeypatch.setattr(orchestrator.Trainer, "step", interrupted)
+    monkeypatch.setattr(cohort.Trainer, "step", interrupted)
     with pytest.raises(Interrupted):
         run_sweep(replace(config(tmp_path / "sweep", at_once=2), checkpoint_every=0), quiet)
     folder = SweepFolder.open(tmp_path / "sweep")
@@ -362,14 +363,14 @@ def test_a_member_that_cannot_be_built_or_scored_is_out_too(tmp_path, monkeypatc
             raise MemoryError("no room")
         return build_sae(sae, d_in, seed)
 
-    monkeypatch.setattr(orchestrator, "build_sae", build)
+    monkeypatch.setattr(cohort, "build_sae", build)
     folder = run_sweep(config(tmp_path / "sweep", experts=[2], steps=5), quiet)
     assert [folder.is_finished(name) for name in folder.members] == [True, False]
     assert json.loads((folder.run("switch-e2-m64-k4-s1").path / "failed.json").read_text())["error"] == "MemoryError: no room"
 
 
 def test_too_little_memory_is_said_before_anything_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(orchestrator, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(cohort, "available_bytes", lambda device: 1000)
     said = []
     with pytest.raises(ValueError, match=r"training 6 SAEs at once needs .* GB are free on cpu. Use sweep.at_once=3 or less"):
         run_sweep(config(tmp_path / "sweep"), said.append)
@@ -385,14 +386,14 @@ def test_a_folder_with_another_sweep_is_refused_with_what_differs(peaceful):
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(peaceful, tmp_path, monkeypatch):
-    step, sent = orchestrator.Trainer.step, []
+    step, sent = cohort.Trainer.step, []
 
     def interrupted(trainer, x_TD):
         if trainer.steps_done == 12 and not sent:
             sent.append(signal.raise_signal(signal.SIGTERM))
         return step(trainer, x_TD)
 
-    monkeypatch.setattr(orchestrator.Trainer, "step", interrupted)
+    monkeypatch.setattr(cohort.Trainer, "step", interrupted)
     with pytest.raises(Interrupted, match=r"stopped at step 13; what is saved is whole. Go on with: make sweep RESUME="):
         run_sweep(config(tmp_path / "sweep"), quiet)
     monkeypatch.undo()

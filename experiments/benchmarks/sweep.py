@@ -23,8 +23,9 @@ from switch_sae import load_sae
 from switch_sae.activations import LanguageModelSource
 from switch_sae.config import EvaluationConfig
 from switch_sae.models import SwitchSAE
-from switch_sae.orchestrator import Stream, run_training
+from switch_sae.orchestrator import run_training
 from switch_sae.runs import RunDir
+from switch_sae.stream import Stream
 from switch_sae.sweep import SweepConfig, SweepFolder, SweepOptions, run_sweep
 from switch_sae.training import TrainerConfig
 from switch_sae.wandb_logger import WandbConfig, WandbMode

@@ -85,6 +85,11 @@ class ActivationSource(ABC):
         """How well batches mix documents so far; empty where there are no documents."""
         return {}
 
+    @property
+    def rate(self) -> float | None:
+        """Rows per second that it made so far; None where nobody measures."""
+        return None
+
     def close(self) -> None:  # noqa: B027 - most sources have nothing to stop
         """Stops background work."""
 

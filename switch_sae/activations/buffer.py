@@ -6,6 +6,7 @@ block again, bit for bit. Rows that do not fill a batch carry over into the next
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -117,8 +118,10 @@ class ShuffleBuffer:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
         self.batch_size = batch_size
         self._make, self._expected = make, expected_documents
+        self.rate: float | None = None
+        """Rows per second at which the last block was made; None before the first."""
         self.prefetches = prefetch
-        self._prefetcher = Prefetcher(make) if prefetch else None
+        self._prefetcher = Prefetcher(self._timed) if prefetch else None
         self._position, self._offset = dict(start), 0
         self._block: Block | None = None
         self._batches = self._documents = 0
@@ -152,8 +155,14 @@ class ShuffleBuffer:
             if self._prefetcher is not None:
                 self._block = self._prefetcher.get(self._position)
             else:
-                self._block = self._make(self._position, threading.Event())
+                self._block = self._timed(self._position, threading.Event())
         return self._block
+
+    def _timed(self, position: Position, cancelled: threading.Event) -> Block:
+        began = time.perf_counter()
+        block = self._make(position, cancelled)
+        self.rate = len(block.rows) / (time.perf_counter() - began)
+        return block
 
     def state_dict(self) -> dict[str, Any]:
         """The next unseen row: the block it lies in and its number there; never what a prefetch thread is busy with."""

@@ -141,6 +141,10 @@ class CachedSource(ActivationSource):
         """How well batches mix documents so far: `ShuffleBuffer.mixing`."""
         return self._buffer.mixing()
 
+    @property
+    def rate(self) -> float | None:
+        return self._buffer.rate
+
     def close(self) -> None:
         self._closed.set()
         self._buffer.close()

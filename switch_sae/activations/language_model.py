@@ -10,7 +10,9 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,16 @@ class Precision(Enum):
 
 class _Reached(Exception):
     """Ends a forward pass at the hook."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A replacement for the activations at the hook that does not depend on them: what comes before the hook need not be computed."""
+
+    x_CSD: Tensor
+
+    def __call__(self, x_CSD: Tensor) -> Tensor:
+        return self.x_CSD
 
 
 class LanguageModel:
@@ -90,12 +102,44 @@ class LanguageModel:
     def logits(self, tokens_CS: Tensor, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """logits_CSV, float32; with `replace`, those the model gives when x_CSD at the hook is replaced by `replace(x_CSD)`.
 
-        Raises ValueError where the replacement has another shape.
+        The blocks before the hook are left out for a replacement that is `Given`, where that is the same. Raises ValueError where the replacement
+        has another shape.
         """
         tokens_CS = self._on_device(tokens_CS)
         with self._lock:
+            if isinstance(replace, Given) and self._resume is not None:
+                return self._resume(tokens_CS, replace.x_CSD)
             hooks = [] if replace is None else self._splice(replace)
             return self._bridge.run_with_hooks(tokens_CS, return_type="logits", fwd_hooks=hooks).float()
+
+    @cached_property
+    def _resume(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """(tokens_CS, x_CSD) -> logits_CSV without the blocks before the hook; None where the hook is not a block's input or output, or where a trial
+        of both forms on a few tokens finds that the blocks cannot be left out."""
+        place = re.fullmatch(r"blocks\.(\d+)\.hook_(?:(resid_pre|in)|resid_post|out)", self.hook)
+        skipped = [] if place is None else list(self._bridge.blocks)[: int(place[1]) + (place[2] is None)]
+        if not skipped:
+            return None
+
+        def resume(as_tuple: bool, tokens_CS: Tensor, x_CSD: Tensor) -> Tensor:
+            x_CSD = x_CSD.to(self.device, dtype)
+            for block in skipped:
+                vars(block)["forward"] = lambda *_, **__: (x_CSD,) if as_tuple else x_CSD  # setattr would reach into the wrapped module
+            try:
+                return self._bridge(tokens_CS, return_type="logits").float()
+            finally:
+                for block in skipped:
+                    vars(block).pop("forward", None)
+
+        dtype = next(iter(self._bridge.parameters())).dtype
+        tokens_CS = self._on_device(torch.arange(8).reshape(2, 4) % self.d_vocab)
+        x_CSD = 1.5 * self.activations(tokens_CS)
+        whole = self.logits(tokens_CS, lambda _: x_CSD)
+        for as_tuple in (False, True):  # which of them a block gives depends on the architecture and the version of transformers
+            with suppress(Exception):
+                if torch.allclose(resume(as_tuple, tokens_CS, x_CSD), whole, rtol=1e-3, atol=1e-3):
+                    return partial(resume, as_tuple)
+        return None
 
     def _splice(self, replace: Callable[[Tensor], Tensor]) -> list[tuple[str, Callable[..., Tensor]]]:
         change: list[Tensor] = []
@@ -114,6 +158,10 @@ class LanguageModel:
             return [(self.hook, swap)]
         # In a bridge this hook is the second LayerNorm's input, beside the residual stream: the stream itself changes where the block ends.
         return [(self.hook, swap), (f"{middle[1]}.hook_resid_post", lambda value, hook: value + change.pop())]
+
+    def why_no_predictions(self) -> str | None:
+        """Why next-token predictions mean nothing here; None where they do."""
+        return None if self.causal else f"{self.name!r} is not causal: a position sees the token that it would predict."
 
     def _on_device(self, tokens_CS: Tensor) -> Tensor:
         if tokens_CS.shape[1] > self.context_length_limit:

@@ -15,6 +15,7 @@ from switch_sae.activations.language_model import LanguageModel, Precision
 from switch_sae.activations.text import HELD_OUT_ONE_IN, Document, TextConfig, documents, local_split
 from switch_sae.activations.tokens import ContextFeed, ContextRules, Contexts, LocalFeed, Packing, StreamFeed
 from switch_sae.checks import all_at_least
+from switch_sae.countdown import Countdown
 from switch_sae.files import tell
 from switch_sae.rows import Rows
 
@@ -157,12 +158,14 @@ class LanguageModelSource(ActivationSource):
         rows = contexts.rows
         place_T = torch.randperm(rows, generator=seeded("rows", self.config.seed, *(position[key] for key in sorted(position))))
         x_TD = torch.empty(rows, self.d_in, device=self.language_model.device)
-        done = 0
+        done, progress = 0, Countdown("activations", rows, "rows of the first block")
         for kept_TD in self._kept_rows(contexts, f"the block at {position}"):
             if cancelled.is_set():
                 raise InterruptedError(f"making the block at {position} was called off.")
             x_TD[place_T[done : done + len(kept_TD)].to(x_TD.device)] = kept_TD
             done += len(kept_TD)
+            if position == self.start:  # later ones are counted in training steps
+                progress(done)
         document_T = torch.empty(rows, dtype=torch.int64)
         document_T[place_T] = contexts.document_CS[contexts.keep_CS].long()
         return Block(Rows.of(x_TD), document_T, next_position)
@@ -195,8 +198,11 @@ class LanguageModelSource(ActivationSource):
         else:
             contexts, names = self._held_out.contexts, self._held_out.names
         chosen = _whole_contexts(contexts, rows)
-        x_TD = torch.cat([kept_TD.cpu() for kept_TD in self._kept_rows(chosen, "the held-out text")])
-        return EvaluationSet(x_TD, chosen.document_CS[chosen.keep_CS].long(), chosen.tokens_CS.long(), chosen.keep_CS, tuple(names))
+        parts, progress = [], Countdown("held-out activations", chosen.rows, "rows")
+        for kept_TD in self._kept_rows(chosen, "the held-out text"):
+            parts.append(kept_TD.cpu())
+            progress(sum(map(len, parts)))
+        return EvaluationSet(torch.cat(parts), chosen.document_CS[chosen.keep_CS].long(), chosen.tokens_CS.long(), chosen.keep_CS, tuple(names))
 
     def state_dict(self) -> dict[str, Any]:
         """The next unseen row's place in the text, and what the stream is made of, so that it is not continued with something else."""
@@ -240,6 +246,10 @@ class LanguageModelSource(ActivationSource):
     def mixing(self) -> dict[str, float]:
         """How well batches mix documents so far: `ShuffleBuffer.mixing`."""
         return self._buffer.mixing()
+
+    @property
+    def rate(self) -> float | None:
+        return self._buffer.rate
 
     def close(self) -> None:
         self._buffer.close()

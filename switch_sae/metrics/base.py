@@ -14,9 +14,7 @@ from torch import Tensor
 
 from switch_sae.models.base import SAEOutput
 from switch_sae.models.routers import Routing
-
-OUTLIER_FACTOR = 10.0
-"""A row is an outlier when its norm exceeds this many median norms: such as position 0 of GPT-2, which alone makes up most of the variance."""
+from switch_sae.rows import NormLimit, Rows, norms
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class MetricSetup:
     inlier_mean_D: Tensor
     """Mean of the rows that are not outliers, float64."""
     norm_limit: float
-    """Rows of a larger norm are outliers: `OUTLIER_FACTOR` times the median norm of all rows."""
+    """Rows of a larger norm are outliers (`NormLimit`)."""
 
     @classmethod
     def of(cls, x_TD: Tensor, num_documents: int, num_latents: int, num_experts: int) -> Self:
@@ -43,14 +41,13 @@ class MetricSetup:
             raise ValueError(f"evaluation rows have shape {tuple(x_TD.shape)}; need [rows, d_in] with at least one row.")
         x_TD = x_TD.cpu()
         check_finite("evaluation rows", x_TD)
-        norm_T = torch.cat([rows.double().square().sum(1).sqrt() for rows in x_TD.split(2048)])
-        limit = OUTLIER_FACTOR * float(norm_T.median())
-        if limit == 0:
-            raise ValueError("at least half of the evaluation rows are zero, so their median norm says nothing about outliers. Check the hook point.")
+        rows = Rows.of(x_TD)
+        limit = NormLimit.of(rows)
         if bool((x_TD == x_TD[0]).all()):
             raise ValueError(f"all {len(x_TD)} evaluation rows are equal: the fraction of variance unexplained would be 0/0. Give more varied rows.")
-        mean_D, inlier_mean_D = weighted_mean(x_TD, torch.ones_like(norm_T)), weighted_mean(x_TD, (norm_T <= limit).double())
-        return cls(num_documents, num_latents, num_experts, mean_D, inlier_mean_D, limit)
+        inlier_T = limit.inlier_T(rows).double()
+        mean_D, inlier_mean_D = weighted_mean(x_TD, torch.ones_like(inlier_T)), weighted_mean(x_TD, inlier_T)
+        return cls(num_documents, num_latents, num_experts, mean_D, inlier_mean_D, limit.target)
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class MetricBatch:
 
     def inlier_T(self, norm_limit: float) -> Tensor:
         """1 for rows whose norm is at most `norm_limit`, else 0; float64."""
-        return (self.target_sq_T.sqrt() <= norm_limit).double()
+        return (norms(self.target_TD) <= norm_limit).double()
 
 
 class HasDocuments(Protocol):

@@ -1,6 +1,7 @@
 """Intervals by resampling documents: rows of one document are alike, so resampling rows would make every interval far too narrow."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch import Tensor
 from switch_sae.metrics.base import Metric
 
 BLOCK_ELEMENTS = 2**24
+Replicates = Callable[[Tensor], dict[str, Tensor]]
+"""What resamples with weights_RN give: numbers by name, [R] each (`Metric.replicates`)."""
 
 
 def document_weights(num_documents: int, replicates: int, seed: int = 0) -> Iterator[Tensor]:
@@ -26,9 +29,23 @@ def document_weights(num_documents: int, replicates: int, seed: int = 0) -> Iter
 def bootstrap_intervals(
     metrics: Iterable[Metric], num_documents: int, replicates: int = 1000, coverage: float = 0.95, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Percentile interval of every number that can be resampled (Efron & Tibshirani 1993, ch. 13): the (1 -+ coverage) / 2 quantiles over resamples.
+    """The interval of every number that can be resampled (`intervals`). Empty when there is one document or none: nothing can be said about others
+    then. The evaluation mean and the outlier limit are held fixed."""
+    metrics = list(metrics)
+    return intervals(
+        lambda weights_RN: {k: v for m in metrics for k, v in m.replicates(weights_RN).items()}, num_documents, replicates, coverage, seed
+    )
 
-    Empty when there is one document or none: nothing can be said about others then. The evaluation mean and the outlier limit are held fixed.
+
+def intervals(
+    resampled: Replicates, num_documents: int, replicates: int = 1000, coverage: float = 0.95, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Expanded percentile intervals (Hesterberg 2015, "What Teachers Should Know about the Bootstrap", section 5.3): quantiles over resamples, at
+    tails of Phi(-sqrt(n / (n - 1)) t), t being Student's quantile with n - 1 degrees of freedom: at 34 documents 2.0 % instead of 2.5 %, at 10 it is
+    0.9 %.
+
+    Plain percentile intervals are too narrow by sqrt((n - 1) / n) and take the normal's quantile for t: "95 %" of FVU covered 91 % at 34 documents
+    and 87 % at 10; these cover 93 and 94 % (`python -m experiments.benchmarks.coverage`).
     """
     if not 0 < coverage < 1:
         raise ValueError(f"coverage={coverage} must lie between 0 and 1, such as 0.95.")
@@ -36,12 +53,33 @@ def bootstrap_intervals(
         raise ValueError(f"replicates={replicates} is negative. Use 0 for no intervals, or 1000.")
     if num_documents < 2 or replicates == 0:
         return {}
-    metrics = list(metrics)
     values: dict[str, list[Tensor]] = {}
     for weights_RN in document_weights(num_documents, replicates, seed):
-        for metric in metrics:
-            for name, value_R in metric.replicates(weights_RN).items():
-                values.setdefault(name, []).append(value_R)
-    tails = torch.tensor([(1 - coverage) / 2, (1 + coverage) / 2], dtype=torch.float64)
+        for name, value_R in resampled(weights_RN).items():
+            values.setdefault(name, []).append(value_R)
+    tail = expanded_tail(coverage, num_documents)
+    tails = torch.tensor([tail, 1 - tail], dtype=torch.float64)
     quantiles = {name: torch.cat(blocks).quantile(tails) for name, blocks in values.items()}
     return {name: (float(low), float(high)) for name, (low, high) in quantiles.items()}
+
+
+def expanded_tail(coverage: float, n: int) -> float:
+    """Phi(-sqrt(n / (n - 1)) t) for the quantile t of |T| <= t with probability `coverage` and n - 1 degrees of freedom."""
+    reach = math.sqrt(n / (n - 1)) * t_quantile(coverage, n - 1)
+    return (1 - math.erf(reach / math.sqrt(2))) / 2
+
+
+def t_quantile(coverage: float, freedom: float) -> float:
+    """t with P(|T| <= t) = coverage for Student's T; infinite without degrees of freedom. Error below 1e-6 of it, up to coverage 0.999.
+
+    With t = sqrt(freedom) tan(a) the density of the angle a is proportional to cos(a)^(freedom - 1), which is integrated.
+    """
+    if freedom <= 0:
+        return math.inf
+    angle = torch.linspace(0, math.pi / 2, 2**17 + 1, dtype=torch.float64)
+    below = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
+    below = below / below[-1]
+    place = int(torch.searchsorted(below, coverage))
+    left = float(below[place - 1]) if place else 0.0
+    share = (coverage - left) / (float(below[place]) - left)
+    return math.sqrt(freedom) * math.tan(float(angle[place]) + share * float(angle[place + 1] - angle[place]))

@@ -1,25 +1,33 @@
-"""What a reconstruction does to the language model's predictions."""
+"""What a reconstruction does to the language model's predictions.
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+Shapes: C contexts, S positions, D activation size, V vocabulary, T predictions of a chunk.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from switch_sae.activations.base import EvaluationSet
+from switch_sae.activations.language_model import Given
 from switch_sae.metrics.base import DocumentMetric, check_finite, weighted_mean
 from switch_sae.metrics.forward import Evaluable, device_of, run
+from switch_sae.rows import NormLimit
 
-CONTEXTS_PER_CHUNK = 4
-"""Bounds the logits held at once: 4 contexts of 128 tokens and 50k words are 100 MB. Fixed, so that results do not depend on the caller."""
+CHUNK_BYTES = 2**27
+"""Most bytes of float32 logits that one chunk of contexts may have, unless a single context has more. Of such logits at most four copies are alive at
+once: what the model gives, in its own precision and in float32, and log-probabilities of the clean and of the spliced run. Fixed, so that results do
+not depend on the caller."""
+MOST_CONTEXTS = 4
+"""In a chunk."""
+_SLICE_ELEMENTS = 2**20
+"""Logits that are worked on together: what fits into a CPU's cache."""
 
 
 class LanguageModelLike(Protocol):
     """What splicing needs of a language model."""
-
-    def activations(self, tokens_CS: Tensor) -> Tensor:
-        """x_CSD at the hook point."""
 
     def logits(self, tokens_CS: Tensor, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """logits_CSV, with x_CSD at the hook point replaced by replace(x_CSD) if given."""
@@ -32,20 +40,24 @@ class PredictionBatch:
     clean_T: Tensor
     spliced_T: Tensor
     """Reconstructions in place of activations."""
+    spliced_inliers_T: Tensor
+    """The same, but rows that are outliers are left as they are."""
     zero_T: Tensor
     mean_T: Tensor
     kl_T: Tensor
     """KL(clean || spliced)."""
+    kl_inliers_T: Tensor
     document_T: Tensor
 
 
 class DownstreamLoss(DocumentMetric[PredictionBatch]):
     """Cross-entropy (CE, nats per prediction, means over predictions) with reconstructions spliced in at the kept positions.
 
-    delta_ce = ce_spliced - ce_clean; kl = KL(clean || spliced) over the vocabulary; loss_recovered_zero = (ce_zero - ce_spliced) / (ce_zero -
-    ce_clean), where ce_zero is the CE with zeros at the same positions (the convention of SAEBench and SAELens), and loss_recovered_mean the same
-    with the mean of all evaluation rows. Zeros in a residual stream are worse than a uniform guess (CE 17.4 for GPT-2), so loss_recovered_zero is
-    near 1 for any SAE: prefer delta_ce and kl.
+    delta_ce = ce_spliced - ce_clean; kl = KL(clean || spliced) over the vocabulary; delta_ce_inliers and kl_inliers are the same where rows of more
+    than 10 median norms are left as they are: what is lost beside outliers. loss_recovered_zero = (ce_zero - ce_spliced) / (ce_zero - ce_clean),
+    where ce_zero is the CE with zeros at every position of the context, kept or not (the convention of SAEBench and SAELens), and loss_recovered_mean
+    the same with the mean of all evaluation rows at the kept positions alone. Zeros in a residual stream are worse than most guesses, so
+    loss_recovered_zero is near 1 for any SAE: prefer delta_ce and kl.
 
     Counted are the predictions of the token at s + 1 made at position s, wherever both positions were kept: special tokens and padding are neither
     spliced nor predicted.
@@ -55,9 +67,11 @@ class DownstreamLoss(DocumentMetric[PredictionBatch]):
         return {
             "clean": batch.clean_T,
             "spliced": batch.spliced_T,
+            "spliced_inliers": batch.spliced_inliers_T,
             "zero": batch.zero_T,
             "mean": batch.mean_T,
             "kl": batch.kl_T,
+            "kl_inliers": batch.kl_inliers_T,
             "rows": torch.ones(len(batch.clean_T)),
         }
 
@@ -70,28 +84,36 @@ class DownstreamLoss(DocumentMetric[PredictionBatch]):
             "ce_mean": mean / rows,
             "delta_ce": (spliced - clean) / rows,
             "kl": totals["kl"] / rows,
+            "delta_ce_inliers": (totals["spliced_inliers"] - clean) / rows,
+            "kl_inliers": totals["kl_inliers"] / rows,
             "loss_recovered_zero": (zero - spliced) / (zero - clean),
             "loss_recovered_mean": (mean - spliced) / (mean - clean),
         }
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Chunk:
+    """Some contexts, and what is known of them once they have been run."""
+
     tokens_CS: Tensor
     keep_CS: Tensor
     counted_CS: Tensor
+    outlier_CS: Tensor
     document_T: Tensor
-    clean_T: Tensor
-    zero_T: Tensor
-    mean_T: Tensor
-    clean_logprobs_TV: Tensor | None
+    x_CSD: Tensor | None = None
+    """At the hook."""
+    ablated: tuple[Tensor, Tensor, Tensor] | None = None
+    """CE of the clean run, with zeros and with the mean, [T] each."""
+    clean_logprobs_TV: Tensor | None = None
+    """While they fit into the cache."""
 
 
 class Downstream:
     """The clean and ablated predictions of a language model on some contexts of an evaluation set: made once, shared by all SAEs.
 
-    Takes at most `max_contexts` contexts, evenly spaced so that they come from many documents. Clean log-probabilities (needed for KL) are kept while
-    they fit into `cache_bytes` and made again for each SAE otherwise: the numbers are the same, the time is not.
+    Takes at most `max_contexts` contexts, evenly spaced so that they come from many documents, in chunks of `CHUNK_BYTES`. The activations of the
+    clean run are kept, so that every other run begins at the hook where the model can (`LanguageModel.logits`); clean log-probabilities (needed for
+    KL) are kept while they fit into `cache_bytes` and made again for each call of `predictions` otherwise: the numbers are the same, the time is not.
 
     Raises ValueError for an evaluation set without text, without a single prediction, or whose rows are not this model's activations.
     """
@@ -116,55 +138,120 @@ class Downstream:
         self.num_documents = len(documents)
         """Documents that the predictions come from."""
         self.num_predictions = len(document_T)
-        self._check_rows(tokens_CS, keep_CS)
-        target_TD = evaluation_set.rows.target_TD.cpu()
-        mean_D = weighted_mean(target_TD, torch.ones(len(target_TD), dtype=torch.float64))
+        vocabulary = self._check_rows(tokens_CS, keep_CS)
+        rows = evaluation_set.rows
+        target_TD = rows.target_TD.cpu()
+        self._mean_D = weighted_mean(target_TD, torch.ones(len(target_TD), dtype=torch.float64))
+        outlier_CS = torch.zeros_like(keep_CS)
+        outlier_CS[keep_CS] = ~NormLimit.of(rows).inlier_T(rows).cpu()
+        self._cache_bytes = cache_bytes
+        self._zero_SV: Tensor | None = None
+        """Logits with zeros everywhere, of the first context; None before it was run, or when another context's differ."""
+        self._zero_contexts = 0
+        """Contexts whose logits equal them."""
         self._chunks: list[_Chunk] = []
-        for rows in self.contexts.split(CONTEXTS_PER_CHUNK):
-            predictions = int(counted_CS[rows].sum())
-            chunk = self._prepare(tokens_CS[rows], keep_CS[rows], counted_CS[rows], document_T[:predictions], mean_D)
+        size = max(1, min(MOST_CONTEXTS, CHUNK_BYTES // (4 * tokens_CS.shape[1] * vocabulary)))
+        for part in self.contexts.split(size):
+            predictions = int(counted_CS[part].sum())
+            self._chunks.append(_Chunk(tokens_CS[part], keep_CS[part], counted_CS[part], outlier_CS[part], document_T[:predictions]))
             document_T = document_T[predictions:]
-            assert chunk.clean_logprobs_TV is not None
-            cache_bytes -= chunk.clean_logprobs_TV.nbytes
-            self._chunks.append(chunk if cache_bytes >= 0 else replace(chunk, clean_logprobs_TV=None))
 
     @torch.no_grad()
-    def predictions(self, sae: Evaluable) -> Iterator[PredictionBatch]:
-        """The counted predictions with the SAE's reconstructions spliced in. Raises ValueError when a reconstruction is not finite."""
-        device, dtype = device_of(sae), self.evaluation_set.x_TD.dtype
+    def predictions(
+        self, saes: Mapping[str, Evaluable], failed: Callable[[str, Exception], None] | None = None
+    ) -> Iterator[dict[str, PredictionBatch]]:
+        """The counted predictions with each SAE's reconstructions spliced in, chunk by chunk, the language model's own runs shared by all.
 
-        def reconstruct(x_TD: Tensor) -> Tensor:
-            recon_TD = run(sae, x_TD.to(device, dtype)).recon_TD
-            check_finite("reconstruction", recon_TD)
-            return recon_TD.to(x_TD)
-
+        Raises ValueError when a reconstruction is not finite; with `failed`, that SAE is left out from there on and `failed` is told (name, error).
+        """
+        left = dict(saes)
         for chunk in self._chunks:
-            clean = self._logprobs(chunk.tokens_CS, chunk.counted_CS, None) if chunk.clean_logprobs_TV is None else chunk.clean_logprobs_TV
-            spliced = self._logprobs(chunk.tokens_CS, chunk.counted_CS, _splice(reconstruct, chunk.keep_CS))
-            kl_T = (clean.exp() * (clean - spliced)).sum(dim=1, dtype=torch.float64).cpu()
-            spliced_T = _cross_entropy(spliced, chunk.tokens_CS, chunk.counted_CS)
-            yield PredictionBatch(chunk.clean_T, spliced_T, chunk.zero_T, chunk.mean_T, kl_T, chunk.document_T)
+            clean_TV = self._clean(chunk)
+            assert chunk.ablated is not None
+            clean_T, zero_T, mean_T = chunk.ablated
+            batches = {}
+            for name, sae in list(left.items()):
+                try:
+                    spliced_T, kl_T = self._compare(chunk, clean_TV, sae, chunk.keep_CS)
+                    has_outliers = bool((chunk.outlier_CS & chunk.keep_CS).any())
+                    inliers = self._compare(chunk, clean_TV, sae, chunk.keep_CS & ~chunk.outlier_CS) if has_outliers else (spliced_T, kl_T)
+                except Exception as error:  # one SAE that cannot be run must not stop the others
+                    if failed is None:
+                        raise
+                    del left[name]
+                    failed(name, error)
+                    continue
+                batches[name] = PredictionBatch(clean_T, spliced_T, inliers[0], zero_T, mean_T, kl_T, inliers[1], chunk.document_T)
+            yield batches
+
+    def __len__(self) -> int:
+        """How many chunks `predictions` goes through."""
+        return len(self._chunks)
+
+    def _clean(self, chunk: _Chunk) -> Tensor:
+        """clean_logprobs_TV; the first time also what else is known of a chunk."""
+        if chunk.clean_logprobs_TV is not None:
+            return chunk.clean_logprobs_TV
+        if chunk.x_CSD is not None:
+            return _logprobs(self.model.logits(chunk.tokens_CS, Given(chunk.x_CSD)), chunk.counted_CS)
+        logits_CSV, x_CSD = self._logits_and_activations(chunk.tokens_CS)
+        clean_TV = _logprobs(logits_CSV, chunk.counted_CS)
+        del logits_CSV
+        mean_CSD = x_CSD.clone()
+        mean_CSD[chunk.keep_CS.to(x_CSD.device)] = self._mean_D.to(x_CSD)
+        mean_TV = _logprobs(self.model.logits(chunk.tokens_CS, Given(mean_CSD)), chunk.counted_CS)
+        mean_T = _cross_entropy(mean_TV, chunk.tokens_CS, chunk.counted_CS)
+        del mean_TV
+        zero_T = _cross_entropy(_logprobs(self._zero_logits(chunk, x_CSD), chunk.counted_CS), chunk.tokens_CS, chunk.counted_CS)
+        chunk.x_CSD, chunk.ablated = x_CSD, (_cross_entropy(clean_TV, chunk.tokens_CS, chunk.counted_CS), zero_T, mean_T)
+        self._cache_bytes -= clean_TV.nbytes
+        chunk.clean_logprobs_TV = clean_TV if self._cache_bytes >= 0 else None
+        return clean_TV
+
+    def _zero_logits(self, chunk: _Chunk, x_CSD: Tensor) -> Tensor:
+        """Logits with zeros at every position. They say nothing of the text, so two contexts in which they agree stand for all others; a model that
+        looks at tokens after the hook too has them computed for each."""
+        if self._zero_contexts > 1 and self._zero_SV is not None:
+            return self._zero_SV.expand(len(chunk.tokens_CS), -1, -1)
+        logits_CSV = self.model.logits(chunk.tokens_CS, Given(torch.zeros_like(x_CSD)))
+        if self._zero_contexts == 0:
+            self._zero_SV = logits_CSV[0].clone()
+        if self._zero_SV is not None:
+            alike = torch.allclose(logits_CSV, self._zero_SV.expand_as(logits_CSV), rtol=1e-4, atol=1e-4)
+            self._zero_contexts += len(logits_CSV)
+            self._zero_SV = self._zero_SV if alike else None
+        return logits_CSV
+
+    def _compare(self, chunk: _Chunk, clean_TV: Tensor, sae: Evaluable, splice_CS: Tensor) -> tuple[Tensor, Tensor]:
+        """(CE, KL to the clean run) of every counted prediction with reconstructions at the positions of `splice_CS`."""
+        assert chunk.x_CSD is not None
+        spliced_CSD, splice = chunk.x_CSD.clone(), splice_CS.to(chunk.x_CSD.device)
+        recon_TD = run(sae, chunk.x_CSD[splice].to(device_of(sae), self.evaluation_set.x_TD.dtype)).recon_TD
+        check_finite("reconstruction", recon_TD)
+        spliced_CSD[splice] = recon_TD.to(spliced_CSD)
+        logits_CSV = self.model.logits(chunk.tokens_CS, Given(spliced_CSD))
+        target_T = _targets(chunk.tokens_CS, chunk.counted_CS).to(logits_CSV.device)
+        cross_entropies, divergences = [], []
+        for part, logprobs in _log_softmax(logits_CSV, chunk.counted_CS):
+            clean = clean_TV[part]
+            divergences.append((clean.exp() * (clean - logprobs)).sum(dim=1, dtype=torch.float64).cpu())
+            cross_entropies.append(-logprobs.gather(1, target_T[part, None])[:, 0].double().cpu())
+        return torch.cat(cross_entropies), torch.cat(divergences)
 
     @torch.no_grad()
-    def _prepare(self, tokens_CS: Tensor, keep_CS: Tensor, counted_CS: Tensor, document_T: Tensor, mean_D: Tensor) -> _Chunk:
-        clean = self._logprobs(tokens_CS, counted_CS, None)
-        zero = self._logprobs(tokens_CS, counted_CS, _splice(torch.zeros_like, keep_CS))
-        mean = self._logprobs(tokens_CS, counted_CS, _splice(lambda x_TD: mean_D.to(x_TD).expand_as(x_TD), keep_CS))
-        clean_T, zero_T, mean_T = (_cross_entropy(logprobs, tokens_CS, counted_CS) for logprobs in (clean, zero, mean))
-        return _Chunk(tokens_CS, keep_CS, counted_CS, document_T, clean_T, zero_T, mean_T, clean)
+    def _logits_and_activations(self, tokens_CS: Tensor) -> tuple[Tensor, Tensor]:
+        caught: list[Tensor] = []
 
-    def _logprobs(self, tokens_CS: Tensor, counted_CS: Tensor, splice: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """[predictions, V], at least float32."""
-        logits_CSV = self.model.logits(tokens_CS, splice)
-        logits_TV = logits_CSV[counted_CS.to(logits_CSV.device)]
-        logprobs_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)).log_softmax(dim=1)
-        check_finite("language model's log-probabilities", logprobs_TV)
-        return logprobs_TV
+        def catch(x_CSD: Tensor) -> Tensor:
+            caught.append(x_CSD)
+            return x_CSD
 
-    def _check_rows(self, tokens_CS: Tensor, keep_CS: Tensor) -> None:
+        return self.model.logits(tokens_CS, catch), caught[0]
+
+    def _check_rows(self, tokens_CS: Tensor, keep_CS: Tensor) -> int:
+        """The size of the vocabulary. Raises ValueError where the model's activations are not the evaluation rows."""
         first = self.contexts[:1]
-        with torch.no_grad():
-            x_CSD = self.model.activations(tokens_CS[first])
+        logits_CSV, x_CSD = self._logits_and_activations(tokens_CS[first])
         start = int(keep_CS[: int(first)].sum())
         ours = x_CSD[keep_CS[first].to(x_CSD.device)].double().cpu()
         theirs = self.evaluation_set.x_TD[start : start + len(ours)].double().cpu()
@@ -174,22 +261,34 @@ class Downstream:
                 f"the evaluation rows of context {int(first)}, {tuple(theirs.shape)}, are not this model's activations there, {tuple(ours.shape)}. "
                 "Prepare Downstream with the language model and the hook point that made the evaluation set."
             )
+        return logits_CSV.shape[-1]
 
 
-def _splice(fill: Callable[[Tensor], Tensor], keep_CS: Tensor) -> Callable[[Tensor], Tensor]:
-    """A replacement that applies `fill` to the rows at kept positions and leaves the others (special tokens, position 0) alone."""
+def _log_softmax(logits_CSV: Tensor, counted_CS: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(which of the counted predictions, their log-probabilities, at least float32), slice by slice. Raises ValueError for any that is not finite."""
+    logits_NV = logits_CSV.flatten(0, 1)
+    counted_T = counted_CS.flatten().nonzero()[:, 0].to(logits_NV.device)
+    size = max(1, _SLICE_ELEMENTS // logits_NV.shape[1])
+    for start in range(0, len(counted_T), size):
+        part = slice(start, start + size)
+        logits = logits_NV[counted_T[part]]
+        logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
+        if not bool(logprobs.sum(dim=1).isfinite().all()):
+            check_finite("language model's log-probabilities", logprobs)
+        yield part, logprobs
 
-    def splice(x_CSD: Tensor) -> Tensor:
-        keep = keep_CS.to(x_CSD.device)
-        spliced_CSD = x_CSD.clone()
-        spliced_CSD[keep] = fill(x_CSD[keep])
-        return spliced_CSD
 
-    return splice
+def _logprobs(logits_CSV: Tensor, counted_CS: Tensor) -> Tensor:
+    """[T, V]."""
+    return torch.cat([logprobs for _, logprobs in _log_softmax(logits_CSV, counted_CS)])
+
+
+def _targets(tokens_CS: Tensor, counted_CS: Tensor) -> Tensor:
+    """The next token of each counted position."""
+    return tokens_CS.roll(-1, dims=1)[counted_CS].long()
 
 
 def _cross_entropy(logprobs_TV: Tensor, tokens_CS: Tensor, counted_CS: Tensor) -> Tensor:
     """-log p(next token) of each counted position, on the CPU in float64."""
-    next_CS = tokens_CS.roll(-1, dims=1)
-    target_T = next_CS[counted_CS].long().to(logprobs_TV.device)
+    target_T = _targets(tokens_CS, counted_CS).to(logprobs_TV.device)
     return -logprobs_TV.gather(1, target_T[:, None])[:, 0].double().cpu()

@@ -17,8 +17,11 @@ class Experts(DocumentMetric[MetricBatch]):
     is idle; load_entropy = H(f) / log E, 1 when balanced; router_entropy = mean_t H(p_t) / log E, 0 when the router is certain;
     gate = mean_t gate_t; load_balance = E sum_i f_i P_i, the loss of Fedus et al. (arXiv 2101.03961, eq. 4) before its coefficient: 1 when balanced,
     at most E.
-    Intervals of extremes (max, min, cv, entropy of the load) lean outwards, since resampling adds noise to every f_i.
+    Only router_entropy and gate have intervals: resampling adds noise to every f_i, so that resampled loads are less even than the truth, always.
     """
+
+    MEANS = ("router_entropy", "gate")
+    """Numbers that are means over rows."""
 
     @classmethod
     def applies(cls, setup: MetricSetup) -> bool:
@@ -51,6 +54,9 @@ class Experts(DocumentMetric[MetricBatch]):
             "gate": totals["gate"] / rows_R,
             "load_balance": experts * (load_RE * probs_RE).sum(1),
         }
+
+    def replicates(self, weights_RN: Tensor) -> dict[str, Tensor]:
+        return {name: value_R for name, value_R in super().replicates(weights_RN).items() if name in self.MEANS}
 
     def vectors(self) -> dict[str, list[float]]:
         """f_i and P_i."""

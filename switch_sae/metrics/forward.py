@@ -60,10 +60,19 @@ def _untouched(sae: Evaluable) -> Iterator[None]:
                 buffer.copy_(before)
 
 
+def chunks(rows: int) -> Iterator[slice]:
+    """All rows, `ROWS_PER_CHUNK` at a time."""
+    return (slice(start, min(start + ROWS_PER_CHUNK, rows)) for start in range(0, rows, ROWS_PER_CHUNK))
+
+
+def outputs(sae: Evaluable, chunk: Rows) -> tuple[Tensor, SAEOutput]:
+    """(targets, output) of a chunk, on the SAE's device. Raises ValueError for rows that are not finite."""
+    chunk = chunk.to(device_of(sae))
+    check_finite("activations", chunk.x_TD)
+    return chunk.target_TD, run(sae, chunk.x_TD)
+
+
 def sae_outputs(sae: Evaluable, rows: Rows) -> Iterator[tuple[slice, Tensor, SAEOutput]]:
-    """(which rows, their targets, output), on the SAE's device, in chunks of `ROWS_PER_CHUNK`. Raises ValueError for rows that are not finite."""
-    for start in range(0, len(rows), ROWS_PER_CHUNK):
-        chosen = slice(start, min(start + ROWS_PER_CHUNK, len(rows)))
-        chunk = rows[chosen].to(device_of(sae))
-        check_finite("activations", chunk.x_TD)
-        yield chosen, chunk.target_TD, run(sae, chunk.x_TD)
+    """(which rows, their targets, output), chunk by chunk. Raises ValueError for rows that are not finite."""
+    for chosen in chunks(len(rows)):
+        yield chosen, *outputs(sae, rows[chosen])

@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from switch_sae.cohort import MAIN, Member
 from switch_sae.config import config_from_plain, config_to_plain
 from switch_sae.files import Lock, lock, try_lock, write_atomically
 from switch_sae.models import SAES
-from switch_sae.orchestrator import MAIN, Member
 from switch_sae.plain import to_plain
 from switch_sae.report.tables import summary_table
 from switch_sae.results import collect, write_results, write_summary

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from switch_sae.cohort import build_sae
 from switch_sae.config import RunConfig
-from switch_sae.orchestrator import build_sae
 from switch_sae.rows import Rows
 from switch_sae.stream import Stream
 from switch_sae.training import Trainer

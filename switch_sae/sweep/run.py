@@ -5,10 +5,11 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from switch_sae.cohort import Cohort, Interrupted, Keeper, Member, Streams
 from switch_sae.config import RunConfig
 from switch_sae.files import Say, tell
-from switch_sae.orchestrator import Cohort, Interrupted, Keeper, Member, Streams
 from switch_sae.runs import RunDir
+from switch_sae.scoring import pca
 from switch_sae.sweep.folder import SweepFolder
 from switch_sae.sweep.matching import time_matched_width
 from switch_sae.sweep.plan import SweepConfig
@@ -90,7 +91,7 @@ def _add_controls(folder: SweepFolder, cohort: Cohort, streams: _Streams) -> Non
     stream, have = streams.get(cohort.config), folder.controls()
     for k in sorted({k for trainer in cohort.trainers.values() if (k := trainer.sae.k)}):
         if f"pca_{min(k, stream.source.d_in)}" not in have:
-            folder.add_controls(streams.score(cohort.config).pca(stream.calibration, k))
+            folder.add_controls(streams.score(cohort.config).group(pca(stream.calibration, k)).entries)
 
 
 def _by_start(runs: Mapping[str, RunDir], say: Say) -> list[tuple[int, list[str]]]:
