@@ -46,6 +46,7 @@ class Model:
     name, hook, fingerprint, d_in, causal = "tiny", "middle", "f1", WIDTH, True
     device, context_length_limit, prepends_bos = torch.device("cpu"), 64, True
     bos_token_id, eos_token_id, pad_token_id, special_token_ids = 0, 0, 1, frozenset({0, 1})
+    d_vocab = VOCABULARY
 
     def __init__(self, passes=None, seconds=0.0, die_at=0):
         self.tokenizer, self.passes, self.seconds, self.die_at, self.own = Tokenizer(), passes, seconds, die_at, 0

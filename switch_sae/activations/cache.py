@@ -57,7 +57,7 @@ class CachedSource(ActivationSource):
 
     def _chain(self) -> Chain:
         live, rules = self._live, self._live.rules
-        made_of = {key: value for key, value in live.made_of().items() if key != "seed"}
+        made_of = {key: value for key, value in live.made_of().items() if key not in ("seed", "held_out_text")}  # neither changes a stored bit
         made_of["tokenizer"] = tokenizer_fingerprint(self.language_model.tokenizer)
         made_of["special_tokens"] = [rules.bos, rules.separator, rules.pad, *sorted(rules.special)]
         made_of["dtype"] = self.config.cache_dtype.value
@@ -127,7 +127,7 @@ class CachedSource(ActivationSource):
         self._buffer.load_state_dict(state)
 
     def _made_of(self) -> dict[str, Any]:
-        return {**self._store.chain.made_of, "seed": self.config.seed, "cached": True}
+        return {**self._live.made_of(), **self._store.chain.made_of, "seed": self.config.seed, "cached": True}
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from switch_sae.activations.base import ActivationSource, EvaluationSet, check_same_stream
 from switch_sae.activations.buffer import Block, Position, ShuffleBuffer, seeded
+from switch_sae.activations.document import HELD_OUT_ONE_IN, Document
 from switch_sae.activations.language_model import LanguageModel, Precision
-from switch_sae.activations.text import HELD_OUT_ONE_IN, Document, TextConfig, documents, local_split
-from switch_sae.activations.tokens import ContextFeed, ContextRules, Contexts, LocalFeed, Packing, StreamFeed
+from switch_sae.activations.text import TextConfig, documents, first_documents, local_split, text_hash, without_ignored
+from switch_sae.activations.text_dataset import dataset_version
+from switch_sae.activations.tokens import ContextFeed, ContextRules, Contexts, LocalFeed, Packing, SpecialCount, StreamFeed, tokenize
 from switch_sae.checks import all_at_least
 from switch_sae.countdown import Countdown
 from switch_sae.files import tell
@@ -82,6 +84,11 @@ class LanguageModelSource(ActivationSource):
             if self.cache is None and self.cache_dtype is not CacheDtype.float32:
                 raise ValueError(f"cache_dtype={self.cache_dtype.value} would be ignored without a cache. Set cache=FOLDER.")
 
+    @staticmethod
+    def upgrade(fields: dict[str, Any]) -> dict[str, Any]:
+        """Saved settings of any version as today's: earlier ones took settings of the text that its kind ignores."""
+        return {**fields, "text": without_ignored(fields["text"])} if "text" in fields else dict(fields)
+
     def __init__(self, config: Config, batch_size: int, language_model: LanguageModel | None = None) -> None:
         if config.cache is not None:
             raise ValueError(f"cache={config.cache} would be ignored by LanguageModelSource. Use build_source(config, batch_size), or cache=null.")
@@ -98,13 +105,20 @@ class LanguageModelSource(ActivationSource):
         self.d_in = self.language_model.d_in
         self.rules = self._rules()
         self._feed: ContextFeed
+        self._identity: dict[str, str | None]
+        """What tells the text from another of the same settings, beside the fingerprint of local training text; None is not known."""
+        tokenizer = self.language_model.tokenizer
         if config.text.streamed:
             name = f"{config.text.dataset}:{config.text.dataset_config}:{config.text.split}:{config.text.text_column}:{config.text.max_documents}"
-            self._feed = StreamFeed(lambda: documents(config.text, held_out=False), self.language_model.tokenizer, self.rules, name)
+            self._feed = StreamFeed(lambda: documents(config.text, held_out=False), tokenizer, self.rules, name)
+            self._identity, special = self._look_at_stream()
         else:
             train, held_out = local_split(config.text)
-            self._feed = LocalFeed(train, self.language_model.tokenizer, self.rules, config.seed, "training text")
-            self._held_out = LocalFeed(held_out, self.language_model.tokenizer, self.rules, 0, "held-out text")
+            self._feed = LocalFeed(train, tokenizer, self.rules, config.seed, "training text")
+            self._held_out = LocalFeed(held_out, tokenizer, self.rules, 0, "held-out text")
+            self._identity, special = {"held_out_text": self._held_out.describe()["fingerprint"]}, self._feed.special
+        if note := special.note(tokenizer):
+            tell(note)
         self._text = self._feed.describe()
         self.start = self._feed.start
         """The position of the first block."""
@@ -138,7 +152,21 @@ class LanguageModelSource(ActivationSource):
             special=model.special_token_ids,
             drop_special_tokens=config.drop_special_tokens,
             drop_first_position=config.drop_first_position,
+            d_vocab=model.d_vocab,
         )
+
+    def _look_at_stream(self) -> tuple[dict[str, str | None], SpecialCount]:
+        """What a stream is now: its name stays when its content changes. The first documents of both sides are tokenised, so that what cannot be is
+        found before anything is trained.
+        """
+        text, tokenizer, special = self.config.text, self.language_model.tokenizer, SpecialCount(self.rules)
+        assert text.dataset is not None
+        version = dataset_version(text.dataset, text.dataset_config, text.dataset_revision)
+        train, held_out = first_documents(text)
+        for tokens in (special.watch(tokenize(train, tokenizer, self.rules.d_vocab)), tokenize(held_out, tokenizer, self.rules.d_vocab)):
+            for _ in tokens:
+                pass
+        return {"training_text": text_hash(train), "held_out_text": text_hash(held_out), "dataset": version}, special
 
     def __next__(self) -> Rows:
         batch = next(self._buffer)
@@ -221,6 +249,7 @@ class LanguageModelSource(ActivationSource):
             "hook": config.hook,
             "precision": config.precision.value,
             "text": self._text["fingerprint"],
+            **self._identity,
             "context_length": config.context_length,
             "packing": config.packing.value,
             "prepend_bos": self.rules.bos is not None,

@@ -1,23 +1,39 @@
 """Where text comes from: the Python sources on this machine, local files, or a Hugging Face dataset.
 
-Every corpus is an iterable of `Document`s with a stable name. One rule decides what is held out, by name alone, so that the language
-model's training, the SAEs' training and every evaluation agree on it across Python versions and machines.
+Every corpus is an iterable of `Document`s with a stable name, which alone decides what is held out (`document.is_held_out`).
 """
 
 import hashlib
-import json
 import sysconfig
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-HELD_OUT_ONE_IN = 20
+from switch_sae.activations.document import HELD_OUT_ONE_IN, Document, is_held_out, name_hash
+from switch_sae.activations.text_dataset import hugging_face_dataset
+from switch_sae.activations.text_files import local_files
+
+__all__ = [
+    "HELD_OUT_ONE_IN",
+    "Document",
+    "TextConfig",
+    "TextKind",
+    "documents",
+    "first_documents",
+    "installed_packages",
+    "is_held_out",
+    "local_split",
+    "standard_library",
+    "text_hash",
+]
+
 MIN_CHARACTERS = 200
 PIECE_CHARACTERS = 10_000
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl")
+FIRST_DOCUMENTS = 64
+"""Of each side of a stream: what it is told apart by."""
 _NOT_PROSE = {
     "site-packages",
     "dist-packages",
@@ -44,6 +60,17 @@ class TextKind(Enum):
     """A Hugging Face dataset, streamed in order."""
 
 
+_READ_BY = {
+    "paths": {TextKind.files},
+    "dataset": {TextKind.dataset},
+    "dataset_config": {TextKind.dataset},
+    "dataset_revision": {TextKind.dataset},
+    "split": {TextKind.dataset},
+    "text_column": {TextKind.dataset, TextKind.files},
+}
+"""The kinds of text that read a setting; the others would ignore it."""
+
+
 @dataclass
 class TextConfig:
     """Which text to read. Raises ValueError for fields that the chosen kind lacks or would ignore."""
@@ -52,10 +79,13 @@ class TextConfig:
     paths: list[str] = field(default_factory=list)
     """kind=files: files, or folders searched for text files."""
     dataset: str | None = None
-    """kind=dataset: a hub name such as `Skylion007/openwebtext`, or a local dataset folder."""
+    """kind=dataset: a hub name such as `Skylion007/openwebtext`, or a local folder or file of a dataset."""
     dataset_config: str | None = None
+    dataset_revision: str | None = None
+    """A commit or branch on the hub; null takes the newest, whose commit the run folder notes."""
     split: str = "train"
     text_column: str = "text"
+    """kind=dataset, and .jsonl files: where a row holds its text."""
     max_documents: int | None = None
     """Reads at most so many documents on each side of the held-out split."""
 
@@ -68,10 +98,13 @@ class TextConfig:
             raise ValueError("text.kind=files needs at least one file or folder: set text.paths=[FOLDER].")
         if self.kind is TextKind.dataset and not self.dataset:
             raise ValueError("text.kind=dataset needs a name: set text.dataset=Skylion007/openwebtext, for example.")
-        if self.paths and self.kind is not TextKind.files:
-            raise ValueError(f"text.paths={list(self.paths)} would be ignored by text.kind={self.kind.value}. Set text.kind=files.")
-        if self.dataset and self.kind is not TextKind.dataset:
-            raise ValueError(f"text.dataset={self.dataset!r} would be ignored by text.kind={self.kind.value}. Set text.kind=dataset.")
+        for name in ignored(self.kind, vars(self)):
+            kinds = " or ".join(f"text.kind={kind.value}" for kind in TextKind if kind in _READ_BY[name])
+            raise ValueError(
+                f"text.{name}={getattr(self, name)!r} would be ignored by text.kind={self.kind.value}. Set {kinds}, or leave text.{name} out."
+            )
+        if not all(self.paths):
+            raise ValueError(f"text.paths={list(self.paths)} holds an empty path. Give files or folders; the working directory is `.`.")
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"text.max_documents={self.max_documents} must be at least 1, or null for all documents.")
 
@@ -81,25 +114,16 @@ class TextConfig:
         return self.kind is TextKind.dataset
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text with a stable name, such as `stdlib/json/decoder.py`."""
-
-    name: str
-    text: str
-
-    @property
-    def held_out(self) -> bool:
-        return is_held_out(self.name)
+def ignored(kind: TextKind, settings: dict[str, Any]) -> list[str]:
+    """The settings that have another value than usual but are not read by this kind of text."""
+    usual = {f.name: f.default for f in fields(TextConfig)} | {"paths": []}
+    return [name for name, kinds in _READ_BY.items() if kind not in kinds and name in settings and settings[name] != usual[name]]
 
 
-def _name_hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
-def is_held_out(name: str) -> bool:
-    """True for one name in `HELD_OUT_ONE_IN`, decided by a hash of the name: no list to keep, the same on every machine."""
-    return _name_hash(name) % HELD_OUT_ONE_IN == 0
+def without_ignored(plain: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings without those that their kind of text ignores."""
+    kind = TextKind.__members__.get(plain.get("kind", TextKind.stdlib.name))
+    return {key: value for key, value in plain.items() if kind is None or key not in ignored(kind, plain)}
 
 
 def documents(config: TextConfig, held_out: bool) -> Iterator[Document]:
@@ -107,7 +131,8 @@ def documents(config: TextConfig, held_out: bool) -> Iterator[Document]:
 
     Local corpora: exact copies are read once and a copy of a held-out text never trains. Files longer than `PIECE_CHARACTERS` are cut, at
     line ends, into documents of their own named `file#0001`, so that one big file has a held-out part too. A corpus so small that the
-    rule would hold out nothing (or everything) holds out the one document whose name hashes lowest. Raises ValueError for empty text.
+    rule would hold out nothing (or everything) holds out the one document whose name hashes lowest. Raises ValueError for empty text, and as
+    `local_files` and `hugging_face_dataset` do.
     """
     if config.streamed:
         yield from islice(_streamed_side(config, held_out), config.max_documents)
@@ -116,19 +141,55 @@ def documents(config: TextConfig, held_out: bool) -> Iterator[Document]:
 
 
 def _streamed_side(config: TextConfig, held_out: bool) -> Iterator[Document]:
-    assert config.dataset is not None
     seen = kept = 0
-    for document in hugging_face_dataset(config.dataset, config.split, config.text_column, config.dataset_config):
+    for document in _stream(config):
         seen += 1
         if document.text.strip() and document.held_out == held_out:
             kept += 1
             yield document
     if not kept:
-        side = "held-out" if held_out else "training"
-        raise ValueError(
-            f"dataset {config.dataset!r} (split {config.split!r}) has no {side} documents among {seen} rows; one row in {HELD_OUT_ONE_IN} is "
-            "held out. Use a larger dataset, or save its text to a folder and use text.kind=files text.paths=[FOLDER]."
-        )
+        raise _one_sided(config, held_out, seen)
+
+
+def _stream(config: TextConfig) -> Iterator[Document]:
+    assert config.dataset is not None
+    return hugging_face_dataset(config.dataset, config.split, config.text_column, config.dataset_config, config.dataset_revision)
+
+
+def _one_sided(config: TextConfig, held_out: bool, seen: int) -> ValueError:
+    side = "held-out" if held_out else "training"
+    return ValueError(
+        f"dataset {config.dataset!r} (split {config.split!r}) has no {side} documents among {seen} rows, of which empty ones do not count; one row "
+        f"in {HELD_OUT_ONE_IN} is held out. Use a larger dataset, or save its text to a folder and use text.kind=files text.paths=[FOLDER]."
+    )
+
+
+def first_documents(config: TextConfig) -> tuple[list[Document], list[Document]]:
+    """The first `FIRST_DOCUMENTS` (training, held-out) documents of a streamed dataset: a short look at what it is.
+
+    Raises ValueError where the dataset ends without documents of one side.
+    """
+    wanted, at_most = min(FIRST_DOCUMENTS, config.max_documents or FIRST_DOCUMENTS), 8 * FIRST_DOCUMENTS * HELD_OUT_ONE_IN
+    sides: tuple[list[Document], list[Document]] = ([], [])
+    seen = 0
+    for seen, document in enumerate(islice(_stream(config), at_most), 1):  # noqa: B007
+        side = sides[document.held_out]
+        if document.text.strip() and len(side) < wanted:
+            side.append(document)
+        if len(sides[False]) == len(sides[True]) == wanted:
+            break
+    if not all(sides) and seen < at_most:
+        raise _one_sided(config, not sides[True], seen)
+    return sides
+
+
+def text_hash(corpus: list[Document]) -> str:
+    """A hash of documents' texts, in order."""
+    digest = hashlib.sha256()
+    for document in corpus:
+        text = document.text.encode()
+        digest.update(f"{len(text)} ".encode() + text)
+    return digest.hexdigest()[:16]
 
 
 def local_split(config: TextConfig) -> tuple[list[Document], list[Document]]:
@@ -139,7 +200,7 @@ def local_split(config: TextConfig) -> tuple[list[Document], list[Document]]:
         case TextKind.packages:
             corpus = list(installed_packages())
         case _:
-            files = list(local_files(config.paths))
+            files = list(local_files(config.paths, config.text_column))
             corpus = [piece for file in files for piece in _pieces(file, PIECE_CHARACTERS)]
             if len(corpus) == 1:
                 corpus = list(_pieces(corpus[0], max(MIN_CHARACTERS, len(corpus[0].text) // HELD_OUT_ONE_IN)))
@@ -149,7 +210,7 @@ def local_split(config: TextConfig) -> tuple[list[Document], list[Document]]:
         raise ValueError(f"{where} holds no text: every file is empty. Give files with text in them, or use text.kind=stdlib.")
     hidden = {document.name for document in corpus if document.held_out}
     if len(hidden) in (0, len(corpus)):
-        hidden = {min((document.name for document in corpus), key=_name_hash)}
+        hidden = {min((document.name for document in corpus), key=name_hash)}
     seen: set[bytes] = set()
     split: tuple[list[Document], list[Document]] = ([], [])
     for document in sorted(corpus, key=lambda d: (d.name not in hidden, d.name)):
@@ -204,54 +265,6 @@ def installed_packages(max_characters: int = 100_000) -> Iterator[Document]:
             yield Document(document.name, document.text[:max_characters])
 
 
-def local_files(paths: Iterable[str | Path], suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> Iterator[Document]:
-    """Files, and folders searched for files with the given suffixes. A `.jsonl` file holds one document per line under the key `text`.
-
-    Raises FileNotFoundError for a path that does not exist and ValueError for a folder without such files.
-    """
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"text path {str(path)!r} does not exist. Give a file, or a folder holding {', '.join(suffixes)} files.")
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
-        if not files:
-            raise ValueError(f"text folder {str(path)!r} holds no {', '.join(suffixes)} files. Put text there or give a file.")
-        for file in files:
-            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            if file.suffix == ".jsonl":
-                yield from _json_lines(file, name)
-            else:
-                yield Document(name, file.read_text(encoding="utf-8", errors="replace"))
-
-
-def hugging_face_dataset(name: str, split: str = "train", text_column: str = "text", config: str | None = None) -> Iterator[Document]:
-    """Streams a Hugging Face dataset (such as `Skylion007/openwebtext`) without downloading it whole, or reads a local dataset folder.
-
-    Raises ConnectionError when the hub cannot be reached, ValueError for an unknown split or config and for a text column that is not there.
-    """
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError("text.kind=dataset needs the datasets package: pip install datasets, or use text.kind=stdlib.") from error
-    try:
-        iterator = iter(load_dataset(name, config, split=split, streaming=True))
-        first: dict[str, Any] | None = next(iterator, None)
-    except Exception as error:
-        message = (
-            f"dataset {name!r} (config {config!r}, split {split!r}) could not be opened: {type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0][:200]}. Check the name, config and split, and the network, "
-            "or train on local text: text.kind=files text.paths=[FOLDER], or text.kind=stdlib."
-        )
-        unreachable = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        raise (ConnectionError if unreachable else ValueError)(message) from error
-    if first is not None and not isinstance(first.get(text_column), str):
-        texts = [column for column, value in first.items() if isinstance(value, str)]
-        raise ValueError(f"dataset {name!r} has no text column {text_column!r}. Set text.text_column to one of its text columns: {texts}.")
-    index = 0
-    while first is not None:
-        yield Document(f"{name}/{split}/{index}", first[text_column] or "")
-        first, index = next(iterator, None), index + 1
-
-
 def _python_files(root: Path, prefix: str, skip: set[str]) -> Iterator[Document]:
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -263,14 +276,3 @@ def _python_files(root: Path, prefix: str, skip: set[str]) -> Iterator[Document]
             continue  # a few library files are deliberately not UTF-8; others may be unreadable to this user
         if len(text) >= MIN_CHARACTERS:
             yield Document(f"{prefix}/{relative.as_posix()}", text)
-
-
-def _json_lines(file: Path, name: str) -> Iterator[Document]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield Document(f"{name}:{number}", json.loads(line)["text"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {number}: expected a JSON object with a 'text' key ({error}).") from error

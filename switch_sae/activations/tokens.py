@@ -5,6 +5,7 @@ Shapes: C contexts, S positions in a context.
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from switch_sae.activations.buffer import Position, seeded
-from switch_sae.activations.text import Document
+from switch_sae.activations.document import Document
 
 _DOCUMENTS_PER_CALL = 64
 """Tokenizers work on many documents at once; a stream reads at most so many ahead."""
+_FEW = 0.03
+"""A text with more special tokens than this loses something that one should know of."""
 
 
 class Packing(Enum):
@@ -44,6 +47,8 @@ class ContextRules:
     special: frozenset[int]
     drop_special_tokens: bool
     drop_first_position: bool
+    d_vocab: int | None = None
+    """How many tokens the model has an embedding for; None checks no id."""
 
     def __post_init__(self) -> None:
         shortest = 2 if self.bos is not None or self.drop_first_position else 1
@@ -87,16 +92,21 @@ class _Cut:
     """Where the next context begins: a document number and a place in its tokens, the separator included."""
 
 
-def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
-    """The token ids of each document, int32, without any special token added."""
-    batch: list[str] = []
+def tokenize(documents: Iterable[Document], tokenizer: Any, d_vocab: int | None = None) -> Iterator[np.ndarray]:
+    """The token ids of each document, int32, without any special token added. Raises ValueError for one from `d_vocab` on."""
     iterator = iter(documents)
-    while True:
-        batch = [document.text for _, document in zip(range(_DOCUMENTS_PER_CALL), iterator, strict=False)]
-        if not batch:
-            return
-        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
-            yield np.asarray(ids, dtype=np.int32)
+    while batch := list(islice(iterator, _DOCUMENTS_PER_CALL)):
+        texts = [document.text for document in batch]
+        all_ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for document, ids in zip(batch, all_ids, strict=True):
+            ids_N = np.asarray(ids, dtype=np.int32)
+            if d_vocab is not None and len(ids_N) and (largest := int(ids_N.max())) >= d_vocab:
+                raise ValueError(
+                    f"the tokenizer has {len(tokenizer)} tokens, the model {d_vocab} embeddings; token {tokenizer.convert_ids_to_tokens(largest)!r} "
+                    f"(id {largest}) stands in document {document.name!r}. Give the model a tokenizer of its own size (save the model after "
+                    "resize_token_embeddings(len(tokenizer)) and training), or take the token out of the text."
+                )
+            yield ids_N
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -160,6 +170,32 @@ def stack(cuts: list[_Cut], rules: ContextRules) -> Contexts:
     return Contexts(torch.from_numpy(tokens_CS), torch.from_numpy(document_CS), torch.from_numpy(keep_CS))
 
 
+class SpecialCount:
+    """How much of documents' own tokens is special and therefore dropped, counted as they pass."""
+
+    def __init__(self, rules: ContextRules) -> None:
+        self._special_N = np.array(sorted(rules.special if rules.drop_special_tokens else ()), dtype=np.int32)
+        self._tokens, self._count = 0, Counter[int]()
+
+    def watch(self, tokens: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same tokens."""
+        for ids_N in tokens:
+            self._tokens += len(ids_N)
+            self._count.update(ids_N[np.isin(ids_N, self._special_N)].tolist())
+            yield ids_N
+
+    def note(self, tokenizer: Any) -> str:
+        """A sentence where they are more than `_FEW` of the text; else empty."""
+        share = {token: count / self._tokens for token, count in self._count.most_common()}
+        if sum(share.values()) <= _FEW:
+            return ""
+        most = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token}) {part:.1%}" for token, part in list(share.items())[:3])
+        return (
+            f"note: special tokens are {sum(share.values()):.1%} of the training text's positions and give no rows: {most}. "
+            "If the model's tokenizer means no padding or separator by them, set source.drop_special_tokens=false."
+        )
+
+
 class ContextFeed(ABC):
     """Contexts in training order, in blocks that are pure functions of their position."""
 
@@ -185,7 +221,8 @@ class LocalFeed(ContextFeed):
         self.start = {"epoch": 0, "context": 0}
         self.names: list[str] = []
         self.seed = seed
-        cuts = cut(tokenize(self._named(documents), tokenizer), rules)
+        self.special = SpecialCount(rules)
+        cuts = cut(self.special.watch(tokenize(self._named(documents), tokenizer, rules.d_vocab)), rules)
         parts = [stack(part, rules) for part in iter(lambda: list(islice(cuts, 4096)), [])]
         if not sum(part.rows for part in parts):
             raise ValueError(
@@ -244,7 +281,8 @@ class StreamFeed(ContextFeed):
         documents = self._documents()
         for _ in zip(range(position["document"]), documents, strict=False):
             pass
-        self._cuts = cut(tokenize(documents, self._tokenizer), self._rules, position["document"], position["token"])
+        tokens = tokenize(documents, self._tokenizer, self._rules.d_vocab)
+        self._cuts = cut(tokens, self._rules, position["document"], position["token"])
         self._reached = position
 
     def block(self, position: Position, rows: int) -> tuple[Contexts, Position]:
