@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -229,6 +230,42 @@ def test_a_stream_goes_on_within_a_long_document():
     assert torch.equal(second.tokens_CS, fresh.tokens_CS) and torch.equal(second.document_CS, fresh.document_CS)
     rows = torch.cat([first.tokens_CS[first.keep_CS], second.tokens_CS[second.keep_CS]])
     assert torch.equal(rows, torch.arange(100, 100 + len(rows), dtype=torch.int32))
+
+
+class Words:
+    """A tokenizer with names for ids, of 140 tokens."""
+
+    def __call__(self, texts, **_):
+        return tokenizer(texts)
+
+    def __len__(self):
+        return 140
+
+    def convert_ids_to_tokens(self, token):
+        return f"<{token}>"
+
+
+@pytest.mark.parametrize("make_feed", [lambda d, r: LocalFeed(d, Words(), r, 0), lambda d, r: StreamFeed(lambda: iter(d), Words(), r, "x")])
+@pytest.mark.parametrize("packing", Packing)
+def test_a_token_that_the_model_has_no_embedding_for_is_named_with_its_document(make_feed, packing):
+    corpus = [*numbered([20, 19]), Document("chat", "100 101 138 102 139")]
+    fits = make_feed(corpus, replace(rules(packing=packing), d_vocab=140))
+    assert fits.block(fits.start, 10)[0].rows, "a tokenizer larger than the text needs is no reason to refuse"
+    with pytest.raises(ValueError, match=r"has 140 tokens, the model 139 embeddings; token '<139>' \(id 139\) stands in document 'chat'\. Give"):
+        feed = make_feed(corpus, replace(rules(packing=packing), d_vocab=139))
+        feed.block(feed.start, 1000)
+
+
+def test_a_text_of_many_special_tokens_is_noted_unless_they_are_kept():
+    def note(words, **fields):
+        return LocalFeed([Document("a", words), *numbered([90])], Words(), rules(**fields), 0).special.note(Words())
+
+    assert note("2 " * 2) == note("2 " * 50, special=False) == "", "few of them, and kept ones"
+    found = note("2 " * 20 + "3 " * 10)
+    assert found.startswith(
+        "note: special tokens are 25.0% of the training text's positions and give no rows: '<2>' (id 2) 16.7%, '<3>' (id 3) 8.3%. "
+    )
+    assert "source.drop_special_tokens=false" in found
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from switch_sae.activations import CachedSource, LanguageModelSource, build_source
 from switch_sae.activations import text as text_module
+from switch_sae.activations.base import check_same_stream
 from switch_sae.activations.text import TextConfig
 from switch_sae.files import RunError, try_lock
 from switch_sae.plain import from_plain, to_plain
@@ -571,6 +572,104 @@ def test_a_stream_that_ends_with_a_block_is_not_stored_twice(tmp_path, monkeypat
     manifest = manifest_of(tmp_path)
     assert manifest["complete"] and manifest["rows"] == whole
     assert [shard["next_position"]["epoch"] for shard in manifest["shards"]] == [0, 0, 0], "no shard tells that the text has ended"
+
+
+def dataset(folder, first=0, count=3000):
+    folder.mkdir(exist_ok=True)
+    rows = ({"text": " ".join(f"word{(i * 7 + j * j) % 997}" for j in range(5 + i % 30))} for i in range(first, first + count))
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return TextConfig(kind="dataset", dataset=str(folder))
+
+
+def test_a_dataset_of_another_content_is_another_one_for_cache_resume_and_description(tmp_path):
+    pytest.importorskip("datasets")
+    corpus, cache = dataset(tmp_path / "corpus"), tmp_path / "cache"
+    live, stored = LanguageModelSource(config(corpus, None), BATCH, Model()), cached(corpus, cache, 600)
+    first_TD, states = take(stored, 4), (live.state_dict(), stored.state_dict())
+    assert key(corpus, cache) == stored.describe()["cache"]["key"]
+    for name, change in (("elsewhere", {"first": 900}), ("longer", {"count": 3001})):  # the second begins with the same documents
+        dataset(tmp_path / "corpus", **change)
+        other = cached(corpus, cache, 600)
+        assert other.describe()["cache"]["key"] != stored.describe()["cache"]["key"]
+        changed = {part for part, value in other.describe().items() if value != stored.describe()[part]} - {"cache"}
+        assert changed == ({"dataset"} if name == "longer" else {"dataset", "training_text", "held_out_text"})
+        assert name == "longer" or not torch.isin(take(other, 4)[:, 0], first_TD[:, 0]).all()
+        for source, state in zip((LanguageModelSource(config(corpus, None), BATCH, Model()), other), states, strict=True):
+            with pytest.raises(ValueError, match=r"they differ in dataset: saved 'files .*', now 'files .*Restore these, or start a new run\.$"):
+                source.load_state_dict(state)
+    dataset(tmp_path / "corpus")
+    again = cached(corpus, cache, 600)
+    again.load_state_dict(states[1])
+    assert key(corpus, cache) == stored.describe()["cache"]["key"] and torch.equal(next(again).x_TD, next(stored).x_TD)
+
+
+def test_one_relative_name_in_two_working_directories_is_two_datasets(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    keys = []
+    for place, first in (("one", 0), ("two", 50), ("three", 0)):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        dataset(Path("corpus"), first)
+        keys.append(key(TextConfig(kind="dataset", dataset="corpus"), tmp_path / "cache"))
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_local_text_is_told_apart_by_what_is_held_out_and_its_stored_rows_are_not(text, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(text, other)
+    name = next(path.name for path in sorted(text.iterdir()) if text_module.is_held_out(path.name))
+    live, stored = LanguageModelSource(config(text, None), BATCH, Model()), cached(text, tmp_path / "cache", 600)
+    (other / name).write_text("quite other words " * 20)
+    changed, reading = LanguageModelSource(config(other, None), BATCH, Model()), cached(other, tmp_path / "cache", 600)
+    assert changed.made_of()["text"] == live.made_of()["text"] and changed.made_of()["held_out_text"] != live.made_of()["held_out_text"]
+    assert reading.describe()["cache"]["key"] == stored.describe()["cache"]["key"]
+    assert {part for part, value in changed.describe().items() if value != live.describe()[part]} == {"held_out_text"}
+    for source, saved in ((changed, live), (reading, stored)):
+        with pytest.raises(ValueError, match=r"they differ in held_out_text: saved '\w+', now '\w+'\."):
+            source.load_state_dict(saved.state_dict())
+
+
+def test_a_state_that_does_not_know_its_text_goes_on_but_no_other_part_may_be_missing(text, tmp_path):
+    for source in (LanguageModelSource(config(text, None), BATCH, Model()), cached(text, tmp_path, 600)):
+        state = source.state_dict()
+        state["made_of"] = {part: value for part, value in state["made_of"].items() if part != "held_out_text"}  # as earlier versions saved it
+        source.load_state_dict(state)
+        next(source)
+        del state["made_of"]["hook"]
+        with pytest.raises(ValueError, match="hook: saved None, now 'middle'"):
+            source.load_state_dict(state)
+    unknown = {"dataset": None, "seed": 0}
+    check_same_stream({"dataset": "revision 1", "seed": 0}, unknown), check_same_stream(unknown, {"dataset": "revision 1", "seed": 0})
+    with pytest.raises(ValueError, match=r"dataset: saved 'revision 1', now 'revision 2'\. .*text\.dataset_revision=REVISION"):
+        check_same_stream({"dataset": "revision 1"}, {"dataset": "revision 2"})
+
+
+def test_a_stream_is_looked_at_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    def rows(special):
+        return lambda *_: (text_module.Document(f"fake/train/{i}", special + " a few words that are kept" * 3) for i in range(100))
+
+    class Named(Tokenizer):
+        def __len__(self):
+            return VOCABULARY
+
+        def convert_ids_to_tokens(self, token):
+            return f"<{token}>"
+
+        def __call__(self, texts, **_):
+            return {"input_ids": [[{"pad": 1, "late": VOCABULARY - 1}.get(word, 5) for word in text.split()] for text in texts]}
+
+    model, streamed = Model(), config(TextConfig(kind="dataset", dataset="fake"), None)
+    model.tokenizer = Named()
+    monkeypatch.setattr(text_module, "hugging_face_dataset", rows("pad pad"))
+    assert LanguageModelSource(streamed, BATCH, model)
+    assert "special tokens are 10.0% of the training text's positions and give no rows: '<1>' (id 1) 10.0%" in capsys.readouterr().out
+    monkeypatch.setattr(text_module, "hugging_face_dataset", rows("late"))
+    model.d_vocab = VOCABULARY - 1
+    with pytest.raises(ValueError, match=r"the model 59 embeddings; token '<59>' \(id 59\) stands in document 'fake/train/0'"):
+        LanguageModelSource(streamed, BATCH, model)
+    monkeypatch.setattr(text_module, "hugging_face_dataset", lambda *_: iter([text_module.Document("fake/train/3", "one document")]))
+    with pytest.raises(ValueError, match=r"no (held-out|training) documents among 1 rows"):
+        LanguageModelSource(streamed, BATCH, model)
 
 
 def test_saved_configs_of_older_versions_load_and_new_ones_come_back(text, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from switch_sae.activations.document import Document
-from switch_sae.activations.text_files import checked_text, expanded, files_below
+from switch_sae.activations.text_files import checked_text, expanded, files_below, reading
 
 _SAMPLED_BYTES = 64 * 1024**2
 _CHUNK_BYTES = 16 * 1024
@@ -24,6 +24,8 @@ def hugging_face_dataset(
     try:
         rows = iter(_opened(name, split, config, revision))
         row: dict[str, Any] | None = next(rows, None)
+    except (_Refused, ImportError):
+        raise
     except Exception as error:
         raise _explained(f"{what} could not be opened", error) from error
     index = 0
@@ -40,6 +42,10 @@ def hugging_face_dataset(
             raise _explained(f"{what} could not be read at row {index}", error) from error
 
 
+class _Refused(ValueError):
+    """Settings that the dataset cannot follow; the message says it all."""
+
+
 def _opened(name: str, split: str, config: str | None, revision: str | None) -> Iterable[dict[str, Any]]:
     try:
         from datasets import load_dataset, load_from_disk
@@ -47,17 +53,19 @@ def _opened(name: str, split: str, config: str | None, revision: str | None) -> 
         raise ImportError("text.kind=dataset needs the datasets package: pip install datasets, or use text.kind=stdlib.") from error
     place = expanded(name)
     if not place.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise _Refused(f"dataset {name!r} does not exist. Give a folder or file of a dataset, or a name on the hub.")
         rows: Iterable[dict[str, Any]] = load_dataset(name, config, split=split, revision=revision, streaming=True)
         return rows
     if revision is not None:
-        raise ValueError(f"text.dataset_revision={revision!r} would be ignored: {place} is on this machine. Leave it out")
+        raise _Refused(f"text.dataset_revision={revision!r} would be ignored: {place} is on this machine. Leave it out.")
     if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
         if config is not None:
-            raise ValueError(f"text.dataset_config={config!r} would be ignored: {place} was written by save_to_disk. Leave it out")
+            raise _Refused(f"text.dataset_config={config!r} would be ignored: {place} was written by save_to_disk. Leave it out.")
         saved = load_from_disk(str(place))
         parts: dict[str, Any] = saved if isinstance(saved, dict) else {"train": saved, str(saved.split or "train"): saved}
         if split not in parts:
-            raise ValueError(f"it was written by save_to_disk with the splits {list(parts)}. Set text.split to one of them")
+            raise _Refused(f"text.split={split!r}: {place} was written by save_to_disk with the splits {list(parts)}. Set text.split to one of them.")
         return parts[split]
     place = place.resolve()  # a folder called `json` or `text` would be taken for the reader of that name
     files = {"path": str(place.parent), "data_files": str(place)} if place.is_file() else {"path": str(place)}
@@ -66,8 +74,6 @@ def _opened(name: str, split: str, config: str | None, revision: str | None) -> 
 
 
 def _explained(what: str, error: Exception) -> Exception:
-    if isinstance(error, ImportError):
-        return error
     message = (
         f"{what}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}. Check the name, config and split, and the network, "
         "or train on local text: text.kind=files text.paths=[FOLDER], or text.kind=stdlib."
@@ -83,7 +89,8 @@ def dataset_version(name: str, config: str | None = None, revision: str | None =
     """
     place = expanded(name)
     if place.exists():
-        return f"files {_files_hash(place)}"
+        with reading(place):
+            return f"files {_files_hash(place)}"
     try:
         from datasets import load_dataset_builder
 

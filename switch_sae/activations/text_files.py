@@ -61,7 +61,7 @@ def local_files(paths: Iterable[str | Path], text_column: str = "text", say: Say
     Raises FileNotFoundError for a path that does not exist, RunError for what cannot be read, and ValueError for what is not text.
     """
     roots = list(dict.fromkeys(expanded(path).absolute() for path in paths))
-    files = [(file, root) for root in roots for file in _text_files(root, say)]
+    files = list({file: (file, root) for root in reversed(roots) for file in _text_files(root, say)}.values())
     if text_column != "text" and not any(_suffix(file) in _LINE_SUFFIXES for file, _ in files):
         raise ValueError(f"text.text_column={text_column!r} would be ignored: no text file ends in {' or '.join(_LINE_SUFFIXES)}. Leave it out.")
     problems: list[str] = []
@@ -78,17 +78,17 @@ def local_files(paths: Iterable[str | Path], text_column: str = "text", say: Say
 def _names(files: list[tuple[Path, Path]], roots: list[Path]) -> list[str]:
     """A name for each (file, given path it was found by), all different."""
     names = [file.name if file == root else file.relative_to(root).as_posix() for file, root in files]
-    while repeated := {name for name, count in Counter(names).items() if count > 1}:
-        together = os.path.commonpath(roots)
-        names = [
-            file.relative_to(together).as_posix() if name in repeated else name for (file, _), name in zip(files, names, strict=True)
-        ]  # each round changes a name: files are not found twice, so that their places differ
+    clean = Path if len({os.path.abspath(file) for file, _ in files}) < len(files) else os.path.abspath  # `..` behind a link leads elsewhere
+    together = os.path.commonpath([clean(root) for root in roots])
+    while repeated := {name for name, count in Counter(names).items() if count > 1}:  # each round changes a name, and those below differ
+        below = (Path(clean(file)).relative_to(together).as_posix() for file, _ in files)
+        names = [place if name in repeated else name for place, name in zip(below, names, strict=True)]
     return names
 
 
 def _text_files(root: Path, say: Say) -> list[Path]:
     """The given file itself, or the text files below the given folder."""
-    with _reading(root):
+    with reading(root):
         if not root.exists():
             raise FileNotFoundError(f"text path {str(root)!r} does not exist. Give a file, or a folder holding {', '.join(TEXT_SUFFIXES)} files.")
         if root.is_file():
@@ -131,7 +131,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def _documents_of(file: Path, name: str, text_column: str) -> Iterator[Document]:
-    with _reading(file):
+    with reading(file):
         data = file.read_bytes()
     if data.startswith(b"version https://git-lfs"):
         raise _NotText(f"text file {str(file)!r} is git-lfs's pointer to a file that was not downloaded. Get it with git lfs pull.")
@@ -150,15 +150,15 @@ def _decoded(file: Path, data: bytes, odd_share: float) -> str:
         text, odd, first = data.decode(encoding), 0, len(data)
     except UnicodeDecodeError as error:
         text, first = data.decode(encoding, errors="replace"), error.start
-        odd = max(1, text.count("\ufffd") - data.count("\ufffd".encode("utf-8" if encoding == "utf-8-sig" else encoding)))
+        odd = max(1, text.count("\ufffd") - data.count("\ufffd".encode()))  # it may stand there itself
     if nul := text.count("\0"):
         odd, first = odd + nul, min(first, data.find(b"\0"))
     if odd > odd_share * len(text):
         line = data.count(b"\n", 0, first) + 1
+        where = f"line {line}: byte {data[first]:#04x} at offset {first}"
         raise _NotText(
-            f"text file {str(file)!r}, line {line}: byte {data[first]:#04x} at offset {first} is no {encoding.removesuffix('-sig').upper()} text, as "
-            f"{odd / len(text):.2%} of its characters. Text in another encoding is converted by iconv -f LATIN1 -t UTF-8 {file.name} > NEW.txt; "
-            "what is no text must be left out."
+            f"text file {str(file)!r}, {where} is no {encoding.removesuffix('-sig').upper()}, and so are {odd / len(text):.2%} of its characters. "
+            f"Text in another encoding is converted by iconv -f LATIN1 -t UTF-8 {file.name} > NEW.txt; what is no text must be left out."
         )
     return io.StringIO(text, newline=None).read()
 
@@ -191,9 +191,10 @@ def checked_text(value: Any, where: str, column: str, row: dict[str, Any]) -> st
     """The text of a row. Raises ValueError for what is none, and for half a surrogate pair, which no encoding and no tokenizer takes."""
     if not isinstance(value, str):
         texts = [key for key, other in row.items() if isinstance(other, str)]
+        other_column = f", or set text.text_column to one of its text columns: {texts}" if texts else ""
         raise ValueError(
             f"{where}: {column!r} is {_short(value)}, of type {type(value).__name__}, but a document is a string (null has none and is passed over). "
-            f"Mend the row, or set text.text_column to one of its text columns: {texts}."
+            f"Mend the row{other_column}."
         )
     try:
         value.encode()
@@ -244,13 +245,11 @@ def _size(paths: list[Path]) -> str:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Whatever keeps `path` from being read becomes one message."""
     try:
         yield
     except OSError as error:
         if error.errno is None:  # our own words
             raise
-        raise RunError(
-            f"cannot read {error.filename or path}: {error.strerror or error}. Make it readable, or leave it out of text.paths."
-        ) from error
+        raise RunError(f"cannot read {error.filename or path}: {error.strerror or error}. Make it readable, or leave it out.") from error
