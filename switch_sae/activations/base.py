@@ -104,11 +104,16 @@ _ADDED_LATER = ("training_text", "held_out_text", "dataset")
 """Parts of an identity that states of earlier versions lack and that may be unknown: they tell streams apart only where both sides know them."""
 
 
+def both_known(saved: dict[str, Any], mine: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two descriptions without those parts of the text's identity that one of them does not know."""
+    unknown = {key for key in _ADDED_LATER if saved.get(key) is None or mine.get(key) is None}
+    saved, mine = ({key: value for key, value in about.items() if key not in unknown} for about in (saved, mine))
+    return saved, mine
+
+
 def check_same_stream(saved: dict[str, Any], mine: dict[str, Any]) -> None:
     """Raises ValueError where a saved stream was made of something else: its place means nothing in this one."""
-    unknown = {key for key in _ADDED_LATER if saved.get(key) is None or mine.get(key) is None}
-    saved, mine = ({key: value for key, value in made_of.items() if key not in unknown} for made_of in (saved, mine))
-    if differs := differences(saved, mine):
+    if differs := differences(*both_known(saved, mine)):
         hub = "dataset: saved 'revision" in differs
         moved = " A dataset of the hub is read as it was with text.dataset_revision=REVISION (in config.json, to resume)." if hub else ""
         raise ValueError(f"this source cannot go on where the saved one stopped; they differ in {differs}. Restore these, or start a new run.{moved}")
