@@ -18,7 +18,7 @@ def evaluate_again(run: RunDir, rows: int | None = None, contexts: int | None = 
     config = config_from_plain(run.read_json("config.json"))
     asked = {"rows": rows, "downstream_contexts": contexts}
     evaluation = replace(config.evaluation, **{name: value for name, value in asked.items() if value is not None})
-    file = f"results-{evaluation.rows}.json"
+    file = f"results-{evaluation.rows}.json" if (run.path / "results.json").is_file() else "results.json"
     score_again(run, replace(config, evaluation=evaluation), file)
     return file
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from switch_sae.activations.base import EvaluationSet
 from switch_sae.countdown import Countdown
 from switch_sae.files import Say
-from switch_sae.metrics import METRICS, Downstream, DownstreamLoss, Firing, Metric, MetricBatch, MetricSetup
+from switch_sae.metrics import FVU, METRICS, Downstream, DownstreamLoss, Firing, Metric, MetricBatch, MetricSetup
 from switch_sae.metrics.bootstrap import bootstrap_intervals, intervals
 from switch_sae.metrics.forward import Evaluable, chunks, outputs
 from switch_sae.rows import NormLimit
@@ -145,10 +145,7 @@ def evaluate_group(
             firing_counts=scores[name].firing.firing_counts,
             prediction_documents=None if downstream is None else downstream.num_documents,
         )
-    measured: dict[str, dict[str, Metric[Any]]] = {name: {"fvu_inliers": scores[name].metrics["fvu"]} for name in saes}
-    for name, loss in losses.items():
-        measured[name]["delta_ce"] = loss
-    return GroupResults(results, measured, bootstrap)
+    return GroupResults(results, {name: [*scores[name].metrics.values(), *([losses[name]] if losses else [])] for name in saes}, bootstrap)
 
 
 @dataclass(frozen=True)
@@ -156,24 +153,25 @@ class GroupResults:
     """What a group scored on the same rows."""
 
     results: dict[str, Results]
-    _measured: dict[str, dict[str, Metric[Any]]]
-    """What `ratios` compares, by name of the SAE and of the number."""
+    metrics: dict[str, list[Metric[Any]]]
+    """With the sums behind them."""
     _bootstrap: int
 
     def ratios(self, main: str) -> dict[str, dict[str, Estimate]]:
         """By the name of every other SAE: FVU (outliers left out) and delta CE of `main` divided by its own, with the interval that resampling the
         same documents for both gives. A number that is not above 0 has no ratio."""
         ratios: dict[str, dict[str, Estimate]] = {}
-        for other, measured in self._measured.items():
-            for name, theirs in measured.items() if other != main else ():
-                ours, below = self._measured[main][name], self.results[other].metrics[name].value
-                if not below > 0:
+        for other in [name for name in self.results if name != main]:
+            for name, kind in (("fvu_inliers", FVU), ("delta_ce", DownstreamLoss)):
+                pair = [metric for sae in (main, other) for metric in self.metrics[sae] if isinstance(metric, kind)]
+                if not pair or not (below := self.results[other].metrics[name].value) > 0:
                     continue
 
-                def resampled(weights_RN: Tensor, ours: Any = ours, theirs: Any = theirs, name: str = name) -> dict[str, Tensor]:
-                    return {name: ours.replicates(weights_RN)[name] / theirs.replicates(weights_RN)[name]}
+                def resampled(weights_RN: Tensor, pair: Any = pair, name: str = name) -> dict[str, Tensor]:
+                    ours, theirs = (metric.replicates(weights_RN)[name] for metric in pair)
+                    return {name: ours / theirs}
 
-                interval = intervals(resampled, theirs.setup.num_documents, self._bootstrap).get(name, (None, None))
+                interval = intervals(resampled, pair[0].setup.num_documents, self._bootstrap).get(name, (None, None))
                 ratios.setdefault(other, {})[name] = Estimate(self.results[main].metrics[name].value / below, *interval)
         return ratios
 

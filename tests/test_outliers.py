@@ -51,7 +51,9 @@ def stream(made, outlier_factor=10.0) -> Stream:
 
 def test_a_limit_keeps_what_is_below_it_and_the_very_same_rows_where_all_are():
     x = torch.randn(100, D, generator=torch.Generator().manual_seed(0))
-    assert (limit := NormLimit.of(Rows.of(x))).inliers(rows := Rows.of(x)) is rows
+    rows = Rows.of(x)
+    limit = NormLimit.of(rows)
+    assert limit.inliers(rows) is rows
     x[[3, 50]] *= 30
     spoiled = Rows.of(x)
     kept = limit.inliers(spoiled)
