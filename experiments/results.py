@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.compose import clear_errors
 from switch_sae.report import summary_table
 from switch_sae.results import collect, write_results, write_summary
-from switch_sae.results.rows import config_columns
+from switch_sae.results.settings import config_columns
 from switch_sae.runs import write_atomically
 
 

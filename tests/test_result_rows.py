@@ -40,6 +40,6 @@ def test_a_file_is_parsed_once_until_it_changes(run, monkeypatch):
     collect([run.path])
     assert names.count("results.json") == 1
     saved = read(run, "results.json")
-    saved["members"]["switch"]["metrics"]["fvu"] = {"value": 0.125, "low": None, "high": None}
+    saved["members"]["switch"]["metrics"]["fvu_inliers"] = {"value": 0.125, "low": None, "high": None}
     run.write_json("results.json", saved)
     assert "0.1250" in table([run]) and "0.1250" not in first and names.count("results.json") == 2

@@ -3,7 +3,8 @@
 import csv
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import permutations
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from switch_sae.models import ROUTERS, SAES, SwitchSAE, TopKSAE
 from switch_sae.models.routers import Gate
 from switch_sae.report import summary_table, table
 from switch_sae.results import collect, summary, write_results, write_summary
-from switch_sae.results.rows import config_columns, unusual, usual_settings
+from switch_sae.results.settings import HEADLINE, config_columns, unusual, usual_settings
 from switch_sae.runs import RunDir, RunError
 
 D = 8
@@ -50,7 +51,7 @@ class FakeSweep:
         model.activation_scale.fill_(scale)
         if weights:
             run.save_sae(model, {})
-        values = {"fvu": fvu, "l0": float(getattr(sae, "k", 3)), "normalized_mse": fvu / 2, "dead_latents": 0.25, **metrics}
+        values = {"fvu": fvu, "fvu_inliers": fvu, "l0": float(getattr(sae, "k", 3)), "normalized_mse": fvu / 2, "dead_latents": 0.25, **metrics}
         entry = {
             "metrics": {name: {"value": value, "low": None, "high": None} for name, value in values.items()},
             "vectors": {}, "rows": 500, "documents": 5, "outlier_rows": 0, "predictions": 0, "firing_counts": [1] * sae.num_latents,
@@ -62,6 +63,18 @@ class FakeSweep:
         run.write_json("results.json", {"members": {architecture: entry}, "controls": {}, "evaluation": {"source": {"source": evaluated}}})
         return run
 
+    def beside(self, run, name, sae, fvu):
+        """The same run with a trained baseline."""
+        saved = run.read_json("results.json")
+        (main, *_) = saved["members"].values()
+        sizes = {"architecture": SAES.key_of(sae), "num_latents": sae.num_latents, "num_experts": getattr(sae, "num_experts", 1), "k": sae.k}
+        score = {"value": fvu, "low": None, "high": None}
+        entry = main | sizes | {"role": "baseline", "metrics": main["metrics"] | {"fvu": score, "fvu_inliers": score}}
+        saved["members"][name] = entry | {"firing_counts": [1] * sae.num_latents}
+        run.write_json("results.json", saved)
+        run.member(name).save_sae(SAES.build(sae, D, torch.Generator().manual_seed(0)), {})
+        return run
+
 
 def topk(latents=32, k=4, **more):
     return TopKSAE.Config(num_latents=latents, k=k, **more)
@@ -70,6 +83,10 @@ def topk(latents=32, k=4, **more):
 def switch(experts, latents=32, k=4, load_balance=0.1, gate=Gate.probability, **more):
     router = ROUTERS["softmax"].Config(load_balance=load_balance, gate=gate)
     return SwitchSAE.Config(num_latents=latents, num_experts=experts, k=k, router=router, **more)
+
+
+def frozen(sae):
+    return replace(sae, router=replace(sae.router, train=False))
 
 
 @pytest.fixture
@@ -127,8 +144,8 @@ def test_unfinished_members_are_told_apart(sweep):
     assert rows[2].error == "FloatingPointError: loss is NaN" and rows[0].num_latents == 32
     (group,) = summary(rows.values())
     assert [row.seed for row in group.rows] == [3] and len(group.unfinished) == 3
-    text = summary_table(list(rows.values()))
-    assert "seed 0 waiting" in text and "seed 1 running at step 3" in text and "seed 2 failed at step 7" in text
+    text = " ".join(summary_table(list(rows.values())).split())
+    assert "seed 0 waiting" in text and "seed 1 not finished, at step 3" in text and "seed 2 failed at step 7" in text
 
 
 def test_mean_and_spread_over_seeds_by_hand(sweep):
@@ -228,3 +245,78 @@ def test_seeds_sizes_and_bookkeeping_are_no_settings(sweep):
     settings = collect([sweep.path])[0].settings
     assert {"trainer.lr", "sae.auxk", "tokens", "source.d_in"} <= set(settings)
     assert not {"seed", "source.seed", "runs", "name", "sae.k", "device", "wandb.mode"} & set(settings)
+
+
+def default_run(sweep, seed=0, main=None, fvu=0.4):
+    """What `make train` gives: the main SAE, and beside it a dense one and its own with a frozen router, which scores worse."""
+    main = main or switch(4)
+    run = sweep.add(main, seed, fvu=fvu, weights=True)
+    return sweep.beside(sweep.beside(run, "flop_matched", topk(20), 0.5), "frozen_router", frozen(main), 0.6)
+
+
+def test_a_frozen_router_beside_the_main_sae_is_never_what_is_usual_in_any_order(sweep):
+    default_run(sweep)
+    rows = collect([sweep.path])
+    assert [row.sae for row in rows] == ["switch", "frozen_router", "flop_matched"] or [row.sae for row in rows[:2]] == ["switch", "frozen_router"]
+    texts = set()
+    for order in permutations(rows):
+        assert usual_settings(order)["sae.router.train"] is True
+        assert [group.name for group in summary(order)] == [group.name for group in summary(rows)]
+        texts.add(summary_table(order))
+    (text,) = texts
+    lines = {line.split()[0]: line for line in text.splitlines() if line}
+    assert lines["frozen_router"].endswith("router.train=False") and "router.train" not in lines["switch"] and "0.6000" in lines["frozen_router"]
+    assert "Trained beside a main SAE: frozen_router (switch), flop_matched (topk)." in text
+
+
+@pytest.mark.parametrize("second", ["hard gate", "another router", "frozen by wish", "more tokens"])
+def test_mains_that_tie_are_decided_by_the_defaults_and_not_by_their_order(sweep, second):
+    default_run(sweep)
+    other = {
+        "hard gate": switch(4, gate=Gate.hard), "frozen by wish": frozen(switch(4)),
+        "another router": replace(switch(4), router=ROUTERS["cosine_kmeans"].Config()), "more tokens": switch(4),
+    }[second]  # fmt: skip
+    run = sweep.add(other, 1, fvu=0.3)
+    if second == "more tokens":
+        saved = run.read_json("config.json") | {"tokens": 2_500_000}
+        run.write_json("config.json", saved)
+        RunDir(sweep.path).write_json("sweep.json", {"name": "fake", "members": sweep.members | {run.path.name: saved}})
+    rows = collect([sweep.path])
+    found = [usual_settings(order) for order in permutations(rows)]
+    assert all(usual == found[0] for usual in found)
+    assert (found[0]["sae.router.train"], found[0]["sae.router.gate"], found[0]["sae.router.kind"]) == (True, "probability", "softmax")
+    assert found[0]["tokens"] == (2_500_000 if second == "more tokens" else 1000)
+    assert {row.role for row in rows if row.config.get("sae.router.train") is False} >= {"baseline"}
+    names = {group.name for group in summary(rows) if group.first.config.get("sae.router.train") is False}
+    assert names == ({"switch"} if second == "frozen by wish" else {"frozen_router"})  # a main SAE is called by what it is
+
+
+def test_of_one_seed_the_main_sae_stays_and_then_the_newest_run(sweep, tmp_path):
+    sweep.beside(sweep.add(switch(4), fvu=0.4), "width_matched", topk(), 0.7)
+    sweep.add(topk(), fvu=0.5)
+    rows = collect([sweep.path])
+    for order in permutations(rows):
+        group = next(group for group in summary(order) if group.first.architecture == "topk")
+        assert (group.name, group.mean(HEADLINE), group.repeated) == ("topk", 0.5, 1)
+
+
+def test_where_a_cache_lies_makes_no_other_experiment_but_whether_there_is_one_does(tmp_path):
+    sweeps = [FakeSweep(tmp_path / str(place), cache=cache) for place, cache in enumerate(("/a", "/b", None))]
+    for seed, sweep in enumerate(sweeps):
+        sweep.add(topk(), seed, fvu=0.5)
+    rows = collect([tmp_path])
+    assert sorted(len(group.rows) for group in summary(rows)) == [1, 2]
+    assert config_columns(rows) == ["source.cache"] and "source.cache=False" in summary_table(rows)
+    assert [row.config["source.cache"] for row in rows] == ["/a", "/b", None]
+
+
+def test_no_word_is_cut_and_long_notes_go_below_their_row(sweep):
+    for value in (1e-3, 2e-3):
+        run = sweep.add(switch(4, encoder_bias=False, load_balance=value), fvu=0.25, delta_ce=0.5, load_cv=0.1)
+        saved = run.read_json("config.json")
+        saved["evaluation"]["downstream_contexts"] = int(1e6 * value)
+        sweep.members[run.path.name] = saved
+    RunDir(sweep.path).write_json("sweep.json", {"name": "fake", "members": sweep.members})
+    text = summary_table(collect([sweep.path]))
+    for word in ("evaluation.downstream_contexts=1000", "router.load_balance=0.001"):
+        assert word in text.replace("Where", "") and max(map(len, text.splitlines())) <= 150

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from switch_sae.analysis.text_examples import TokenLift
 from switch_sae.models import SAES
-from switch_sae.results.rows import ResultRow, grouped, hashable, other_activations, scored, unusual, usual_settings
+from switch_sae.results.rows import ResultRow, grouped, hashable, other_activations, read_results, scored
+from switch_sae.results.settings import EXACT, HEADLINE, share, unusual, usual_settings, without_outliers
 from switch_sae.results.summary import Summary, summary
 from switch_sae.runs import RunDir
 
@@ -17,36 +18,53 @@ WIDTH = 150
 
 
 def table(runs: Sequence[RunDir], file: str = "results.json") -> str:
-    """All SAEs and controls of the runs with their scores, then which run is which, then a legend.
+    """All SAEs and controls of the runs with their scores, then which run is which, then a legend of the columns that have values.
 
     `file` is another evaluation in the same folders. Raises ValueError for no runs, FileNotFoundError for an unfinished one.
     """
     rows = scored(runs, file)
-    header, *texts = aligned([list(_COLUMNS), *([cell(row) for cell in _COLUMNS.values()] for row in rows)])
+    columns, (header, *texts) = _filled(_COLUMNS, rows, ("SAE", "k", "FVU"), any(row.outlier_rows for row in rows))
     parts = [header]
     for _, group in groupby(zip(rows, texts, strict=True), key=lambda pair: (pair[0].label.removesuffix(pair[0].sae), pair[0].role == "control")):
         parts += ["-" * len(header), *(text for _, text in group)]
-    return "\n".join([*parts, "", *_runs_key(rows), *_legend(rows)])
+    return "\n".join([*parts, "", *_runs_key(rows), *_legend(rows, columns)])
 
 
 def margins(run: RunDir, file: str = "results.json") -> str:
-    """One line: how far the main SAE's FVU lies below (-) or above (+) that of every other row, in percent of the other's.
+    """How far the main SAE's FVU, and delta CE where it was paired, lie below (-) or above (+) those of every other row, in percent of the other's.
 
-    A star marks a difference that the 95 % intervals do not support: they overlap.
+    With its 95 % interval where ratios were resampled on shared documents: a star marks those that hold 0. In older results a star marks a
+    difference that the two SAEs' own intervals do not support: they overlap.
     """
     main, *others = scored([run], file)
-    own = main.estimate("fvu")
+    ratios = read_results(run, file).get("ratios") or {}
+    lines = [_margins(main, others, HEADLINE, "FVU", ratios)]
+    if any("delta_ce" in ratio for ratio in ratios.values()):
+        lines.append(_margins(main, others, "delta_ce", "delta CE", ratios))
+    return "\n".join(lines)
+
+
+def _margins(main: ResultRow, others: Sequence[ResultRow], metric: str, label: str, ratios: Mapping[str, Any]) -> str:
+    own, words, stars, exact = main.estimate(metric), [], set(), []
     if own is None:
-        return f"The FVU of {main.sae} is not finite: no margins."
-    words, star = [], False
+        return f"The {label} of {main.sae} is not known or not finite: no margins."
     for other in others:
-        theirs = other.estimate("fvu")
-        if theirs is None or theirs.value == 0:
+        theirs, paired = other.estimate(metric), ratios.get(other.sae, {}).get(metric)
+        if theirs is None or (paired is not None and paired["value"] is None):
             continue
-        unsure = None in (own.low, own.high, theirs.low, theirs.high) or (own.low <= theirs.high and theirs.low <= own.high)  # type: ignore[operator]
-        star |= unsure
-        words.append(f"{(own.value / theirs.value - 1):+.1%} {other.sae}" + "*" * unsure)
-    return f"FVU of {main.sae} relative to: {', '.join(words)}" + (" (* intervals overlap or are missing)" if star else "")
+        if abs(theirs.value) < EXACT:
+            exact.append(other.sae)
+        elif paired is None:
+            unsure = None in (own.low, own.high, theirs.low, theirs.high) or (own.low <= theirs.high and theirs.low <= own.high)  # type: ignore[operator]
+            stars |= {"intervals overlap or are missing"} if unsure else set()
+            words.append(f"{100 * (own.value / theirs.value - 1):+z.1f} % {other.sae}" + "*" * unsure)
+        else:
+            value, low, high = (None if paired[at] is None else 100 * (paired[at] - 1) for at in ("value", "low", "high"))
+            unsure = low is None or high is None or low <= 0 <= high
+            stars |= {"the interval holds 0 or is missing"} if unsure else set()
+            words.append(f"{value:+z.1f} %{'' if low is None else f' [{low:+z.1f}, {high:+z.1f}]'} {other.sae}" + "*" * unsure)
+    notes = [f"* {star}" for star in sorted(stars)] + [f"{label} of {name} is 0: no margin" for name in exact]
+    return f"{label} of {main.sae} relative to: {', '.join(words) or 'nothing'}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def summary_table(rows: Sequence[ResultRow]) -> str:
@@ -55,22 +73,22 @@ def summary_table(rows: Sequence[ResultRow]) -> str:
     groups = sorted(summary(rows), key=lambda group: (_sizes(group), len(unusual(group.first, usual))))
     finished = [group for group in groups if group.rows]
     first = finished[0].first.evaluated_on if finished else {}
-    others = {id(group): other_activations(first, group.first.evaluated_on) for group in finished}
-    lines = [[cell(group) for cell in _SUMMARY_COLUMNS.values()] for group in groups]
-    kept = [place for place, name in enumerate(_SUMMARY_COLUMNS) if name in ("SAE", "n") or any(line[place] != UNKNOWN for line in lines)]
-    header, *texts = aligned([[line[place] for place in kept] for line in [list(_SUMMARY_COLUMNS), *lines]])
-    room = max(24, WIDTH - len(header) - 2)
-    shown = [header + "  differs in", "-" * (len(header) + 2 + min(room, 40))]
-    for group, text in zip(groups, texts, strict=True):
-        note = ", ".join([*_words(unusual(group.first, usual)), *_status(group)])
-        if others.get(id(group)):
-            note = ", ".join(filter(None, [f"NOT COMPARABLE, other activations: {others[id(group)]}", note]))
-        wrapped = textwrap.wrap(note, room, break_on_hyphens=False) or [""]
-        shown.append((text + "  " + wrapped[0]).rstrip())
-        shown += [" " * (len(text) + 2) + line for line in wrapped[1:]]
+    notes = []
+    for group in groups:
+        others = other_activations(first, group.first.evaluated_on) if group.rows else ""
+        notes.append([*([f"NOT COMPARABLE, other activations: {others}"] if others else []), *_words(unusual(group.first, usual)), *_status(group)])
+    columns, (header, *texts) = _filled(_SUMMARY_COLUMNS, groups, ("SAE", "k", "n"), any(group.outlier_rows for group in groups))
+    room = WIDTH - len(header) - 2
+    beside = max((len(word) for words in notes for word in " ".join(words).split()), default=0) <= room
+    shown = [header + "  differs in" * beside, "-" * (len(header) + (2 + min(room, 40)) * beside)]
+    for words, text in zip(notes, texts, strict=True):
+        indent, wide = (len(text) + 2, room) if beside else (4, WIDTH - 4)
+        wrapped = textwrap.wrap(", ".join(words), wide, break_on_hyphens=False, break_long_words=False)
+        shown.append((text + "  " + wrapped.pop(0)).rstrip() if beside and wrapped else text)
+        shown += [" " * indent + line for line in wrapped]
     differing = {key: value for key, value in usual.items() if any(key in unusual(row, usual) for row in rows)}
-    usually = f"Where nothing is said: {', '.join(_words(differing))}." if differing else ""
-    return "\n".join([*shown, "", *_summary_legend(groups), *textwrap.wrap(usually, WIDTH)])
+    usually = [f"Where nothing is said: {', '.join(_words(differing))}."] if differing else []
+    return "\n".join([*shown, "", *_wrapped([*_summary_legend(groups, columns), *usually])])
 
 
 def records_table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -110,6 +128,13 @@ def short(number: float | None, unit: float = 1.0) -> str:
     return f"{number:.3g}"
 
 
+def _filled(columns: Mapping[str, Callable[[T], str]], rows: Sequence[T], always: Sequence[str], outliers: bool) -> tuple[list[str], list[str]]:
+    """(names, aligned lines) of the columns in which something is known; those in `_WITH_OUTLIERS` only where there are outlier rows."""
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items() if outliers or name not in _WITH_OUTLIERS}
+    kept = [name for name, found in cells.items() if name in always or any(cell != UNKNOWN for cell in found)]
+    return kept, aligned([kept, *([cells[name][place] for name in kept] for place in range(len(rows)))])
+
+
 def _shown(of: Callable[[T], Any], spec: str = "") -> Callable[[T], str]:
     """A cell: what `of` finds, or that it is unknown."""
     return lambda row: UNKNOWN if (found := of(row)) is None else format(found, spec)
@@ -120,37 +145,63 @@ def _sparse_only(cell: Callable[[ResultRow], str]) -> Callable[[ResultRow], str]
     return lambda row: cell(row) if row.architecture in SAES else UNKNOWN
 
 
+def _bytes(megabytes: float | None) -> str:
+    return UNKNOWN if megabytes is None else short(megabytes, 1e6) + "B"
+
+
+_RECOVERY = {"MCC": "mcc", "recall": "recall", "NMI": "nmi"}
+_WITH_OUTLIERS = ("FVU all", "delta CE in.")
 _COLUMNS: dict[str, Callable[[ResultRow], str]] = {
     "SAE": lambda row: row.label,
     "latents": _sparse_only(lambda row: str(row.num_latents)),
     "experts": _sparse_only(lambda row: str(row.num_experts)),
     "k": _shown(lambda row: row.k),
-    "FVU": _shown(lambda row: row.estimate("fvu"), ".4f"),
-    "delta CE": _shown(lambda row: row.estimate("delta_ce"), ".3f"),
-    "KL": _shown(lambda row: row.value("kl"), ".3f"),
+    "FVU": _shown(lambda row: row.estimate(HEADLINE), "z.4f"),
+    "FVU all": _shown(lambda row: row.value("fvu"), "z.4f"),
+    "delta CE": _shown(lambda row: row.estimate("delta_ce"), "z.3f"),
+    "KL": _shown(lambda row: row.value("kl"), "z.3f"),
     "L0": _shown(lambda row: row.value("l0"), ".1f"),
     "dead": _sparse_only(_shown(lambda row: row.value("dead_latents"), ".1%")),
     "load CV": _shown(lambda row: row.value("load_cv"), ".2f"),
-    "cosine": _shown(lambda row: row.value("cosine"), ".3f"),
+    "cosine": _shown(lambda row: row.value("cosine"), "z.3f"),
+    **{name: _shown(lambda row, metric=metric: row.value(metric), "z.3f") for name, metric in _RECOVERY.items()},  # type: ignore[misc]
     "FLOPs": lambda row: short(row.flops_total),
     "tok/s": lambda row: short(row.tokens_per_second),
 }
 _SUMMARY_COLUMNS: dict[str, Callable[[Summary], str]] = {
-    "SAE": lambda group: group.first.architecture,
+    "SAE": lambda group: group.name,
     "latents": lambda group: str(group.first.num_latents),
     "experts": lambda group: str(group.first.num_experts),
     "k": _shown(lambda group: group.first.k),
     "n": lambda group: str(len(group.rows)),
-    "FVU": _shown(lambda group: group.spreads.get("fvu"), ".4f"),
-    "delta CE": _shown(lambda group: group.spreads.get("delta_ce"), ".3f"),
+    "FVU": _shown(lambda group: group.spreads.get(HEADLINE), "z.4f"),
+    "FVU all": _shown(lambda group: group.spreads.get("fvu"), "z.4f"),
+    "delta CE": _shown(lambda group: group.spreads.get("delta_ce"), "z.3f"),
+    "delta CE in.": _shown(lambda group: group.spreads.get("delta_ce_inliers"), "z.3f"),
     "L0": _shown(lambda group: group.mean("l0"), ".1f"),
     "dead": _shown(lambda group: group.mean("dead_latents"), ".1%"),
     "load CV": _shown(lambda group: group.mean("load_cv"), ".2f"),
+    **{name: _shown(lambda group, metric=metric: group.spreads.get(metric), "z.3f") for name, metric in _RECOVERY.items()},  # type: ignore[misc]
     "FLOPs": lambda group: short(group.mean("flops_total")),
     "tok/s": lambda group: short(group.mean("tokens_per_second")),
-    "state B": lambda group: short(group.mean("state_mb"), 1e6),
-    "peak B": lambda group: short(group.mean("peak_mb"), 1e6),
+    "own mem": lambda group: _bytes(group.mean("state_mb")),
+    "peak mem": lambda group: _bytes(group.mean("peak_mb")),
 }
+_MEANING = {
+    "delta CE": "nats per prediction with reconstructions spliced in",
+    "delta CE in.": "with outlier rows left as they are",
+    "KL": "nats per prediction, between predictions with and without reconstructions",
+    "dead": "never fired on these rows",
+    "load CV": "std / mean of experts' shares",
+    "MCC": "mean |cosine| of latents and true directions, matched one to one",
+    "recall": "true directions that some latent has at cosine > 0.9",
+    "NMI": "of routed expert and true topic",
+    "FLOPs": "per token of training, with router and decoder",
+    "tok/s": "of training steps alone",
+    "own mem": "own weights and moments",
+    "peak mem": "peak of the process, shared by all SAEs that trained in it",
+}
+"""Of columns, for legends."""
 
 
 def _runs_key(rows: Sequence[ResultRow]) -> list[str]:
@@ -162,36 +213,65 @@ def _runs_key(rows: Sequence[ResultRow]) -> list[str]:
         differs = other_activations(rows[0].evaluated_on, row.evaluated_on)
         note = f"; NOT COMPARABLE with run 1, other activations: {differs}" if differs else ""
         tokens = f", {short(row.tokens)} tokens" if row.tokens else ""
-        lines.append(f"{number.strip()}: {row.path} (seed {row.seed}{tokens}; {_size(row)}{note})")
+        left_out = f"; {_left_out(row)}" if _left_out(row) else ""
+        lines.append(f"{number.strip()}: {row.path} (seed {row.seed}{tokens}; {_size(row)}{left_out}{note})")
     return lines
 
 
 def _size(row: ResultRow) -> str:
-    assert row.results is not None
-    predictions = f", {row.results.predictions:,} predictions" if row.results.predictions else ""
-    return f"{row.results.rows:,} held-out rows from {row.results.documents:,} documents{predictions}"
+    results = row.results
+    assert results is not None
+    documents = f" from {results.documents:,} documents" if results.documents < results.rows else ", independent of each other"
+    predicted = f" from {row.prediction_documents:,} documents" if row.prediction_documents is not None else ""
+    return f"{results.rows:,} held-out rows{documents}" + (f", {results.predictions:,} predictions{predicted}" if results.predictions else "")
 
 
-def _legend(rows: Sequence[ResultRow]) -> list[str]:
-    sizes = {_size(row) for row in rows}
+def _left_out(row: ResultRow) -> str:
+    """What its training left out."""
+    known = row.training_outliers
+    if not known or not known["left_out"]:
+        return ""
+    return f"training left out {known['left_out']:,} of {known['rows']:,} rows ({share(known['left_out'] / known['rows'])})"
+
+
+def _legend(rows: Sequence[ResultRow], columns: Sequence[str]) -> list[str]:
+    sizes, outliers = {_size(row) for row in rows}, without_outliers(rows)
+    inliers = [
+        f"{row.label} {ce.value:z.3f} (KL {kl:z.3f})"
+        for row in rows
+        if (ce := row.estimate("delta_ce_inliers")) and (kl := row.value("kl_inliers")) is not None
+    ]
+    missing = grouped(((reason, metric) for row in rows for metric, reason in row.not_measured.items()), lambda pair: pair[0])
+    lines = [
+        f"FVU: squared error / variance, 0 is perfect, 1 the mean{', ' * bool(outliers)}{outliers}; on "
+        f"{sizes.pop() if len(sizes) == 1 else 'held-out rows'}." + " FVU all: with them." * ("FVU all" in columns),
+        *([f"delta CE where outlier rows are left as they are: {', '.join(inliers)}."] if outliers and inliers else []),
+        *(f"{left_out}." for left_out in {_left_out(row) for row in rows} if left_out and len({row.path for row in rows}) == 1),
+        *(f"Not measured: {', '.join(dict.fromkeys(metric for _, metric in pairs))}, {reason}" for reason, pairs in missing.items()),
+        "k: latents active per token" + ", - where an architecture does not fix it (see L0)" * any(row.k is None for row in rows) + "."
+        " [ ]: 95 % interval from resampling documents." * any(e.low is not None for row in rows if (e := row.estimate(HEADLINE))),
+    ]
+    return _wrapped([*lines, _meanings(columns)])
+
+
+def _summary_legend(groups: Sequence[Summary], columns: Sequence[str]) -> list[str]:
+    counts, rows = sorted({len(group.rows) for group in groups}), [row for group in groups for row in group.rows]
+    n, outliers = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0]), without_outliers(rows)
+    beside = {row.sae: row.architecture for row in rows if row.role == "baseline"}
     return [
-        f"FVU: squared error / variance, 0 is perfect, 1 the mean. On {sizes.pop() if len(sizes) == 1 else 'held-out rows'}.",
-        "k: latents active per token, - where an architecture does not fix it (see L0). [ ]: 95 % interval from resampling documents.",
-        "delta CE, KL: nats per prediction with reconstructions spliced in. dead: never fired on these rows. load CV: std / mean of experts' shares.",
-        "FLOPs: per token of training, with router and decoder. tok/s: of training steps alone.",
+        f"mean ± standard deviation (n - 1) over seeds, n = {n}; a single seed has none. "
+        f"FVU: squared error / variance{', ' * bool(outliers)}{outliers}." + " FVU all: with them." * ("FVU all" in columns),
+        _meanings(columns),
+        *([f"Trained beside a main SAE: {', '.join(f'{name} ({kind})' for name, kind in beside.items())}."] if beside else []),
     ]
 
 
-def _summary_legend(groups: Sequence[Summary]) -> list[str]:
-    counts = sorted({len(group.rows) for group in groups})
-    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return [
-        f"mean ± standard deviation (n - 1) over seeds, n = {n}; a single seed has none. FVU: squared error / variance. "
-        "delta CE: nats per prediction.",
-        "dead: never fired on the evaluation rows. load CV: std / mean of experts' shares. FLOPs: per token of training, with router and "
-        "decoder. tok/s:",
-        "of training steps alone. state B: own weights and moments. peak B: peak of the process, shared by all SAEs that trained in it.",
-    ]
+def _meanings(columns: Sequence[str]) -> str:
+    return " ".join(f"{name}: {_MEANING[name]}." for name in columns if name in _MEANING)
+
+
+def _wrapped(lines: Sequence[str]) -> list[str]:
+    return [part for line in lines for part in textwrap.wrap(line, WIDTH, break_on_hyphens=False, break_long_words=False)]
 
 
 def _sizes(group: Summary) -> tuple[Any, ...]:
@@ -212,5 +292,6 @@ def _status(group: Summary) -> list[str]:
     for status, rows in grouped(group.unfinished, lambda row: row.status).items():
         steps = sorted({row.step for row in rows if row.step is not None})
         at = f" at step {'-'.join(str(step) for step in dict.fromkeys((steps[0], steps[-1])))}" if steps else ""
-        words.append((f"seed {rows[0].seed}" if len(rows) == 1 else f"{len(rows)} seeds") + f" {status}{at}")
+        word = "not finished," if status == "running" else status  # nobody knows from here whether its process still lives
+        words.append((f"seed {rows[0].seed}" if len(rows) == 1 else f"{len(rows)} seeds") + f" {word}{at}")
     return words + ([f"{group.repeated} run{'s' * (group.repeated > 1)} with the same seed left out"] if group.repeated else [])

@@ -1,7 +1,6 @@
 """Run folders and sweep folders in, one row per SAE and control out."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -26,6 +25,10 @@ BOOKKEEPING = ("name", "runs", "wandb", "device", "threads", "log_every", "check
 """Settings that change no number, or that say what trains beside."""
 SIZES = ("sae.architecture", "sae.num_latents", "sae.num_experts", "sae.k")
 """Settings that rows hold as values of their own."""
+NEUTRAL = ("source.device", "source.prefetch", "evaluation.bootstrap")
+"""Further settings that change no number, or only an interval's last digits."""
+ROLES = ("main", "baseline", "control")
+"""In the order of tables; a control or a baseline never stands for the SAE that a run is about."""
 _STREAM_ONLY = {"seed", "buffer_rows", "device", "prefetch", "cache"}
 """Settings of a source that change the order of training rows but not which rows are evaluated."""
 _MEASURED = {known.name for known in fields(Results)}
@@ -76,6 +79,14 @@ class ResultRow:
     """Peak of the whole process, shared by its group, in 10^6 bytes."""
     evaluated_on: dict[str, Any] = field(default_factory=dict)
     """The activations that it was scored on; rows that differ here are not comparable."""
+    prediction_documents: int | None = None
+    """Documents behind its predictions, fewer than behind its rows."""
+    not_measured: dict[str, str] = field(default_factory=dict)
+    """Metrics that were left out, with the reason."""
+    training_outliers: dict[str, Any] | None = None
+    """Rows of huge norm that training left out: `left_out` of `rows`."""
+    recovery: dict[str, float | None] = field(default_factory=dict)
+    """Of the known dictionary behind synthetic activations (`recovery_scores`)."""
 
     @property
     def kind(self) -> Kind:
@@ -83,7 +94,14 @@ class ResultRow:
 
     @property
     def metrics(self) -> Mapping[str, Estimate]:
-        return {} if self.results is None else self.results.metrics
+        """Everything measured, by name."""
+        known = {name: Estimate(value) for name, value in self.recovery.items() if value is not None}
+        return known if self.results is None else {**self.results.metrics, **known}
+
+    @property
+    def outlier_rows(self) -> int:
+        """Rows that the `_inliers` metrics leave out."""
+        return 0 if self.results is None else self.results.outlier_rows
 
     @property
     def flops_forward(self) -> int | None:
@@ -105,8 +123,13 @@ class ResultRow:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The config without sizes, seeds and bookkeeping: what makes two rows the same experiment."""
-        return {key: value for key, value in self.config.items() if key not in (*SEEDS, *SIZES) and key.split(".")[0] not in BOOKKEEPING}
+        """The config without sizes, seeds and bookkeeping: what makes two rows the same experiment.
+
+        Of `source.cache` it matters whether there is one (rows from disk come in another order), not where it lies.
+        """
+        ignored = (*SEEDS, *SIZES, *NEUTRAL)
+        settings = {key: value for key, value in self.config.items() if key not in ignored and key.split(".")[0] not in BOOKKEEPING}
+        return settings | ({"source.cache": settings["source.cache"] is not None} if "source.cache" in settings else {})
 
     @property
     def model_file(self) -> Path:
@@ -142,7 +165,7 @@ def collect(paths: Sequence[str | Path], controls: bool = False) -> list[ResultR
         if not found:
             raise FileNotFoundError(f"{given} holds no run: neither it nor a folder in it has config.json or sweep.json. Give what training printed.")
         rows |= {(row.path.resolve(), row.sae): row for row in found if controls or row.role != "control"}
-    return sorted(rows.values(), key=_order)
+    return in_order(rows.values())
 
 
 def scored(runs: Sequence[RunDir], file: str = "results.json") -> list[ResultRow]:
@@ -195,23 +218,6 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     return groups
 
 
-def config_columns(rows: Sequence[ResultRow]) -> list[str]:
-    """The settings in which rows that have them differ, sizes included, seeds and bookkeeping not."""
-    keys = dict.fromkeys(key for row in rows for key in row.config if key not in SEEDS and key.split(".")[0] not in BOOKKEEPING)
-    return [key for key in keys if len({hashable(row.config[key]) for row in rows if key in row.config}) > 1]
-
-
-def usual_settings(rows: Sequence[ResultRow]) -> dict[str, Any]:
-    """The most frequent value of every setting among the rows that have it."""
-    values = grouped(((key, hashable(value)) for row in rows for key, value in row.settings.items()), lambda pair: pair[0])
-    return {key: Counter(value for _, value in pairs).most_common(1)[0][0] for key, pairs in values.items()}
-
-
-def unusual(row: ResultRow, usual: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a row that are not the usual ones."""
-    return {key: value for key, value in row.settings.items() if hashable(value) != usual.get(key)}
-
-
 def other_activations(first: dict[str, Any], where: dict[str, Any]) -> str:
     """In what two `evaluated_on` differ, in a few words; empty where scores can be compared."""
     differs = sorted(key for key in first.keys() | where.keys() if first.get(key) != where.get(key))
@@ -253,19 +259,21 @@ def _finished(run: RunDir, name: str, saved: dict[str, Any], config: dict[str, A
     where = {key: value for key, value in saved["evaluation"]["source"].items() if key not in _STREAM_ONLY}
     entries = [(sae, entry, group) for group in ("members", "controls") for sae, entry in saved.get(group, {}).items()]
     for place, (sae, entry, group) in enumerate(entries):
-        role: Role = entry.get("role") or ("control" if group == "controls" else "baseline" if place else "main")
+        role: Role = entry.get("role") or ("control" if group == "controls" else "baseline" if place else "main")  # a file of version 1 has no roles
         sizes = {key: entry[key] for key in ("architecture", "num_latents", "num_experts", "k")}
         costs = {key: entry.get(key) for key in ("parameters", "tokens", "train_seconds", "wall_seconds", "group_size")}
         costs |= {f"{key}_mb": entry[f"{key}_bytes"] / 1e6 for key in ("state", "peak") if entry.get(f"{key}_bytes") is not None}
         row = ResultRow(
             path=run.path, name=name if role == "main" else f"{name}/{sae}", sae=sae, status="finished", seed=config["seed"], config={}, role=role,
-            results=entry["results"], tokens_per_second=entry.get("train_tokens_per_second"),
+            results=entry["results"], recovery=entry.get("recovery") or {}, tokens_per_second=entry.get("train_tokens_per_second"),
+            prediction_documents=entry.get("prediction_documents", getattr(entry["results"], "prediction_documents", None)),
+            not_measured=saved["evaluation"].get("left_out") or {}, training_outliers=saved.get("outliers"),
             evaluated_on=where | {"evaluation rows": entry["results"].rows, "predictions": entry["results"].predictions},
             **sizes, **costs,
         )  # fmt: skip
         shared = {key: value for key, value in config.items() if key != "sae"}
         rows.append(replace(row, config=_settings(config if role == "main" else shared | {"sae": _saved_config(row)})))
-    return rows
+    return sorted(rows, key=lambda row: ROLES.index(row.role))
 
 
 def _unfinished(run: RunDir, name: str, config: dict[str, Any]) -> ResultRow:
@@ -297,6 +305,12 @@ def _saved_config(row: ResultRow) -> dict[str, Any]:
     return {"architecture": header["architecture"], **json.loads(header["config"])}
 
 
-def _order(row: ResultRow) -> tuple[Any, ...]:
-    sizes = row.architecture, row.num_latents, row.num_experts, row.k or 0
-    return (*sizes, row.name.rpartition("-s")[0] or row.name, row.seed, str(row.path), row.sae)
+def in_order(rows: Iterable[ResultRow]) -> list[ResultRow]:
+    """By architecture and size, then main SAEs before baselines before controls, then by name and seed: the same for rows that come in any order."""
+
+    def place(row: ResultRow) -> tuple[Any, ...]:
+        sizes = row.architecture, row.num_latents, row.num_experts, row.k or 0
+        name = row.name.removesuffix(f"/{row.sae}")
+        return (*sizes, ROLES.index(row.role), row.sae, name.rpartition("-s")[0] or name, row.seed, str(row.path))
+
+    return sorted(rows, key=place)

@@ -6,7 +6,8 @@ from typing import Any
 
 from switch_sae.files import Say, tell
 from switch_sae.results.kind import Kind
-from switch_sae.results.rows import ResultRow, grouped, unusual, usual_settings
+from switch_sae.results.rows import ResultRow, grouped, hashable, in_order
+from switch_sae.results.settings import unusual, usual_settings
 from switch_sae.results.summary import Summary, activations_key, summary
 
 VARIANTS = ("sae.experts_per_token",)
@@ -15,6 +16,8 @@ RECIPE = ("sae.", "trainer.", "normalize_activations")
 """Settings that belong to an architecture's recipe: what is usual for one need not be for another."""
 EQUAL_FLOPS = 0.05
 """Relative difference up to which two SAEs cost the same."""
+_NAMED = 4
+"""SAEs that a line about what is left out names."""
 
 
 class NotEnough(ValueError):
@@ -28,22 +31,22 @@ class Material:
     groups: list[Summary]
     """All of them, ablations included."""
     usual: dict[str, dict[str, Any]]
-    """By architecture: the most frequent value of each setting; of `RECIPE` settings among that architecture's SAEs, of all others among all."""
+    """By architecture: `usual_settings`, of `RECIPE` settings among that architecture's SAEs, of all others among all."""
 
     @classmethod
     def of(cls, rows: Sequence[ResultRow], say: Say = tell) -> "Material":
         """Of rows scored on different activations, the largest set that shares them; says what it leaves out. Raises NotEnough for none finished."""
-        finished = [row for row in rows if row.status == "finished"]
+        finished = [row for row in in_order(rows) if row.status == "finished"]
         if not finished:
             raise NotEnough(f"none of the {len(rows)} SAEs is finished, so there is nothing to draw.")
-        chosen = max(grouped(finished, activations_key).values(), key=len)
+        chosen = max(grouped(finished, activations_key).values(), key=lambda alike: (len(alike), max(str(row.path) for row in alike)))
         if len(chosen) < len(finished):
             say(f"left out: {len(finished) - len(chosen)} SAEs scored on other activations than the largest set of {len(chosen)}; not comparable")
         if len(finished) < len(rows):
             say(f"left out: {len(rows) - len(finished)} SAEs that are not finished")
         everywhere, usual = usual_settings(chosen), {}
-        for architecture in {row.architecture for row in chosen}:
-            own = usual_settings([row for row in chosen if row.architecture == architecture])
+        for architecture, rows_of in grouped(chosen, lambda row: row.architecture).items():
+            own = usual_settings(rows_of)
             usual[architecture] = {key: (own if key.startswith(RECIPE) else everywhere)[key] for key in own}
         return cls(summary(chosen), usual)
 
@@ -54,10 +57,18 @@ class Material:
         return [group for group in self.groups if not self._unusual(group)]
 
     def left_out(self) -> list[str]:
-        """One line about the groups that `standard` leaves out, or none."""
-        keys = dict.fromkeys(key for group in self.groups for key in self._unusual(group))
-        count = len(self.groups) - len(self.standard())
-        return [f"{count} of {len(self.groups)} groups have unusual settings ({', '.join(keys)}) and are left out"] if count else []
+        """What `standard` leaves out: one line per deviation, with the usual value and the SAEs that it concerns."""
+
+        def deviation(group: Summary) -> str:
+            usual = self.usual[group.first.architecture]
+            settings = group.first.settings
+            return ", ".join(f"{key}={hashable(settings[key])} (usual: {usual.get(key)})" for key in self._unusual(group))
+
+        lines = []
+        for words, groups in grouped((group for group in self.groups if self._unusual(group)), deviation).items():
+            names = [_title(group) for group in groups[:_NAMED]] + ([f"{len(groups) - _NAMED} more"] if len(groups) > _NAMED else [])
+            lines.append(f"left out of all figures but ablations, {words}: {'; '.join(names)}")
+        return lines
 
     def _unusual(self, group: Summary) -> list[str]:
         keys = unusual(group.first, self.usual[group.first.architecture])
@@ -147,6 +158,12 @@ def seeds(groups: Sequence[Summary]) -> str:
     """`3 seeds`, `1 to 3 seeds`."""
     counts = sorted({len(group.rows) for group in groups})
     return f"{counts[0]} seed{'s' * (counts[0] != 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+
+
+def _title(group: Summary) -> str:
+    row = group.first
+    experts = f"{row.num_experts} x {row.num_latents // row.num_experts:,}" if row.num_experts > 1 else f"{row.num_latents:,}"
+    return f"{group.name} of {experts} latents" + (f", k={row.k}" if row.k else "")
 
 
 def _most_kinds(item: tuple[int, list[Summary]]) -> tuple[int, int, int]:

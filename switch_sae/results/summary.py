@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from switch_sae.results.export import write_csv
-from switch_sae.results.rows import SIZES, ResultRow, config_columns, grouped, hashable
+from switch_sae.results.rows import ROLES, SIZES, ResultRow, grouped, hashable, in_order
+from switch_sae.results.settings import config_columns
 
 COSTS = ("flops_forward", "flops_total", "parameters", "tokens", "tokens_per_second", "train_seconds", "wall_seconds", "state_mb", "peak_mb")
 
@@ -39,10 +40,10 @@ class Summary:
     """Runs that differ only in their seed. Sizes and settings are those of all of them."""
 
     rows: tuple[ResultRow, ...]
-    """Finished ones, one per seed: of several with the same seed the last."""
+    """Finished ones, one per seed: of several with the same seed a main SAE before a baseline, then the newest."""
     unfinished: tuple[ResultRow, ...]
     repeated: int
-    """Finished ones left out because a later one has the same seed."""
+    """Finished ones left out because another has the same seed."""
     spreads: dict[str, Spread]
     """Metrics and `COSTS` by name; absent where no seed has a finite value."""
 
@@ -50,6 +51,18 @@ class Summary:
     def first(self) -> ResultRow:
         """Any row, for what all of them share."""
         return (self.rows or self.unfinished)[0]
+
+    @property
+    def name(self) -> str:
+        """The architecture of main SAEs; baselines, which stand beside them, by their own names."""
+        rows = self.rows or self.unfinished
+        main = any(row.role == "main" for row in rows)
+        return self.first.architecture if main else ", ".join(sorted({row.sae for row in rows}))
+
+    @property
+    def outlier_rows(self) -> int:
+        """Evaluation rows that the `_inliers` metrics leave out."""
+        return max((row.outlier_rows for row in self.rows), default=0)
 
     def mean(self, quantity: str) -> float | None:
         spread = self.spreads.get(quantity)
@@ -62,9 +75,9 @@ class Summary:
 
 
 def summary(rows: Sequence[ResultRow]) -> list[Summary]:
-    """Groups rows that differ only in seed, in the order in which they come; rows scored on other activations are other groups."""
+    """Groups rows that differ only in seed, in the order of `in_order`; rows scored on other activations are other groups."""
     groups = []
-    for alike in grouped(rows, lambda row: _json([row.architecture, row.num_latents, row.num_experts, row.k, row.settings])).values():
+    for alike in grouped(in_order(rows), lambda row: _json([row.architecture, row.num_latents, row.num_experts, row.k, row.settings])).values():
         finished = [row for row in alike if row.status == "finished"]
         first, *others = list(grouped(finished, activations_key).values()) or [[]]
         unfinished = [row for row in alike if row.status != "finished"]  # what they will be scored on is not known yet: they join the first
@@ -83,8 +96,9 @@ def write_summary(rows: Sequence[ResultRow], path: str | Path) -> None:
     records = []
     for group in summary(rows):
         first = group.first
-        record: dict[str, Any] = {name: getattr(first, name) for name in ("architecture", "num_latents", "num_experts", "k")}
-        record |= {"seeds": len(group.rows), "unfinished": len(group.unfinished)} | {key: hashable(first.config.get(key)) for key in differing}
+        record: dict[str, Any] = {"sae": group.name} | {name: getattr(first, name) for name in ("architecture", "num_latents", "num_experts", "k")}
+        record |= {"seeds": len(group.rows), "unfinished": len(group.unfinished), "outlier_rows": group.outlier_rows}
+        record |= {key: hashable(first.settings.get(key)) for key in differing}
         for name, spread in group.spreads.items():
             record |= {name: spread.mean, f"{name}_sd": spread.sd}
         records.append(record)
@@ -97,8 +111,8 @@ def _json(value: Any) -> str:
 
 def _summarize(group: Sequence[ResultRow]) -> Summary:
     finished = [row for row in group if row.status == "finished"]
-    by_seed = {row.seed: row for row in finished}
-    rows = tuple(by_seed.values())
+    by_seed = {row.seed: row for row in sorted(finished, key=lambda row: -ROLES.index(row.role))}  # the last of a seed stays: a main SAE, the newest
+    rows = tuple(by_seed[seed] for seed in sorted(by_seed))
     metrics = dict.fromkeys(metric for row in rows for metric in row.metrics)
     values = {metric: [row.value(metric) for row in rows] for metric in metrics} | {cost: [getattr(row, cost) for row in rows] for cost in COSTS}
     spreads = {name: Spread.of(known) for name, found in values.items() if (known := [value for value in found if value is not None])}

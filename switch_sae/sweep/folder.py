@@ -22,6 +22,7 @@ from switch_sae.models import SAES
 from switch_sae.plain import to_plain
 from switch_sae.report.tables import summary_table
 from switch_sae.results import collect, write_results, write_summary
+from switch_sae.results.settings import HEADLINE
 from switch_sae.runs import RunDir, environment
 from switch_sae.sweep.plan import Measures, SweepConfig, plan_members
 
@@ -138,7 +139,7 @@ class SweepFolder:
 
     def table(self) -> str:
         """Mean and spread over seeds, and what PCA reaches with as many components as members have active latents."""
-        pca = sorted((entry["k"], entry["metrics"]["fvu"]["value"]) for entry in self.controls().values())
+        pca = sorted((entry["k"], entry["metrics"][HEADLINE]["value"]) for entry in self.controls().values())
         told = ", ".join(f"{fvu:.4f} of rank {k}" for k, fvu in pca)
         return summary_table(collect([self.path])) + (f"\nFVU of PCA on the same rows: {told}." if pca else "")
 
