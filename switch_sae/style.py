@@ -28,6 +28,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HOLLOW: dict[str, Any] = {"linestyle": ":", "markerfacecolor": "white"}
 """Another author's points."""
+_MEMBERS = ("flop_matched", "width_matched", "frozen_router", "parameter_matched", "pca", "untrained")
+"""In the order of `COLOURS`, after the main SAE."""
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -163,9 +165,9 @@ def panels(columns: int, rows: int, width: float, height: float, sharey: bool = 
     return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
 
 
-def log_if_wide(axis: "Axes", values: Sequence[float]) -> None:
-    """A factor of 10 or more on a linear axis would press the small values into one point."""
-    if min(values) > 0 and max(values) >= 10 * min(values):
+def log_if_wide(axis: "Axes", values: Sequence[float], factor: float = 10.0) -> None:
+    """A wide factor on a linear axis would press the small values into one point."""
+    if min(values) > 0 and max(values) >= factor * min(values):
         log_ticks(axis.xaxis, values)
 
 
@@ -215,7 +217,8 @@ def power_of_two_ticks(axis: "Axis", values: Sequence[float]) -> None:
         (axis.axes.set_xlim if axis is axis.axes.xaxis else axis.axes.set_ylim)(middle / 1.5, middle * 1.5)
     axis.set_major_locator(FixedLocator([2.0**power for power in range(low, high + 1, step)]))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}" if value < 2**14 else f"{value / 1024:.0f}Ki"))
+    in_ki = max(values) >= 2**14 and low >= 10
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:.0f}Ki" if in_ki else f"{value:.0f}"))
 
 
 def legends(figure: "Figure", text: str, handles: Sequence[Any] = (), columns: int = 6, **more: Any) -> None:
@@ -227,9 +230,14 @@ def legends(figure: "Figure", text: str, handles: Sequence[Any] = (), columns: i
         figure.legend(handles=handles, loc="outside upper center", **layout)
 
 
-def nth(place: int) -> dict[str, Any]:
-    """Colour and marker of one of several things that have no look of their own."""
-    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+def member(name: str) -> dict[str, Any]:
+    """Colour and marker of an SAE or control of a run, by its name and never by its place: the same in every figure of every run."""
+    family = SAES.get(name)
+    if family is not None and not family.is_routed:
+        return {"color": family.colour, "marker": family.marker or "H"}
+    kind = "pca" if name.startswith("pca_") else name
+    place = 0 if family is not None else _MEMBERS.index(kind) + 1 if kind in _MEMBERS else 1 + sum(name.encode()) % (len(COLOURS) - 1)
+    return {"color": COLOURS[place], "marker": MARKERS[place]}
 
 
 def engineering() -> "EngFormatter":

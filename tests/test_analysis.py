@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from switch_sae.activations import SyntheticSource
 from switch_sae.activations.base import EvaluationSet
 from switch_sae.analysis.geometry import decoder_geometry
 from switch_sae.analysis.pca import PCABaseline, participation_ratio
-from switch_sae.analysis.recovery import normalized_mutual_information, recovery
+from switch_sae.analysis.recovery import normalized_mutual_information, recovery, recovery_scores
 from switch_sae.analysis.text_examples import expert_tokens, format_example, sample_latents, top_examples
-from switch_sae.models import Flops, Routing, SAEOutput, SparseLatents
+from switch_sae.models import Flops, Routing, SAEOutput, SparseLatents, SwitchSAE, TopKSAE
 
 M, E, D = 24, 3, 4
 F = M // E
@@ -259,3 +260,32 @@ def test_sample_latents_draws_live_latents_of_every_expert():
     assert {tuple(sample_latents(counts, 1, 1, seed=seed)[0]) for seed in range(30)} == {(1,), (3,), (4,), (5,), (11,)}
     with pytest.raises(ValueError, match="split evenly"):
         sample_latents(counts, 5, 1)
+
+
+@pytest.mark.parametrize("kind", [TopKSAE, SwitchSAE])
+def test_recovery_scores_are_those_of_recovery_and_of_the_topics(kind, monkeypatch):
+    pytest.importorskip("scipy")
+    source = SyntheticSource(SyntheticSource.Config(d_in=16, common=4, topics=4, per_topic=6), 64)
+    rows, truth = source.evaluation_set(300).rows, source.truth()
+    sae = kind(kind.Config(num_latents=32, k=4, **({"num_experts": 4} if kind is SwitchSAE else {})), 16, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.W_dec_MD[:28] = truth.dictionary_GD
+        output = sae(rows.x_TD)
+    counts, found = output.latents.firing_counts(), recovery_scores(sae, source, rows)
+    for name, chosen in (("recall", truth.topic_G > -2), ("recall_common", truth.topic_G < 0), ("recall_topic", truth.topic_G >= 0)):
+        by_hand = recovery(sae.decoder_weight(), truth.dictionary_GD[chosen], firing_counts=counts)
+        assert found[name] == pytest.approx(by_hand.recall) and found[name] > 0
+        assert name != "recall" or found["mcc"] == pytest.approx(by_hand.mcc)
+    topics = source.evaluation_truth(300).topic_T
+    nmi = None if output.routing is None else normalized_mutual_information(output.routing.expert_TS[:, 0], topics)
+    assert found["nmi"] == nmi
+    monkeypatch.setattr("switch_sae.analysis.recovery.LARGEST_MATCHING", 4)
+    assert recovery_scores(sae, source, rows) == found | {"mcc": None}
+
+
+def test_recovery_scores_of_a_dead_sae_are_nothing_and_one_world_has_one_recall():
+    source = SyntheticSource(SyntheticSource.Config(d_in=16, common=0, common_active=0.0, topics=4, per_topic=6), 64)
+    sae = TopKSAE(TopKSAE.Config(num_latents=32, k=4), 16, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.b_enc_M.fill_(-1e9)
+    assert recovery_scores(sae, source, source.evaluation_set(50).rows) == {"mcc": 0.0, "recall": 0.0, "nmi": None}

@@ -3,13 +3,15 @@
 import csv
 import math
 import sys
+from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import torch
-from test_results import FakeSweep, switch, topk
+from test_results import FakeSweep, default_run, frozen, switch, topk
 
 from switch_sae.analysis.geometry import decoder_geometry
-from switch_sae.models import SwitchSAE, TopKSAE
+from switch_sae.models import ROUTERS, SwitchSAE, TopKSAE
 from switch_sae.models.routers import Gate
 from switch_sae.report import FIGURES, draw_figures
 from switch_sae.report.figures.frontier import interpolate, relative
@@ -18,7 +20,7 @@ from switch_sae.results import collect
 from switch_sae.results.published import paper_points
 from switch_sae.results.selection import Material, NotEnough, flop_matched, width_matched
 from switch_sae.runs import load_sae
-from switch_sae.style import look
+from switch_sae.style import canvas, exponent_ticks, log_ticks, look, member, power_of_two_ticks, render
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_the_frontier_draws_means_and_ratios_at_equal_k(sweep):
     sweep.add(switch(4, 32, 4, load_balance=1.0), 0, fvu=0.9)
     drawing = drawn("frontier", sweep)
     axes = drawing.figure.axes
-    assert [axis.get_ylabel() for axis in axes] == ["FVU", "delta CE (nats)", "FVU / FVU of TopK"] * 2
+    assert [axis.get_ylabel() for axis in axes] == ["FVU, log scale", "delta CE (nats), log scale", "FVU / FVU of TopK"] * 2
     assert [axes[0].get_title("left"), axes[3].get_title("left")] == ["width-matched: 32 latents in all", "FLOP-matched: 32 latents per expert"]
     assert line_of(axes[0], look("switch", 4).colour) == ([2, 4], pytest.approx([0.61, 0.46]))
     assert line_of(axes[0], look("topk").colour) == ([2, 4], pytest.approx([0.51, 0.31]))
@@ -61,10 +63,10 @@ def test_the_frontier_draws_means_and_ratios_at_equal_k(sweep):
     assert line_of(axes[2], look("switch", 4).colour)[1] == pytest.approx(by_seed)
     assert line_of(axes[3], look("switch", 2).colour) == ([2, 4], pytest.approx([0.4, 0.24]))
     more = SwitchSAE(switch(2, 64, 2), 8).flops().total / TopKSAE(topk(32, 2), 8).flops().total - 1
-    assert drawing.notes == [
-        "1 of 7 groups have unusual settings (sae.router.load_balance) and are left out",
-        f"FLOPs per token of training against TopK at equal k, router included, at most: Switch 2 {more:+.1%}",
+    assert material(sweep).left_out() == [
+        "left out of all figures but ablations, sae.router.load_balance=1.0 (usual: 0.1): switch of 4 x 8 latents, k=4"
     ]
+    assert drawing.notes == [f"FLOPs per token of training against TopK at equal k, router included, at most: Switch 2 {more:+.1%}"]
     assert all(record["source"] == "ours" for record in drawing.table) and len(drawing.table) == 8
     assert "Mean over 2 seeds; bars: ± 1 standard deviation" in drawing.figure._supxlabel.get_text()
 
@@ -124,11 +126,16 @@ def test_ablations_draw_each_setting_alone(sweep):
             sweep.add(switch(4, load_balance=value), seed, fvu=fvu, load_cv=1 - fvu, load_max=2.0)
     sweep.add(switch(4, gate=Gate.hard), fvu=0.48)
     drawing = drawn("ablations", sweep)
-    labels = ["FVU", "load CV", "largest load / fair share", "share of dead latents", "FVU, k = 4"]
+    labels = ["FVU, log scale", "load CV", "largest load / fair share", "share of dead latents", "FVU, k = 4"]
     axes = {axis.get_ylabel(): axis for axis in drawing.figure.axes if axis.axison}
     assert list(axes) == labels
-    assert line_of(axes["FVU"], look("switch", 4).colour) == (pytest.approx([0.01, 0.1, 10]), [0.6, 0.4, 0.5])
-    assert axes["FVU"].get_xticklabels()[0].get_text() == "0"
+    apart, joined = [
+        (list(line.get_xdata()), list(line.get_ydata()))
+        for line in axes["FVU, log scale"].lines
+        if line.get_marker() not in ("None", "", "_") and len(line.get_xdata())
+    ][::-1]
+    assert (apart, joined) == (([pytest.approx(0.01)], [0.6]), (pytest.approx([0.1, 10]), [0.4, 0.5]))  # no line to alpha = 0
+    assert axes["FVU, log scale"].get_xticklabels()[0].get_text() == "0"
     assert [bar.get_height() for bar in axes["FVU, k = 4"].patches] == [0.4, 0.48]
     assert [text.get_text() for text in axes["FVU, k = 4"].texts] == ["+20.0%"]
 
@@ -244,7 +251,7 @@ def test_one_call_draws_what_it_can_and_says_what_is_missing(sweep, tmp_path):
     assert sorted(content) == ["frontier.csv", "frontier.pdf", "frontier.png"]
     assert content["frontier.png"].startswith(b"\x89PNG") and content["frontier.pdf"].startswith(b"%PDF")
     with (tmp_path / "out" / "frontier.csv").open(newline="") as file:
-        numbers = [float(record["fvu"]) for record in csv.DictReader(file) if record["experts"] == "4"]
+        numbers = [float(record["fvu_inliers"]) for record in csv.DictReader(file) if record["experts"] == "4"]
     assert numbers == pytest.approx([0.61, 0.46])
     draw_figures([sweep.path], tmp_path / "out", only=["frontier"], say=said.append)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == content
@@ -275,3 +282,61 @@ def test_kinds_of_sae_look_different_from_each_other():
     looks = [look(*kind) for kind in kinds]
     assert len({one.marker for one in looks}) == len({one.colour for one in looks}) == len({one.label for one in looks}) == len(kinds)
     assert look("switch", 8, 2).label == "Switch 8, top 2" and look("switch", 8, 2).colour == look("switch", 8).colour
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid", "cosine_kmeans"])
+def test_figures_of_a_default_run_show_the_trained_router_in_any_order_of_rows(sweep, router):
+    main = replace(switch(4, 32), router=ROUTERS[router].Config())
+    run = sweep.add(main, fvu=0.4, weights=True, steps=[(1, 0.6), (2, 0.5)])
+    sweep.beside(run, "width_matched", topk(32), 0.5)
+    if hasattr(main.router, "train"):
+        sweep.beside(run, "frozen_router", frozen(main), 0.9)
+    rows = collect([sweep.path])
+    for order in permutations(rows):
+        chosen = Material.of(order)
+        table = FIGURES["frontier"](chosen).table
+        assert {record["architecture"]: record["fvu_inliers"] for record in table} == {"switch": 0.4, "topk": 0.5}
+        frozen_one = ["left out of all figures but ablations, sae.router.train=False (usual: True): frozen_router of 4 x 8 latents, k=4"]
+        assert chosen.left_out() == (frozen_one if hasattr(main.router, "train") else [])
+
+
+def test_routers_frozen_by_wish_are_an_ablation_and_no_baseline(sweep):
+    default_run(sweep)
+    for seed in (1, 2):
+        sweep.add(frozen(switch(4)), seed, fvu=0.7)
+    chosen = material(sweep)
+    assert {group.name for group in chosen.standard()} == {"switch", "flop_matched"}  # of two frozen and one trained main SAE: what most are
+    sweep.add(switch(4), 3, fvu=0.4)
+    assert [group.mean("fvu_inliers") for group in material(sweep).standard() if group.name == "switch"] == [0.4]
+
+
+def test_rows_of_huge_norm_are_told_in_every_figures_footnote(sweep):
+    for sae in (topk(), switch(4)):
+        run = sweep.add(sae, fvu=0.5, fvu_inliers=0.6, delta_ce=0.1)
+        saved = run.read_json("results.json")
+        (entry,) = saved["members"].values()
+        entry["outlier_rows"] = 2
+        run.write_json("results.json", saved)
+    drawing = drawn("frontier", sweep)
+    assert [record["fvu_inliers"] for record in drawing.table] == [0.6, 0.6]
+    assert "FVU without 2 of 500 rows (0.4 %) whose norm exceeds 10 medians." in " ".join(drawing.figure._supxlabel.get_text().split())
+
+
+@pytest.mark.parametrize("low", [1e-6, 0.113, 0.99, 3.0])
+@pytest.mark.parametrize("span", [1.0, 1.001, 1.3, 2.9, 4.0, 9.0, 40.0, 299.0, 1e4, 1e9])
+def test_axes_always_have_labelled_ticks(low, span):
+    for ticks in (log_ticks, exponent_ticks, power_of_two_ticks):
+        figure = canvas(3, 2)
+        axis = figure.subplots()
+        axis.plot([low, low * span], [1, 2], "o")
+        ticks(axis.xaxis, [low, low * span])
+        render(figure)
+        left, right = axis.get_xlim()
+        shown = [label for place, label in zip(axis.get_xticks(), axis.get_xticklabels(), strict=True) if left <= place <= right and label.get_text()]
+        assert shown, ticks.__name__
+
+
+def test_an_sae_of_a_run_has_one_look_whatever_stands_beside_it():
+    names = ("switch", "topk", "relu", "flop_matched", "width_matched", "frozen_router", "parameter_matched", "pca_16", "untrained")
+    assert len({(member(name)["color"], member(name)["marker"]) for name in names}) == len(names)
+    assert member("pca_16") == member("pca_4") and member("mine") == member("mine")

@@ -12,10 +12,10 @@ from switch_sae.analysis.text_examples import TokenLift
 from switch_sae.config import Baseline, EvaluationConfig, RunConfig
 from switch_sae.models import SwitchSAE, TopKSAE
 from switch_sae.orchestrator import run_training
-from switch_sae.report import margins, render, report, table
+from switch_sae.report import margins, render, report, summary_table, table
 from switch_sae.report.figures.single_runs import curves_figure, geometry_figure, load_figure, scores_figure
 from switch_sae.report.tables import expert_tokens_table
-from switch_sae.results import finished_runs, load_members, scored
+from switch_sae.results import collect, finished_runs, load_members, scored
 from switch_sae.runs import RunDir
 from switch_sae.wandb_logger import WandbConfig, WandbMode
 
@@ -189,3 +189,102 @@ def test_missing_runs_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="Is training finished"):
         table([RunDir(tmp_path)])
     assert finished_runs(tmp_path) == []
+
+
+def changed(run, folder, change):
+    """A copy of a finished run whose results.json `change` has edited."""
+    saved = run.read_json("results.json")
+    change(saved)
+    copy = RunDir(folder)
+    copy.write_json("results.json", saved)
+    copy.write_json("config.json", run.read_json("config.json"))
+    return copy
+
+
+def entries(saved):
+    return {**saved["members"], **saved["controls"]}
+
+
+def test_margins_show_the_interval_of_paired_ratios_and_star_those_that_hold_zero(run, tmp_path):
+    def change(saved):
+        saved["ratios"] = {
+            "flop_matched": {"fvu_inliers": {"value": 0.759, "low": 0.740, "high": 0.778}, "delta_ce": {"value": 0.98, "low": 0.9, "high": 1.1}},
+            "frozen_router": {"fvu_inliers": {"value": 0.99999, "low": 0.97, "high": 1.02}},
+            "pca_4": {"fvu_inliers": {"value": None, "low": None, "high": None}},
+        }
+        for entry in entries(saved).values():
+            entry["metrics"]["delta_ce"] = {"value": 0.5, "low": None, "high": None}
+        del saved["controls"]["untrained"]
+
+    first, second = margins(changed(run, tmp_path, change)).splitlines()
+    assert first == (
+        "FVU of switch relative to: -24.1 % [-26.0, -22.2] flop_matched, +0.0 % [-3.0, +2.0] frozen_router* (* the interval holds 0 or is missing)"
+    )
+    assert second.startswith("delta CE of switch relative to: -2.0 % [-10.0, +10.0] flop_matched*, +0.0 % frozen_router*")
+
+
+def test_a_control_without_error_has_no_margin_and_does_not_spoil_the_axis(run, tmp_path):
+    def change(saved):
+        saved["controls"]["pca_4"]["metrics"]["fvu_inliers"] = {"value": 3e-14, "low": 0.0, "high": 4e-14}
+        saved["members"]["flop_matched"]["metrics"]["fvu_inliers"] = {"value": 0.05, "low": None, "high": None}
+
+    copy = changed(run, tmp_path, change)
+    assert "pca_4 is 0: no margin" in margins(copy) and "% pca_4" not in margins(copy)
+    (axis,) = scores_figure(scored([copy])).axes
+    others = [row.value("fvu_inliers") for row in scored([copy]) if row.sae != "pca_4"]
+    assert axis.get_xlim()[0] > min(others) / 5 and [text.get_text() for text in axis.texts][3] == "0.000"
+    without = changed(run, tmp_path / "without", lambda saved: saved["controls"].pop("pca_4"))
+    assert "pca" not in table([without]) + margins(without) and render(scores_figure(scored([without])))
+
+
+def test_the_main_sae_is_known_by_its_role_wherever_it_stands_in_the_file(run, tmp_path):
+    copy = changed(run, tmp_path, lambda saved: saved.update(members=dict(reversed(saved["members"].items()))))
+    assert scored([copy])[0].sae == next(iter(cells(table([copy])))) == next(iter(load_members(run))) == "switch"
+    assert margins(copy).startswith("FVU of switch relative to:") and sorted(margins(copy)) == sorted(margins(run))
+
+
+def test_rows_of_huge_norm_are_counted_and_the_other_fvu_stands_beside(run, tmp_path):
+    def change(saved):
+        for place, entry in enumerate(entries(saved).values()):
+            entry["outlier_rows"] = 3
+            entry["metrics"]["fvu"]["value"] = 0.01
+            for metric, value in (("delta_ce", 0.75), ("delta_ce_inliers", 0.25), ("kl", 0.5), ("kl_inliers", 0.125 if place else -1e-5)):
+                entry["metrics"][metric] = {"value": value, "low": None, "high": None}
+        saved["outliers"] = {"factor": 10.0, "limit": 1750.3, "rows": 532_480, "left_out": 214}
+
+    copy = changed(run, tmp_path, change)
+    text, shown = " ".join(table([copy]).split()), cells(table([copy]))
+    assert {row["FVU all"] for row in shown.values()} == {"0.0100"} and "0.0100" not in {row["FVU"].split()[0] for row in shown.values()}
+    assert "without 3 of 500 rows (0.6 %) whose norm exceeds 10 medians; on 500 held-out rows" in text and "FVU all: with them." in text
+    assert "delta CE where outlier rows are left as they are: switch 0.250 (KL 0.000), flop_matched 0.250 (KL 0.125)" in text
+    assert "training left out 214 of 532,480 rows (0.04 %)." in text and "FVU all" not in table([run]) + margins(copy)
+    assert "training left out 214" in table([copy, run]).split("1: ")[1].splitlines()[0]
+    assert "rows (0.6 %) whose norm exceeds 10 medians" in scores_figure(scored([copy]))._supxlabel.get_text().replace("\n", " ")
+    lines = summary_table(collect([copy.path])).splitlines()
+    assert "FVU all" in lines[0] and "delta CE in." in lines[0] and any("without 3 of 500 rows" in line for line in lines)
+
+
+def test_the_legend_says_what_predictions_rest_on_and_why_a_column_is_missing(run, tmp_path):
+    def change(saved):
+        for entry in entries(saved).values():
+            entry |= {"documents": 34, "predictions": 16_126, "prediction_documents": 26}
+        saved["evaluation"]["left_out"] = {"delta_ce": "its logits are not finite.", "kl": "its logits are not finite."}
+
+    text = table([changed(run, tmp_path, change)])
+    assert "on 500 held-out rows from 34 documents, 16,126 predictions from 26 documents." in text
+    assert "Not measured: delta_ce, kl, its logits are not finite." in text
+    for column in ("delta CE", "KL:", "MCC", "recall:"):
+        assert column not in text
+    assert "500 held-out rows, independent of each other" in table([run])
+
+
+def test_recovery_of_a_known_dictionary_has_its_columns(run, tmp_path):
+    def change(saved):
+        for name, entry in saved["members"].items():
+            entry["recovery"] = {"mcc": 0.5, "recall": 0.25, "nmi": 0.125 if "switch" in name else None}
+
+    copy = changed(run, tmp_path, change)
+    shown = cells(table([copy]))
+    assert [shown["switch"][name] for name in ("MCC", "recall", "NMI")] == ["0.500", "0.250", "0.125"]
+    assert shown["flop_matched"]["NMI"] == shown["pca_4"]["MCC"] == "-" and "NMI: of routed expert and true topic" in " ".join(table([copy]).split())
+    assert "MCC" in summary_table(collect([copy.path])) and "MCC" not in cells(table([run]))["switch"]

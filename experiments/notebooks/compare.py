@@ -20,12 +20,11 @@
 import os
 import warnings
 
-import torch
 from IPython.display import Image, display
 
 from switch_sae.activations import SyntheticSource, build_source
 from switch_sae.analysis.geometry import decoder_geometry
-from switch_sae.analysis.recovery import normalized_mutual_information, recovery
+from switch_sae.analysis.recovery import LARGEST_MATCHING, recovery, recovery_scores
 from switch_sae.analysis.text_examples import expert_tokens, format_example, sample_latents, top_examples
 from switch_sae.config import config_from_plain
 from switch_sae.evaluation import evaluate
@@ -41,8 +40,6 @@ EVALUATION_ROWS = 20_000  # held-out activations for the sections about tokens a
 LATENTS_PER_EXPERT = 2
 EXAMPLES_PER_LATENT = 3
 
-LARGEST_MATCHING = 8192  # latents; one-to-one matching takes time in proportion to their third power
-
 warnings.filterwarnings("ignore", message="IProgress not found")
 assert RUNS, "there is no finished run in runs/: train one (make train), or set RUNS"
 
@@ -57,7 +54,9 @@ def show(figure):
 # All SAEs of one run saw the same activations in the same order, and are scored on the same held-out rows. Two controls are scored beside them:
 # PCA (the best *linear* reconstruction from k numbers per token) and the main SAE before training.
 #
-# - **FVU**, the fraction of variance unexplained: squared error over the variance around the mean of the held-out rows.
+# - **FVU**, the fraction of variance unexplained: squared error over the variance around the mean of the held-out rows. Rows whose norm exceeds
+#   10 medians are left out, since a handful of them can make up most of the variance; where there are any, the table says how many and shows the
+#   FVU of all rows beside it.
 # - **delta CE**: by how many nats per token the language model's cross-entropy rises when reconstructions replace its activations; **KL** is the
 #   divergence of its predictions from the original ones.
 # - **Intervals** come from resampling documents. They say how far the numbers depend on which documents were held out. They do *not* hold the spread
@@ -69,8 +68,9 @@ def show(figure):
 print(table(RUNS))
 
 # %% [markdown]
-# How far the main SAE's FVU lies below (-) or above (+) the others', in percent of theirs. A star marks a difference that the intervals do not
-# support. All SAEs of a run share their held-out documents, so intervals that do not overlap are more than enough: the test is a cautious one.
+# How far the main SAE's FVU lies below (-) or above (+) the others', in percent of theirs. All SAEs of a run share their held-out documents, so the
+# interval in brackets is that of the ratio, and a star marks one that holds 0. Older runs have no such interval: there a star marks SAEs whose own
+# intervals overlap, which is the more cautious test.
 
 # %%
 for run in RUNS:
@@ -113,17 +113,18 @@ else:
 
 # %%
 members = {run.path: load_members(run) for run in RUNS}
-geometries = {run.path: {} for run in RUNS}
+geometries, cut = {run.path: {} for run in RUNS}, {run.path: [] for run in RUNS}
 for row in rows:
     if row.role == "control":
         continue
-    main_experts = next(r for r in rows if r.path == row.path).num_experts
+    main_experts = next(r for r in rows if r.path == row.path and r.role == "main").num_experts
     blocks = row.num_experts if row.num_experts > 1 or row.num_latents % main_experts else main_experts
     label = row.label if blocks == row.num_experts else f"{row.label}, cut into {blocks} blocks"
+    cut[row.path] += [label] if blocks != row.num_experts else []
     geometries[row.path][label] = decoder_geometry(members[row.path][row.sae].decoder_weight(), blocks, row.firing_counts)
 
 for run in RUNS:
-    show(geometry_figure(geometries[run.path]))
+    show(geometry_figure(geometries[run.path], cut[run.path]))
 
 # %%
 print("Share of live latents with another row at cosine > 0.9, and of latents whose nearest row is in their own expert:")
@@ -211,18 +212,10 @@ else:
 
 # %%
 if isinstance(source, SyntheticSource):
-    truth = source.truth()
-    topic_T = source.evaluation_truth(len(evaluation.x_TD)).topic_T
     for name, member in members[run.path].items():
-        with torch.no_grad():
-            member_output = member(evaluation.x_TD)
-        decoder, counts = member.decoder_weight(), member_output.latents.firing_counts()
-        parts = {"all": truth.topic_G > -2, "common": truth.is_common_G, "topic": ~truth.is_common_G}
-        scores = {part: recovery(decoder, truth.dictionary_GD[chosen], firing_counts=counts) for part, chosen in parts.items() if chosen.any()}
-        routing = member_output.routing
-        nmi = "-" if routing is None else f"{normalized_mutual_information(routing.expert_TS[:, 0], topic_T):.2f}"
-        recalls = "   ".join(f"recall of {part} {score.recall:6.1%}" for part, score in scores.items())
-        print(f"{name:15} MCC {scores['all'].mcc:.2f}   {recalls}   NMI of experts and topics {nmi}")
+        scores = {score: "-" if value is None else f"{value:.2f}" for score, value in recovery_scores(member, source, evaluation.rows).items()}
+        recalls = "   ".join(f"{score.replace('_', ' of ')} {value}" for score, value in scores.items() if score.startswith("recall"))
+        print(f"{name:15} MCC {scores['mcc']}   {recalls}   NMI of experts and topics {scores['nmi']}")
 else:
     print("The true dictionary of a language model's activations is not known.")
 

@@ -1,10 +1,20 @@
 """Scores against a known dictionary, for synthetic activations."""
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from switch_sae.activations.synthetic import SyntheticSource
+from switch_sae.models import SparseAutoencoder
+from switch_sae.rows import Rows
+
+THRESHOLD = 0.9
+"""A direction is found where a latent's cosine to it is larger."""
+LARGEST_MATCHING = 8192
+"""Latents or directions, whichever are fewer; one-to-one matching takes time in proportion to their third power."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +33,11 @@ class Recovery:
     """Mean over latents of max_j cos(d_m, g_j). It rewards duplicates: read it beside uniqueness and recall."""
 
 
-def recovery(decoder_MD: Tensor, truth_GD: Tensor, threshold: float = 0.9, firing_counts: Tensor | None = None) -> Recovery:
+def recovery(decoder_MD: Tensor, truth_GD: Tensor, threshold: float = THRESHOLD, firing_counts: Tensor | None = None) -> Recovery:
     """Matches decoder rows with a known dictionary; with `firing_counts` [M], only latents that fired.
 
     Needs scipy and an [M, G] matrix. Raises ValueError for sizes that do not fit, rows of norm 0 or no latent alive.
     """
-    from scipy.optimize import linear_sum_assignment
-
     if decoder_MD.ndim != 2 or truth_GD.ndim != 2 or decoder_MD.shape[1] != truth_GD.shape[1]:
         raise ValueError(f"decoder {tuple(decoder_MD.shape)} and true dictionary {tuple(truth_GD.shape)} must be [latents, D] and [directions, D].")
     decoder_MD, truth_GD = decoder_MD.detach().cpu(), truth_GD.detach().cpu()
@@ -39,16 +47,53 @@ def recovery(decoder_MD: Tensor, truth_GD: Tensor, threshold: float = 0.9, firin
         raise ValueError(f"nothing to match: {len(decoder_MD)} live latents and {len(truth_GD)} true directions.")
     if bool((decoder_MD.norm(dim=1) == 0).any()) or bool((truth_GD.norm(dim=1) == 0).any()):
         raise ValueError("some rows are exactly 0 and have no direction. Give firing_counts to leave dead latents out.")
-    cosine_MG = F.normalize(decoder_MD.double(), dim=1) @ F.normalize(truth_GD.double(), dim=1).T
+    cosine_MG = cosines(decoder_MD, truth_GD)
     absolute_MG = cosine_MG.abs()
-    rows, columns = linear_sum_assignment(absolute_MG.numpy(), maximize=True)
     return Recovery(
-        mcc=float(absolute_MG[rows, columns].mean()),
+        mcc=mean_best_match(cosine_MG),
         recall=float((cosine_MG.amax(0) > threshold).double().mean()),
         precision=float((cosine_MG.amax(1) > threshold).double().mean()),
         uniqueness=len(absolute_MG.argmax(1).unique()) / len(absolute_MG),
         mmcs=float(cosine_MG.amax(1).mean()),
     )
+
+
+@torch.no_grad()
+def recovery_scores(sae: SparseAutoencoder, source: SyntheticSource, rows: Rows) -> dict[str, float | None]:
+    """How well an SAE found the world behind its activations; `rows` are those of `source.evaluation_set(len(rows))`.
+
+    `mcc` and `recall` of `recovery` over latents that fire on these rows; `recall_common` and `recall_topic`, of the directions that all topics share
+    and of single topics', where there are both; `nmi` of the (likeliest) expert and the true topic, None without experts. `mcc` is None where the
+    matching would be larger than `LARGEST_MATCHING` or scipy, which does it, is not installed; all are 0 for an SAE that never fires.
+    """
+    truth, output = source.truth(), sae(rows.x_TD)
+    counts = output.latents.firing_counts()
+    decoder_MD, truth_GD = sae.decoder_weight()[counts > 0], truth.dictionary_GD.to(rows.x_TD.device)
+    common_G = truth.is_common_G.to(rows.x_TD.device)
+    parts = {"recall": torch.ones_like(common_G)} | ({"recall_common": common_G, "recall_topic": ~common_G} if len(common_G.unique()) > 1 else {})
+    if len(decoder_MD) == 0:
+        return dict.fromkeys(("mcc", *parts, "nmi"), 0.0) | ({} if output.routing else {"nmi": None})
+    cosine_MG = cosines(decoder_MD, truth_GD)
+    nmi = None
+    if output.routing is not None:
+        topic_T = source.evaluation_truth(len(rows)).topic_T
+        nmi = normalized_mutual_information(output.routing.expert_TS[:, 0].cpu(), topic_T.cpu())
+    can_match = min(cosine_MG.shape) <= LARGEST_MATCHING and importlib.util.find_spec("scipy") is not None
+    recalls = {name: float((cosine_MG[:, chosen].amax(0) > THRESHOLD).double().mean()) for name, chosen in parts.items()}
+    return {"mcc": mean_best_match(cosine_MG) if can_match else None, **recalls, "nmi": nmi}
+
+
+def cosines(decoder_MD: Tensor, truth_GD: Tensor) -> Tensor:
+    """[M, G], float64."""
+    return F.normalize(decoder_MD.detach().double(), dim=1) @ F.normalize(truth_GD.detach().double(), dim=1).T
+
+
+def mean_best_match(cosine_MG: Tensor) -> float:
+    """Mean |cos| over the one-to-one matches that maximise its sum. Needs scipy."""
+    from scipy.optimize import linear_sum_assignment
+
+    absolute_MG = cosine_MG.abs().cpu()
+    return float(absolute_MG[linear_sum_assignment(absolute_MG.numpy(), maximize=True)].mean())
 
 
 def normalized_mutual_information(first_T: Tensor, second_T: Tensor) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from switch_sae.files import Say, tell
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import ResultRow, grouped, hashable, in_order
-from switch_sae.results.settings import unusual, usual_settings
+from switch_sae.results.settings import unusual, usual_settings, without_outliers
 from switch_sae.results.summary import Summary, activations_key, summary
 
 VARIANTS = ("sae.experts_per_token",)
@@ -59,15 +59,16 @@ class Material:
     def left_out(self) -> list[str]:
         """What `standard` leaves out: one line per deviation, with the usual value and the SAEs that it concerns."""
 
-        def deviation(group: Summary) -> str:
-            usual = self.usual[group.first.architecture]
-            settings = group.first.settings
-            return ", ".join(f"{key}={hashable(settings[key])} (usual: {usual.get(key)})" for key in self._unusual(group))
+        def deviation(group: Summary) -> tuple[tuple[str, Any], ...]:
+            return tuple((key, self.usual[group.first.architecture].get(key)) for key in self._unusual(group))
 
         lines = []
-        for words, groups in grouped((group for group in self.groups if self._unusual(group)), deviation).items():
-            names = [_title(group) for group in groups[:_NAMED]] + ([f"{len(groups) - _NAMED} more"] if len(groups) > _NAMED else [])
-            lines.append(f"left out of all figures but ablations, {words}: {'; '.join(names)}")
+        for usual, groups in grouped((group for group in self.groups if self._unusual(group)), deviation).items():
+            values = {key: dict.fromkeys(str(hashable(group.first.settings[key])) for group in groups) for key, _ in usual}
+            words = [f"{key}={' or '.join(values[key])} (usual: {value})" for key, value in usual]
+            names = list(dict.fromkeys(map(_title, groups)))
+            more = f"; {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            lines.append(f"left out of all figures but ablations, {', '.join(words)}: {'; '.join(names[:_NAMED])}{more}")
         return lines
 
     def _unusual(self, group: Summary) -> list[str]:
@@ -154,10 +155,20 @@ def has_paper_setting(row: ResultRow) -> bool:
     return model in ("gpt2", "openai-community/gpt2") and hook in ("blocks.8.hook_resid_post", "blocks.9.hook_resid_pre")
 
 
-def seeds(groups: Sequence[Summary]) -> str:
-    """`3 seeds`, `1 to 3 seeds`."""
+def mean_over_seeds(groups: Sequence[Summary], bars: str = "bars: ± 1 standard deviation") -> str:
+    """`Mean over 1 to 3 seeds (1: relu); bars: ± 1 standard deviation.`; without bars where no group has a second seed."""
     counts = sorted({len(group.rows) for group in groups})
-    return f"{counts[0]} seed{'s' * (counts[0] != 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+    if counts == [1]:
+        return "One seed each, no bars."
+    several = f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+    single = dict.fromkeys(group.name for group in groups if len(group.rows) == 1)
+    return f"Mean over {several}{f' (1: {chr(44).join(single)})' if single else ''}; {bars}."
+
+
+def outliers(groups: Sequence[Summary]) -> str:
+    """A sentence for a figure's footnote about the rows that its FVU leaves out; empty where there are none."""
+    told = without_outliers([row for group in groups for row in group.rows])
+    return f"FVU {told}." if told else ""
 
 
 def _title(group: Summary) -> str:

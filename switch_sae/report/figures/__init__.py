@@ -31,6 +31,8 @@ def draw_figures(paths: Sequence[str | Path], out: str | Path, only: Sequence[st
         raise ValueError(f"there is no figure {', '.join(unknown)}. Choose from {', '.join(FIGURES)}.")
     out = Path(out)
     material = Material.of(collect(paths), say=say)
+    for line in material.left_out():
+        say(line)
     drawn, missing = [], {}
     for name in only or FIGURES:
         try:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from switch_sae.results.kind import Kind
 from switch_sae.results.published import CITATION, WIDTH, PaperPoint, paper_points
 from switch_sae.results.rows import ResultRow, grouped, hashable
-from switch_sae.results.selection import Material, NotEnough, has_paper_setting, seeds
+from switch_sae.results.selection import Material, NotEnough, has_paper_setting, mean_over_seeds, outliers
+from switch_sae.results.settings import HEADLINE
 from switch_sae.results.summary import Summary
 from switch_sae.style import HOLLOW, Drawing, canvas, curve, handle, legends, log_ticks, look, mark, percent, styled
 
@@ -20,7 +21,7 @@ BALANCE, GATE, TRAINED = "sae.router.load_balance", "sae.router.gate", "sae.rout
 GATES = {"probability": "", "hard": "////"}
 """The gates that are compared, with their hatches; the first is what others are relative to."""
 LEAST_VALUES = 3
-PANELS = {"fvu": "FVU", "load_cv": "load CV", "load_max": "largest load / fair share", "dead_latents": "share of dead latents"}
+PANELS = {HEADLINE: "FVU", "load_cv": "load CV", "load_max": "largest load / fair share", "dead_latents": "share of dead latents"}
 
 
 @styled
@@ -37,7 +38,7 @@ def draw(material: Material) -> Drawing:
     in_paper = any(has_paper_setting(group.first) and group.first.num_latents == WIDTH for group in material.groups)
     table = [record for line in sweeps.values() for record in _balance_records(line, in_paper)]
     for group in (group for pair in gates.values() for group in pair):
-        table.append(_named("gate", group) | {"gate": group.first.config[GATE], "fvu": group.mean("fvu"), "fvu_sd": group.sd("fvu")})
+        table.append(_named("gate", group) | {"gate": group.first.config[GATE], HEADLINE: group.mean(HEADLINE), f"{HEADLINE}_sd": group.sd(HEADLINE)})
     if in_paper:
         table += _their_records(bool(sweeps), bool(gates))
     missing = [] if sweeps else [f"no {LEAST_VALUES} values of {BALANCE}: its panels are left out"]
@@ -71,7 +72,7 @@ def _named(experiment: str, group: Summary) -> dict[str, Any]:
 
 
 def _balance_records(line: Sequence[Summary], in_paper: bool) -> list[dict[str, Any]]:
-    best = min((value for group in line if (value := group.mean("fvu")) is not None), default=None)
+    best = min((value for group in line if (value := group.mean(HEADLINE)) is not None), default=None)
     records = []
     for group in line:
         alpha = group.first.config[BALANCE]
@@ -80,8 +81,8 @@ def _balance_records(line: Sequence[Summary], in_paper: bool) -> list[dict[str, 
         record = _named("load_balance", group) | {"alpha": alpha}
         for metric in PANELS:
             record |= {metric: group.mean(metric), f"{metric}_sd": group.sd(metric)}
-        if best and group.mean("fvu") is not None:
-            record |= {"above_best": group.spreads["fvu"].mean / best - 1, "above_best_sd": group.sd("fvu") / best}
+        if best and group.mean(HEADLINE) is not None:
+            record |= {"above_best": group.spreads[HEADLINE].mean / best - 1, "above_best_sd": group.sd(HEADLINE) / best}
         records.append(record)
     return records
 
@@ -116,10 +117,8 @@ def _figure(table: Sequence[dict[str, Any]], groups: Sequence[Summary]) -> "Figu
         if name in names:
             _balance_panel(axis, balance, name)
         else:
-            source, value = ("ours", "fvu") if name == "gate" else ("paper", "mse")
+            source, value = ("ours", HEADLINE) if name == "gate" else ("paper", "mse")
             _gate_panel(axis, [record for record in gate if record["source"] == source], value)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
     handles: list[Artist] = [handle(kind, markersize=3.8) for kind in sorted({Kind.of(record) for record in balance})]
     if has_paper:
         handles.append(mark(f"hollow: {CITATION}", color="0.5", marker="o", **HOLLOW))
@@ -127,14 +126,19 @@ def _figure(table: Sequence[dict[str, Any]], groups: Sequence[Summary]) -> "Figu
         handles += [
             Patch(facecolor="white" if hatch else "0.75", edgecolor="0.2", hatch=hatch, label=f"gate: {name}") for name, hatch in GATES.items()
         ]
-    words = [f"Mean over {seeds(groups)}; bars: ± 1 standard deviation."]
+    words = [mean_over_seeds(groups), *filter(None, [outliers(groups)])]
     if gate:
         words.append("Numbers over bars: FVU of the hard gate relative to the probability.")
     if any(record["alpha"] == 0 for record in balance):
-        words.append("alpha = 0 is drawn at the left end of the axis.")
+        words.append("alpha = 0 stands apart, at the left end of the axis.")
     if has_paper:
         words.append("alpha in the units of activations as they come. Theirs: one seed, one batch; gates without load balance.")
-    legends(figure, " ".join(words), handles, columns=5)
+    free = axes[len(panels) :]
+    for axis in free:
+        axis.set_axis_off()
+    if free:
+        free[0].legend(handles=handles, loc="center")
+    legends(figure, " ".join(words), [] if free else handles, columns=5)
     return figure
 
 
@@ -143,21 +147,27 @@ def _balance_panel(axis: "Axes", records: Sequence[dict[str, Any]], name: str) -
     zero = min(positive, default=1.0) / 10
     drawn = [record for record in records if record.get(name) is not None]
     for (source, _, kind), points in grouped(drawn, lambda record: (record["source"], record["k"], Kind.of(record))).items():
-        x, y = [point["alpha"] or zero for point in points], [point[name] for point in points]
-        curve(axis, kind, x, y, None) if source == "paper" else curve(axis, kind, x, y, [point[f"{name}_sd"] for point in points], markersize=3.8)
+        for apart in (False, True):  # alpha = 0 has no place on a log axis, so no line leads there
+            some = [point for point in points if (point["alpha"] == 0) is apart]
+            x, y = [point["alpha"] or zero for point in some], [point[name] for point in some]
+            bars = None if source == "paper" else [point[f"{name}_sd"] for point in some]
+            more = ({} if source == "paper" else {"markersize": 3.8}) | ({"linestyle": "none"} if apart else {})
+            if some:
+                curve(axis, kind, x, y, bars, **more)
     axis.set_xscale("log")
     if len(positive) < len(records) and positive:
         powers = range(math.ceil(math.log10(min(positive)) - 0.01), math.floor(math.log10(max(positive)) + 0.01) + 1)
         decades = [10.0**power for power in powers][:: -(-len(powers) // 5)]
         axis.set_xticks([zero, *decades], ["0", *(f"{tick:g}" for tick in decades)])
         axis.minorticks_off()
-    axis.set_xlabel("load-balance alpha")
+    axis.set_xlabel("load-balance alpha, log scale")
     axis.set_ylabel(PANELS.get(name, "error above the best alpha"))
     if name in ("above_best", "dead_latents"):
         axis.yaxis.set_major_formatter(percent())
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]) if name == "above_best" else 0)
-    elif name == "fvu":
+    elif name == HEADLINE:
         log_ticks(axis.yaxis, [record[name] for record in drawn])
+        axis.set_ylabel("FVU" + ", log scale" * (axis.get_yscale() == "log"))
     else:
         axis.set_ylim(bottom=0 if name == "load_cv" else None)
 
@@ -185,4 +195,4 @@ def _gate_panel(axis: "Axes", records: Sequence[dict[str, Any]], value: str) -> 
     axis.set_xticks(range(len(pairs)), [f"E = {r['experts']}" if len(ks) == 1 else f"E={r['experts']}\nk={r['k']}" for r in firsts], fontsize=7.5)
     axis.set_ylabel("their MSE" if is_theirs else "FVU" + (f", k = {min(ks)}" if len(ks) == 1 else ""))
     axis.margins(y=0.15)
-    axis.set_xlim(-0.75 if len(pairs) > 1 else -1.2, len(pairs) - 0.25 if len(pairs) > 1 else 1.2)
+    axis.set_xlim(-0.75 if len(pairs) > 1 else -0.8, len(pairs) - 0.25 if len(pairs) > 1 else 0.8)

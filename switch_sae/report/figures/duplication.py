@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MEASURES = {
-    "duplicates": "share of live latents with a neighbour\nof cosine > 0.9",
-    "nearest_cosine": "mean cosine of live latents\nto the nearest neighbour",
-}
+MEASURES = {"duplicates": "live latents with a neighbour\nof cosine > 0.9", "nearest_cosine": "mean cosine of live latents\nto the nearest neighbour"}
 
 
 @styled
@@ -48,7 +45,7 @@ def draw(material: Material) -> Drawing:
         table.append(record)
     if len({record["experts"] for record in table}) < 2:
         raise NotEnough(f"fewer than two numbers of experts at {width:,} latents have their {MODEL_FILE}.")
-    return Drawing(_figure(width, kinds, table), table, [*material.left_out(), *notes])
+    return Drawing(_figure(width, kinds, table), table, notes)
 
 
 def _figure(width: int, kinds: Sequence[Kind], table: Sequence[dict[str, Any]]) -> "Figure":
@@ -65,10 +62,10 @@ def _figure(width: int, kinds: Sequence[Kind], table: Sequence[dict[str, Any]]) 
         else:
             _heat_map(axis, table, measure, experts, ks)
             axis.set_title(label, fontsize=8.5)
-    what = "bars: ± 1 standard deviation" if len(ks) == 1 else "a small number below: how many, where not all"
+    what = "bars: ± 1 standard deviation" if len(ks) == 1 else "n: how many, where not all"
     k = f", k = {ks[0]}" if len(ks) == 1 else ""
-    text = f"{width:,} latents in all{k}; 1 expert is dense TopK. Mean over {many} seed{'s' * (counts[-1] != 1)} ({what})."
-    legends(figure, text if len(ks) == 1 or len(counts) > 1 else text.split(" (")[0] + ".")
+    several = f" Mean over {many} seeds{f' ({what})' if len(ks) == 1 or len(counts) > 1 else ''}." if counts[-1] > 1 else " One seed each, no bars."
+    legends(figure, f"{width:,} latents in all{k}; 1 expert is dense TopK.{several}")
     return figure
 
 
@@ -79,16 +76,18 @@ def _heat_map(axis: "Axes", table: Sequence[dict[str, Any]], measure: str, exper
     for record in table:
         cells[experts.index(record["experts"]), ks.index(record["k"])] = record[measure]
     most = max(record["seeds"] for record in table)
-    top = float(np.nanmax(cells)) or 1.0
+    counts = {k: {record["seeds"] for record in table if record["k"] == k} for k in ks}
+    columns = [f"{k}" + (f"\nn = {min(counts[k])}" if len(counts[k]) == 1 and counts[k] != {most} else "") for k in ks]
     low = 0.0 if measure == "duplicates" else float(np.nanmin(cells))
-    matrix(axis, cells, low, max(top, low + 1e-9), ([str(k) for k in ks], [str(e) for e in experts]), aspect="auto")
+    top = max(float(np.nanmax(cells)), low + 0.1)  # what hardly differs shall not look as if it did
+    matrix(axis, cells, low, top, (columns, [str(e) for e in experts]), aspect="auto", cmap="Blues")
     for record in table:
         value, place = record[measure], (ks.index(record["k"]), experts.index(record["experts"]))
         if not math.isfinite(value):
             continue
         text = f"{100 * value:.1f}%" if measure == "duplicates" else f"{value:.2f}"
-        text += f"\nn = {record['seeds']}" if record["seeds"] != most else ""
-        axis.text(*place, text, ha="center", va="center", fontsize=7, color="black" if (value - low) > 0.55 * (top - low) else "white")
+        text += f"\nn = {record['seeds']}" if record["seeds"] != most and len(counts[record["k"]]) > 1 else ""
+        axis.text(*place, text, ha="center", va="center", fontsize=7, color="white" if (value - low) > 0.55 * (top - low) else "black")
     axis.set_xlabel("k")
     axis.set_ylabel("experts")
 

@@ -57,7 +57,7 @@ def _figure(routed: ResultRow, matrices: dict[str, Tensor]) -> "Figure":
     values = torch.stack(list(matrices.values()))
     values = values[values.isfinite()]
     places = [str(e) if experts <= 8 or e % 2 == 0 else "" for e in range(experts)]
-    figure = canvas(6.8, 3.5)
+    figure = canvas(6.8, 3.9)
     axes = list(figure.subplots(1, 2, sharey=True))
     for axis, (name, cosines) in zip(axes, matrices.items(), strict=True):
         image = matrix(axis, cosines.numpy(), float(values.min()), float(values.max()), (places, places) if experts <= 16 else None)

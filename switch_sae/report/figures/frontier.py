@@ -8,7 +8,8 @@ from switch_sae.report.tables import short
 from switch_sae.results.kind import Kind
 from switch_sae.results.published import CITATION, TOKENS, WIDTH, PaperPoint, paper_points
 from switch_sae.results.rows import grouped
-from switch_sae.results.selection import Material, has_paper_setting, matched_panels, references, seeds
+from switch_sae.results.selection import Material, has_paper_setting, matched_panels, mean_over_seeds, outliers, references
+from switch_sae.results.settings import HEADLINE
 from switch_sae.results.summary import Spread, Summary
 from switch_sae.style import HOLLOW, Drawing, canvas, curve, handle, legends, log_ticks, look, mark, power_of_two_ticks, styled
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLES = {"width_matched": "width-matched: {:,} latents in all", "flop_matched": "FLOP-matched: {:,} latents per expert"}
-COLUMNS = {"fvu": "FVU", "delta_ce": "delta CE (nats)", "relative": "FVU / FVU of TopK"}
+COLUMNS = {HEADLINE: "FVU", "delta_ce": "delta CE (nats)", "relative": "FVU / FVU of TopK"}
 SMALL = {"markersize": 3.8, "linewidth": 1.2}
 
 
@@ -36,10 +37,10 @@ def draw(material: Material) -> Drawing:
         table += _records(titles[match], groups, _theirs(match, width, groups))
     groups = [group for _, chosen in panels.values() for group in chosen]
     costs = _costs([r for r in table if r["panel"] == titles.get("flop_matched")])
-    return Drawing(_figure(list(titles.values()), table, groups), table, [*material.left_out(), *missing, *costs])
+    return Drawing(_figure(list(titles.values()), table, groups), table, [*missing, *costs])
 
 
-def relative(group: Summary, references: Sequence[Summary], metric: str = "fvu") -> Spread | None:
+def relative(group: Summary, references: Sequence[Summary], metric: str = HEADLINE) -> Spread | None:
     """The metric divided by that of dense TopK with the same k, seed by seed where seeds match, else by the mean.
 
     A group without k is divided by TopK's value at its own L0, on straight lines between log L0 and log value; None outside their range.
@@ -78,16 +79,17 @@ def _figure(titles: Sequence[str], table: Sequence[dict[str, Any]], groups: Sequ
         records = [record for record in table if record["panel"] == title]
         for axis, (name, label) in zip(axes, shown.items(), strict=True):
             _panel(axis, records, name)
-            axis.set_ylabel(label)
-            axis.set_xlabel("L0")
+            axis.set_ylabel(label + ", log scale" * (axis.get_yscale() == "log"))
+            axis.set_xlabel("L0, log scale")
         axes[0].set_title(title, loc="left")
         above += sum((record.get("relative") or 0) > _top(records) for record in records)
     mine, theirs_too = ({Kind.of(record) for record in table if record["source"] == who} for who in ("ours", "paper"))
     handles = [handle(kind, **SMALL, **({} if kind in mine else HOLLOW)) for kind in sorted(mine | theirs_too, key=lambda kind: kind.order)]
     words = [
-        f"Mean over {seeds(groups)}; bars: ± 1 standard deviation.",
+        mean_over_seeds(groups),
         "Ratio to TopK at equal k" + (", where there is no k at equal L0 (interpolated)." if any(g.first.k is None for g in groups) else "."),
     ]
+    words += filter(None, [outliers(groups)])
     if theirs_too:
         handles.append(mark(f"hollow: {CITATION}", color="0.5", marker="o", **HOLLOW))
         trained = sorted({group.mean("tokens") or 0 for group in groups})
@@ -114,8 +116,8 @@ def _panel(axis: "Axes", records: Sequence[dict[str, Any]], name: str) -> None:
         axis.set_ylim(top=min(axis.get_ylim()[1], _top(records)))
     else:
         log_ticks(axis.yaxis, [record[name] for record in drawn])
-    if records:
-        power_of_two_ticks(axis.xaxis, [record["l0"] for record in records])
+    if drawn:
+        power_of_two_ticks(axis.xaxis, [record["l0"] for record in drawn])
 
 
 def _top(records: Sequence[dict[str, Any]]) -> float:
@@ -153,7 +155,7 @@ def _records(title: str, groups: Sequence[Summary], points: Sequence[PaperPoint]
         record = {"panel": title, "source": "ours", "architecture": architecture, "latents": group.first.num_latents, "experts": experts}
         record |= {"experts_per_token": per_token, "k": group.first.k, "l0": l0, "seeds": len(group.rows)}
         record |= {"flops_per_token": group.mean("flops_total")}
-        spreads = {name: group.spreads.get(name) for name in ("fvu", "delta_ce")} | {"relative": relative(group, references(groups))}
+        spreads = {name: group.spreads.get(name) for name in (HEADLINE, "delta_ce")} | {"relative": relative(group, references(groups))}
         for name, spread in spreads.items():
             record |= {name: spread and spread.mean, f"{name}_sd": spread and spread.sd}
         records.append(record)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from switch_sae.analysis.scaling import PowerLaw, choose_power_law, fit_power_law, mean_over_seeds
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import grouped
-from switch_sae.results.selection import Material, NotEnough, by_kind, seeds
+from switch_sae.results.selection import Material, NotEnough, by_kind, outliers
+from switch_sae.results.selection import mean_over_seeds as over_seeds
+from switch_sae.results.settings import HEADLINE
 from switch_sae.results.summary import Summary
 from switch_sae.style import Drawing, canvas, curve, exponent_ticks, handle, legends, log_ticks, look, mark, power_of_two_ticks, styled
 
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
 
 LEAST_WIDTHS = 3
 """Widths that a line needs: two fix a power law and leave nothing to judge it by."""
-METRICS = {"fvu": "FVU", "normalized_mse": "normalised MSE per token"}
-AXES = {"latents": "latents in all, M", "flops": "training FLOPs"}
+METRICS = {HEADLINE: "FVU", "normalized_mse": "normalised MSE per token"}
+AXES = {"latents": "latents in all M, log scale", "flops": "training FLOPs, log scale"}
 Lines = dict[Kind, list[Summary]]
 Laws = dict[tuple[Kind, str, str], PowerLaw]
 
@@ -79,15 +81,13 @@ def _figure(k: int, lines: Lines, points: Sequence[dict[str, Any]], laws: Laws) 
             (power_of_two_ticks if x == "latents" else exponent_ticks)(axis.xaxis, [point[x] for point in points])
             axis.set_xlabel(name)
         log_ticks(axes[0].yaxis, [point["mean"] for point in mine])
-        axes[0].set_ylabel(f"{label}, k = {k}")
-    floors = "; * with an irreducible error, where at least 5 widths support it (F test, 5 %): such exponents compare only with each other."
-    text = (
-        f"Points: mean over {seeds([g for groups in lines.values() for g in groups])}; bars: ± 1 standard deviation. "
-        "Fits: least squares of log error "
-        "on the width means; [ ]: 95 % t interval of the exponent, with as many degrees of freedom as widths less parameters"
-    )
+        axes[0].set_ylabel(f"{label}, k = {k}, log scale")
+    groups = [group for chosen in lines.values() for group in chosen]
+    words = [over_seeds(groups), "Fits: log error on the width means, by least squares; [ ]: 95 % interval of the exponent.", outliers(groups)]
+    if any(law.floor for law in laws.values()):
+        words.append("*: with an irreducible error; such exponents compare only with each other.")
     handles = [*(handle(kind, linestyle="none") for kind in lines), mark("fit", color="0.4")]
-    legends(figure, text + (floors if any(law.floor for law in laws.values()) else "."), handles)
+    legends(figure, " ".join(filter(None, words)), handles)
     return figure
 
 
@@ -109,7 +109,7 @@ def _gaps(points: Sequence[dict[str, Any]]) -> list[str]:
     """Error of each SAE with experts above (+) that of dense TopK at the narrowest and the widest M that both have."""
     fvu = {
         kind: {record["latents"]: record["mean"] for record in records}
-        for kind, records in grouped((point for point in points if point["metric"] == "fvu"), Kind.of).items()
+        for kind, records in grouped((point for point in points if point["metric"] == HEADLINE), Kind.of).items()
     }
     dense = next((line for kind, line in fvu.items() if kind.is_reference), {})
     notes = []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import ResultRow, grouped
-from switch_sae.results.selection import Material, NotEnough, by_kind, common_k, matched_panels, seeds
+from switch_sae.results.selection import Material, NotEnough, by_kind, common_k, matched_panels, mean_over_seeds
 from switch_sae.results.summary import Summary
 from switch_sae.runs import RunDir
 from switch_sae.style import Drawing, canvas, engineering, exponent_ticks, handle, legends, log_ticks, look, styled
@@ -19,7 +19,7 @@ TITLES = {"width_matched": "width-matched: {:,} latents in all, k = {}", "flop_m
 SMOOTHED = 0.05
 """Share of the logged steps that one point averages over."""
 UNSETTLED = 0.05
-"""First share of the tokens that may lie outside the axes: the fall from FVU 1 would flatten all that follows."""
+"""First share of the tokens that is not drawn: the fall from FVU 1 would flatten all that follows."""
 
 
 @styled
@@ -42,7 +42,7 @@ def draw(material: Material) -> Drawing:
             window = max(window, window_of(len(records)))
     if not table:
         raise NotEnough("no training step was logged (log_every=0).")
-    return Drawing(_figure(panels, table, window), table, [*material.left_out(), *missing, *_crossings(table)])
+    return Drawing(_figure(panels, table, window), table, [*missing, *_crossings(table)])
 
 
 def window_of(points: int) -> int:
@@ -88,10 +88,9 @@ def _figure(panels: dict[str, list[Summary]], table: Sequence[dict[str, Any]], w
                 axis.set_axis_off()
     groups = [group for chosen in panels.values() for group in chosen]
     drawn = {Kind.of(record) for record in table}
-    bands = "; bands from the lowest to the highest" if any(len(group.rows) > 1 for group in groups) else ""
     smoothing = f"Each curve is a running mean over {window} logged steps ({SMOOTHED:.0%} of the run), fewer at its ends."
     text = (
-        f"Lines: mean over {seeds(groups)}{bands}. {smoothing if window > 1 else 'Not smoothed.'} "
+        f"{mean_over_seeds(groups, 'bands: from the lowest to the highest')} {smoothing if window > 1 else 'Not smoothed.'} "
         "FLOPs: tokens times forward and backward FLOPs per token, router and decoder included."
     )
     legends(figure, text, [handle(kind) for kind in by_kind(groups) if kind in drawn])
@@ -99,23 +98,23 @@ def _figure(panels: dict[str, list[Summary]], table: Sequence[dict[str, Any]], w
 
 
 def _panel(axes: "Sequence[Axes]", records: Sequence[dict[str, Any]]) -> None:
-    lines = grouped(records, Kind.of)
+    late = [record for record in records if record["tokens"] >= UNSETTLED * max(r["tokens"] for r in records)]
+    lines = grouped(late, Kind.of)
     for kind, points in lines.items():
         style = look(*kind).style() | {"markevery": (0.08 + 0.02 * (len(lines) % 4), 0.2), "markersize": 3.5}
         for axis, x in zip(axes, ("tokens", "flops"), strict=True):
             at = [point[x] for point in points]
             axis.fill_between(at, [p["fvu_low"] for p in points], [p["fvu_high"] for p in points], color=style["color"], alpha=0.25, linewidth=0)
             axis.plot(at, [point["fvu"] for point in points], **style)
-    late = [record for record in records if record["tokens"] >= UNSETTLED * max(r["tokens"] for r in records)]
-    settled = [record["fvu"] for record in late]
-    axes[0].set_ylabel("FVU of training batches")
+    settled = [record[name] for record in late for name in ("fvu_low", "fvu_high")]
     log_ticks(axes[0].yaxis, settled)
     axes[0].set_ylim(min(settled) / 1.03, max(settled) * 1.03)
+    axes[0].set_ylabel("FVU of training batches" + ", log scale" * (axes[0].get_yscale() == "log"))
     axes[0].set_xlabel("training tokens")
     axes[0].set_xlim(left=0)
     axes[0].xaxis.set_major_formatter(engineering())
     exponent_ticks(axes[1].xaxis, [record["flops"] for record in late])
-    axes[1].set_xlabel("training FLOPs")
+    axes[1].set_xlabel("training FLOPs, log scale")
     axes[1].set_xlim(left=min(record["flops"] for record in late))
 
 
