@@ -265,7 +265,7 @@ def test_sets_that_cannot_be_compared_are_not_mixed(sweep, tmp_path):
     said = []
     chosen = Material.of(collect([sweep.path]), say=said.append)
     assert {group.first.num_experts for group in chosen.groups} == {1, 2, 4}
-    assert said == ["left out: 1 SAEs scored on other activations than the largest set of 12; not comparable"]
+    assert said == ["left out: 1 SAEs scored on other activations (source) than the largest set of 12: 12-s0"]
     with pytest.raises(NotEnough, match="none of the 0 SAEs is finished"):
         Material.of([])
 

@@ -288,3 +288,28 @@ def test_recovery_of_a_known_dictionary_has_its_columns(run, tmp_path):
     assert [shown["switch"][name] for name in ("MCC", "recall", "NMI")] == ["0.500", "0.250", "0.125"]
     assert shown["flop_matched"]["NMI"] == shown["pca_4"]["MCC"] == "-" and "NMI: of routed expert and true topic" in " ".join(table([copy]).split())
     assert "MCC" in summary_table(collect([copy.path])) and "MCC" not in cells(table([run]))["switch"]
+
+
+def test_figures_of_a_run_are_readable(run):
+    load = load_figure(scored([run]))
+    assert load.axes[0].get_title() == f"switch, load CV {scored([run])[0].value('load_cv'):.2f}"
+    assert "log scale" in curves_figure([run]).axes[0].get_ylabel() or curves_figure([run]).axes[0].get_yscale() == "linear"
+    weight = load_members(run)["switch"].decoder_weight()
+    dense, routed = decoder_geometry(weight, 1), decoder_geometry(weight, 4)
+    (only,) = geometry_figure({"topk": dense}).axes  # no empty half
+    assert only.get_legend().get_texts()[0].get_text().startswith("anywhere")
+    both = geometry_figure({"switch": routed, "topk, cut": routed}, ["topk, cut"])
+    words = [axis.get_legend().get_texts()[0].get_text() for axis in both.axes if axis.get_legend()]
+    assert [word.split(" (")[0] for word in words] == ["in its own expert", "in its own block"]
+    similarity = routed.similarity_EE()
+    assert both.axes[0].images[0].get_clim() == (float(similarity.min()), float(similarity.max()))
+
+
+def test_a_main_sae_and_its_controls_look_the_same_in_runs_with_other_members(run, tmp_path):
+    fewer = changed(run, tmp_path, lambda saved: saved["members"].pop("flop_matched"))
+
+    def colours(one):
+        rows = scored([one])
+        return dict(zip([row.sae for row in rows], [line.get_color() for line in scores_figure(rows).axes[0].lines], strict=True))
+
+    assert colours(fewer).items() <= colours(run).items() and len(set(colours(run).values())) == 5

@@ -174,7 +174,7 @@ _SUMMARY_COLUMNS: dict[str, Callable[[Summary], str]] = {
     "experts": lambda group: str(group.first.num_experts),
     "k": _shown(lambda group: group.first.k),
     "n": lambda group: str(len(group.rows)),
-    "FVU": _shown(lambda group: group.spreads.get(HEADLINE), "z.4f"),
+    "FVU": _shown(lambda group: group.rows[0].estimate(HEADLINE) if len(group.rows) == 1 else group.spreads.get(HEADLINE), "z.4f"),
     "FVU all": _shown(lambda group: group.spreads.get("fvu"), "z.4f"),
     "delta CE": _shown(lambda group: group.spreads.get("delta_ce"), "z.3f"),
     "delta CE in.": _shown(lambda group: group.spreads.get("delta_ce_inliers"), "z.3f"),
@@ -259,7 +259,7 @@ def _summary_legend(groups: Sequence[Summary], columns: Sequence[str]) -> list[s
     n, outliers = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0]), without_outliers(rows)
     beside = {row.sae: row.architecture for row in rows if row.role == "baseline"}
     return [
-        f"mean ± standard deviation (n - 1) over seeds, n = {n}; a single seed has none. "
+        f"mean ± standard deviation (n - 1) over seeds, n = {n}; a single seed has none, but [ ]: 95 % interval of its FVU over documents. "
         f"FVU: squared error / variance{', ' * bool(outliers)}{outliers}." + " FVU all: with them." * ("FVU all" in columns),
         _meanings(columns),
         *([f"Trained beside a main SAE: {', '.join(f'{name} ({kind})' for name, kind in beside.items())}."] if beside else []),

@@ -6,7 +6,7 @@ from typing import Any
 
 from switch_sae.files import Say, tell
 from switch_sae.results.kind import Kind
-from switch_sae.results.rows import ResultRow, grouped, hashable, in_order
+from switch_sae.results.rows import ResultRow, grouped, hashable, in_order, other_activations
 from switch_sae.results.settings import unusual, usual_settings, without_outliers
 from switch_sae.results.summary import Summary, activations_key, summary
 
@@ -41,7 +41,11 @@ class Material:
             raise NotEnough(f"none of the {len(rows)} SAEs is finished, so there is nothing to draw.")
         chosen = max(grouped(finished, activations_key).values(), key=lambda alike: (len(alike), max(str(row.path) for row in alike)))
         if len(chosen) < len(finished):
-            say(f"left out: {len(finished) - len(chosen)} SAEs scored on other activations than the largest set of {len(chosen)}; not comparable")
+            others = [row for row in finished if row.evaluated_on != chosen[0].evaluated_on]
+            how = dict.fromkeys(other_activations(chosen[0].evaluated_on, row.evaluated_on) for row in others)
+            names = list(dict.fromkeys(row.path.name for row in others))
+            told = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+            say(f"left out: {len(others)} SAEs scored on other activations ({'; '.join(how)}) than the largest set of {len(chosen)}: {told}")
         if len(finished) < len(rows):
             say(f"left out: {len(rows) - len(finished)} SAEs that are not finished")
         everywhere, usual = usual_settings(chosen), {}
@@ -161,8 +165,9 @@ def mean_over_seeds(groups: Sequence[Summary], bars: str = "bars: ± 1 standard 
     if counts == [1]:
         return "One seed each, no bars."
     several = f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
-    single = dict.fromkeys(group.name for group in groups if len(group.rows) == 1)
-    return f"Mean over {several}{f' (1: {chr(44).join(single)})' if single else ''}; {bars}."
+    single = [name for name, alike in grouped(groups, lambda group: group.name).items() if all(len(group.rows) == 1 for group in alike)]
+    told = ", ".join(single)
+    return f"Mean over {several}{f' (1: {told})' if single else ''}; {bars}."
 
 
 def outliers(groups: Sequence[Summary]) -> str:
