@@ -79,7 +79,7 @@ def summary_table(rows: Sequence[ResultRow]) -> str:
         notes.append([*([f"NOT COMPARABLE, other activations: {others}"] if others else []), *_words(unusual(group.first, usual)), *_status(group)])
     columns, (header, *texts) = _filled(_SUMMARY_COLUMNS, groups, ("SAE", "k", "n"), any(group.outlier_rows for group in groups))
     room = WIDTH - len(header) - 2
-    beside = max((len(word) for words in notes for word in " ".join(words).split()), default=0) <= room
+    beside = max([10, *(len(word) for words in notes for word in " ".join(words).split())]) <= room  # else below: no word is cut
     shown = [header + "  differs in" * beside, "-" * (len(header) + (2 + min(room, 40)) * beside)]
     for words, text in zip(notes, texts, strict=True):
         indent, wide = (len(text) + 2, room) if beside else (4, WIDTH - 4)
