@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from switch_sae.activations.base import both_known
 from switch_sae.cohort import BASELINE, MAIN, Cohort, Interrupted, Keeper, Member, Streams, untrained_controls
 from switch_sae.config import RunConfig, check_baselines, config_from_plain, config_to_plain
 from switch_sae.files import Say, tell
@@ -116,7 +117,7 @@ def score_again(run: RunDir, config: RunConfig, file: str, say: Say = tell) -> N
     with Streams(say) as streams:
         stream = streams.get(config)
         score = streams.score(config)
-        now = to_plain(stream.source.describe())
+        now, then = both_known(to_plain(stream.source.describe()), then)
         changed = sorted(key for key in now.keys() | then.keys() if key not in ("device", "cache") and now.get(key) != then.get(key))
         if changed:
             say(f"note: these are not the activations of training; {', '.join(changed)} changed (another language model, text or Python version).")

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from switch_sae.activations import ActivationSource, EvaluationSet
+from switch_sae.activations import ActivationSource, EvaluationSet, SyntheticSource
 from switch_sae.analysis.pca import PCABaseline, participation_ratio
+from switch_sae.analysis.recovery import recovery_scores
 from switch_sae.config import EvaluationConfig
 from switch_sae.evaluation import GroupResults, evaluate, evaluate_group
 from switch_sae.files import Say, tell
@@ -54,6 +55,10 @@ class Scorer:
         saes = {each.name: each.sae for each in asked}
         scores = evaluate_group(saes, self.evaluation_set, self.downstream, self.config.bootstrap, failed, self.say)
         entries = {each.name: scores.results[each.name].to_json() | each.about for each in asked if each.name in scores.results}
+        if isinstance(self.source, SyntheticSource):
+            for each in asked:
+                if each.name in entries and isinstance(each.sae, SparseAutoencoder):
+                    entries[each.name]["recovery"] = recovery_scores(each.sae, self.source, self.evaluation_set.rows)
         return Scored(entries, scores)
 
     def controls(self, main: SparseAutoencoder, untrained_main: SparseAutoencoder, calibration: Rows, prefix: str) -> list[Asked]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switch_sae.activations.synthetic import SyntheticSource
+from switch_sae.metrics.forward import sae_outputs
 from switch_sae.models import SparseAutoencoder
 from switch_sae.rows import Rows
 
@@ -66,18 +67,18 @@ def recovery_scores(sae: SparseAutoencoder, source: SyntheticSource, rows: Rows)
     and of single topics', where there are both; `nmi` of the (likeliest) expert and the true topic, None without experts. `mcc` is None where the
     matching would be larger than `LARGEST_MATCHING` or scipy, which does it, is not installed; all are 0 for an SAE that never fires.
     """
-    truth, output = source.truth(), sae(rows.x_TD)
-    counts = output.latents.firing_counts()
-    decoder_MD, truth_GD = sae.decoder_weight()[counts > 0], truth.dictionary_GD.to(rows.x_TD.device)
-    common_G = truth.is_common_G.to(rows.x_TD.device)
+    truth = source.truth()
+    device = sae.decoder_weight().device
+    counts_M, experts = torch.zeros(sae.num_latents, device=device), []
+    for _, _, output in sae_outputs(sae, rows):
+        counts_M += output.latents.firing_counts()
+        experts += [] if output.routing is None else [output.routing.expert_TS[:, 0].cpu()]
+    decoder_MD, truth_GD, common_G = sae.decoder_weight()[counts_M > 0], truth.dictionary_GD.to(device), truth.is_common_G.to(device)
     parts = {"recall": torch.ones_like(common_G)} | ({"recall_common": common_G, "recall_topic": ~common_G} if len(common_G.unique()) > 1 else {})
     if len(decoder_MD) == 0:
-        return dict.fromkeys(("mcc", *parts, "nmi"), 0.0) | ({} if output.routing else {"nmi": None})
+        return dict.fromkeys(("mcc", *parts, "nmi"), 0.0) | ({} if experts else {"nmi": None})
     cosine_MG = cosines(decoder_MD, truth_GD)
-    nmi = None
-    if output.routing is not None:
-        topic_T = source.evaluation_truth(len(rows)).topic_T
-        nmi = normalized_mutual_information(output.routing.expert_TS[:, 0].cpu(), topic_T.cpu())
+    nmi = normalized_mutual_information(torch.cat(experts), source.evaluation_truth(len(rows)).topic_T.cpu()) if experts else None
     can_match = min(cosine_MG.shape) <= LARGEST_MATCHING and importlib.util.find_spec("scipy") is not None
     recalls = {name: float((cosine_MG[:, chosen].amax(0) > THRESHOLD).double().mean()) for name, chosen in parts.items()}
     return {"mcc": mean_best_match(cosine_MG) if can_match else None, **recalls, "nmi": nmi}

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from safetensors import safe_open
 from torch import Tensor
 
+from switch_sae.activations.base import both_known
 from switch_sae.evaluation import Estimate, Results
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.results.kind import Kind
@@ -220,6 +221,7 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 def other_activations(first: dict[str, Any], where: dict[str, Any]) -> str:
     """In what two `evaluated_on` differ, in a few words; empty where scores can be compared."""
+    first, where = both_known(first, where)
     differs = sorted(key for key in first.keys() | where.keys() if first.get(key) != where.get(key))
     if "source" in differs:
         differs = ["source"]

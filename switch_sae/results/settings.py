@@ -8,10 +8,10 @@ from typing import Any
 
 from switch_sae.activations import SOURCES
 from switch_sae.config import RunConfig
-from switch_sae.metrics.base import OUTLIER_FACTOR
 from switch_sae.models import ROUTERS, SAES
 from switch_sae.plain import to_plain
 from switch_sae.results.rows import SIZES, ResultRow, flat_settings, hashable, in_order
+from switch_sae.rows import OUTLIER_FACTOR
 
 HEADLINE = "fvu_inliers"
 """What tables, figures, margins and fits compare: without rows of huge norm, which would make up most of the variance. Without such rows it is
