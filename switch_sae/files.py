@@ -6,6 +6,7 @@ new one, never half of it. A lock belongs to a process, and the kernel takes it 
 
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -63,6 +64,23 @@ def write_atomically(
             part.unlink()
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"cannot write {path}: {reason}. What was there before is untouched. {advice}") from error
+
+
+def folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
+    """Makes the folder `path`, whole or not at all: `fill` is given a new folder beside it and fills that. Raises RunError as `write_atomically`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent, ignore_cleanup_errors=True) as name:
+            part = Path(name, path.name)
+            part.mkdir()
+            fill(part)
+            part.rename(path)
+    except OSError as error:
+        if isinstance(error, ConnectionError | FileNotFoundError) and error.strerror is None:
+            raise  # a message of fill's own
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}. Free some space or make the folder writable; nothing is left behind."
+        ) from error
 
 
 def remove_part_files(folder: Path) -> None:
