@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from switch_sae.activations import LanguageModelSource, build_source
-from switch_sae.activations.language_model import BUNDLED
+from switch_sae.activations.loading import BUNDLED
 from switch_sae.analysis.pca import PCABaseline, participation_ratio
 
 HOOK = "blocks.2.hook_resid_post"

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.compose import CONF, register_schemas, run_config
 from switch_sae.activations import LanguageModelSource, SyntheticSource
-from switch_sae.activations.language_model import BUNDLED
+from switch_sae.activations.loading import BUNDLED
 from switch_sae.cohort import build_sae
 from switch_sae.config import Baseline, RunConfig, config_from_plain, config_to_plain
 from switch_sae.models import ROUTERS, SAES, SwitchSAE

@@ -8,18 +8,18 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
+from switch_sae.activations.loading import load
+
 _FINGERPRINT_ELEMENTS = 65_536
 
 
@@ -47,9 +47,8 @@ class Given:
 class LanguageModel:
     """A pretrained language model and one hook point in it; gradients off, raw weights (no LayerNorm folding).
 
-    `name` is `bundled`, a local folder in Hugging Face format, or a hub name. Safe to share between threads: passes take turns, because
-    hooks are state of the model. Raises ConnectionError for a hub that cannot be reached, FileNotFoundError for a folder that is not there,
-    ValueError for an unknown hook or one without an activation per position.
+    `name` is `bundled`, a local folder in Hugging Face format, a GGUF file, or a hub name. Safe to share between threads: passes take turns, because
+    hooks are state of the model. Raises as `loading.load`, and ValueError for an unknown hook or one without an activation per position.
     """
 
     def __init__(self, name: str, hook: str, device: str | None = None, precision: Precision = Precision.float32) -> None:
@@ -58,29 +57,25 @@ class LanguageModel:
         if precision is Precision.bfloat16 and self.device.type == "cpu":
             raise ValueError("precision=bfloat16 is up to hundreds of times slower than float32 on a CPU. Use precision=float32 there.")
         self._lock = threading.RLock()
-        self._bridge = _boot(name, self.device, getattr(torch, precision.value))
-        self.tokenizer = self._bridge.tokenizer
-        if self.tokenizer is None:
-            raise ValueError(f"model {name!r} comes without a tokenizer. Save its tokenizer files into the same folder.")
+        loaded = load(name, self.device, getattr(torch, precision.value))
+        self._bridge = loaded.bridge
+        self._without_head = loaded.without_head
+        self.tokenizer = loaded.tokenizer
+        """As saved with the model."""
         config = self._bridge.cfg
         self.context_length_limit = int(config.n_ctx)
         self.num_layers = int(config.n_layers)
-        self.d_vocab = int(config.d_vocab)
-        self.prepends_bos: bool = config.default_prepend_bos
-        """The model's own convention, as transformer_lens knows it: GPT-2 and Llama start with BOS; Pythia, Qwen and Phi do not."""
-        self.bos_token_id: int | None = self._valid_id(self.tokenizer.bos_token_id)
-        self.eos_token_id: int | None = self._valid_id(self.tokenizer.eos_token_id)
-        self.pad_token_id: int | None = self._valid_id(self.tokenizer.pad_token_id)
-        others = (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id)
-        special = (self.bos_token_id, self.eos_token_id, self.pad_token_id, *map(self._valid_id, others))
-        self.special_token_ids = frozenset(i for i in special if i is not None)
+        self.d_vocab = loaded.d_vocab
+        self.bos_token_id: int | None = loaded.special.get("bos")
+        self.eos_token_id: int | None = loaded.special.get("eos")
+        self.pad_token_id: int | None = loaded.special.get("pad")
+        self.special_token_ids = frozenset(loaded.special.values())
+        self.prepends_bos: bool = config.default_prepend_bos and self.bos_token_id is not None
+        """The model's own convention, as transformer_lens knows it: GPT-2 and Llama start with BOS; Pythia, Qwen and Phi do not.
+        False for a model whose saved tokenizer has none."""
         self.fingerprint = _fingerprint(self._bridge)
         self._check_hook()
         self.d_in, self.causal = self._probe()
-
-    def _valid_id(self, token: int | None) -> int | None:
-        """None for a token that transformer_lens added to the tokenizer but the model has no embedding for."""
-        return token if token is not None and 0 <= token < self.d_vocab else None
 
     @torch.no_grad()
     def activations(self, tokens_CS: Tensor) -> Tensor:
@@ -141,6 +136,21 @@ class LanguageModel:
                     return partial(resume, as_tuple)
         return None
 
+    def why_no_predictions(self) -> str | None:
+        """Why there is no next-token prediction to score (delta CE, KL), from one pass of a few tokens; None where there is one."""
+        if not self.causal:
+            return f"{self.name!r} is no causal model: every position sees the tokens after it, so predicting the next one has no meaning"
+        if self._without_head is not None:
+            return self._without_head
+        tokens_CS = torch.arange(8).reshape(2, 4) % self.d_vocab
+        try:
+            logits_CSV = self.logits(tokens_CS)
+        except Exception as error:  # as in `_probe`
+            return f"{self.name!r} cannot be run to its end: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        if logits_CSV.ndim != 3 or logits_CSV.shape[:2] != (2, 4) or logits_CSV.shape[2] < 2:
+            return f"{self.name!r} gives logits of shape {tuple(logits_CSV.shape)} for 2 contexts of 4 tokens, not one row of them per position"
+        return None if torch.isfinite(logits_CSV).all() else f"{self.name!r} gives NaN or infinite logits"
+
     def _splice(self, replace: Callable[[Tensor], Tensor]) -> list[tuple[str, Callable[..., Tensor]]]:
         change: list[Tensor] = []
 
@@ -158,10 +168,6 @@ class LanguageModel:
             return [(self.hook, swap)]
         # In a bridge this hook is the second LayerNorm's input, beside the residual stream: the stream itself changes where the block ends.
         return [(self.hook, swap), (f"{middle[1]}.hook_resid_post", lambda value, hook: value + change.pop())]
-
-    def why_no_predictions(self) -> str | None:
-        """Why next-token predictions mean nothing here; None where they do."""
-        return None if self.causal else f"{self.name!r} is not causal: a position sees the token that it would predict."
 
     def _on_device(self, tokens_CS: Tensor) -> Tensor:
         if tokens_CS.shape[1] > self.context_length_limit:
@@ -188,75 +194,20 @@ class LanguageModel:
         tokens_CS = torch.arange(8).reshape(2, 4) % self.d_vocab
         try:
             long, short = self.activations(tokens_CS), self.activations(tokens_CS[:, :3])
-        except (ValueError, IndexError) as error:
-            raise ValueError(f"hook {self.hook!r} of {self.name!r} gives no activations: {error} {self._advice()}") from error
+        except Exception as error:  # a bridge that cannot run its model fails in as many ways as there are models
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"hook {self.hook!r} of {self.name!r} gives no activations: {reason} {self._advice()}") from error
         if long.ndim != 3 or long.shape[:2] != (2, 4) or short.shape != (2, 3, long.shape[2]) or long.shape[2] < 2:
             raise ValueError(
                 f"hook {self.hook!r} of {self.name!r} has shape {tuple(long.shape)} for 2 contexts of 4 tokens and {tuple(short.shape)} for 2 of 3, "
                 f"but an SAE needs one vector per position. {self._advice()}"
             )
+        if not torch.isfinite(long).all():
+            raise FloatingPointError(
+                f"language model {self.name!r} gives NaN or infinite activations at hook {self.hook!r} for its first tokens, though its weights are "
+                "finite. With precision=bfloat16 try float32; else check how the weights were made."
+            )
         return long.shape[2], torch.allclose(long[:, :3], short, rtol=1e-2, atol=1e-2 * float(long.std()))
-
-
-def _boot(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    try:
-        from transformer_lens.model_bridge import TransformerBridge
-    except ImportError as error:
-        raise ImportError(
-            f"activations of a language model need transformer_lens 3.9 or newer, and importing it failed: {error}. "
-            "pip install 'transformer-lens>=3.9'"
-        ) from error
-    folder = BUNDLED if name == "bundled" else Path(name).expanduser()
-    local = name == "bundled" or folder.is_dir()
-    if local and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json, so it is no language model. Give a folder in Hugging Face format, or a hub name.")
-    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"language model folder {name!r} does not exist. Give a folder in Hugging Face format, a hub name, or `bundled`.")
-    if not local:
-        _check_hub(name)
-    with _no_progress_bar(local):
-        bridge = TransformerBridge.boot_transformers(str(folder) if local else name, device=str(device), dtype=dtype)
-    bridge.eval()
-    for parameter in bridge.parameters():
-        parameter.requires_grad_(False)
-    return bridge
-
-
-def _check_hub(name: str) -> None:
-    """One quick request: transformers itself retries for half a minute before it gives up, and then does not say what to do instead."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
-    way_out = "Use the bundled model (MODEL=bundled), or MODEL=FOLDER with a local folder in Hugging Face format."
-    try:
-        HfApi().model_info(name, timeout=15)
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403, 404):
-            raise ValueError(
-                f"the hub has no model {name!r} that you may read (HTTP {status}). Check the name, log in for gated models. {way_out}"
-            ) from error
-        raise ConnectionError(f"language model {name!r}: the hub answered HTTP {status}. Try again later. {way_out}") from error
-    except Exception as error:  # which class says "unreachable" depends on the HTTP library that huggingface_hub was built on
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        raise ConnectionError(f"language model {name!r} is not on this machine and the hub cannot be reached ({reason}). {way_out}") from error
-
-
-@contextmanager
-def _no_progress_bar(quiet: bool) -> Iterator[None]:
-    """Reading local weights takes a moment; a progress bar for it is noise. Downloads keep theirs."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    if quiet and was_on:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if quiet and was_on:
-            logging.enable_progress_bar()
 
 
 def _fingerprint(bridge: Any) -> str:
