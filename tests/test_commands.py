@@ -21,7 +21,7 @@ register_schemas()
 ROOT = Path(__file__).resolve().parents[1]
 HYDRA = {"experiments.train": ("train", run_config), "experiments.sweep": ("sweep", sweep_config)}
 VARIABLE = r"[A-Z]+=(?:'[^']*'|\"[^\"]*\"|[^\s`'\"{};)]*)"
-MAKE = re.compile(rf"make ([a-z]+)((?: {VARIABLE})*)")
+MAKE = re.compile(rf"make ([a-z]+(?:-[a-z]+)*)((?: {VARIABLE})*)")
 PYTHON = re.compile(r"python3? -m ((?:experiments)[\w.]*)(.*)")
 SETTING = re.compile(r"`([a-z_]+(?:[./][a-z_]+)*=[^`\s]+)`")
 
@@ -62,7 +62,7 @@ def found_commands() -> list[tuple[str, str]]:
 def targets() -> dict[str, str]:
     """Make's targets with their recipes."""
     text = (ROOT / "Makefile").read_text()
-    return {match[1]: match[0] for match in re.finditer(r"^([a-z]+):.*(?:\n\t.*)*", text, re.MULTILINE)}
+    return {match[1]: match[0] for match in re.finditer(r"^([a-z-]+):.*(?:\n\t.*)*", text, re.MULTILINE)}
 
 
 def expanded(command: str) -> list[str]:
