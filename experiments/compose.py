@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
@@ -16,6 +17,7 @@ from switch_sae.activations import SOURCES
 from switch_sae.choices import Choice
 from switch_sae.cohort import Interrupted
 from switch_sae.config import RunConfig, check_baselines
+from switch_sae.files import tell
 from switch_sae.models import ROUTERS, SAES
 from switch_sae.plain import to_plain
 from switch_sae.runs import RunError
@@ -99,6 +101,19 @@ def _refuse_unknown(node: DictConfig, path: str = "") -> None:
             _refuse_unknown(below, f"{path}{key}.")
 
 
+def taken_from_bundled(composed: DictConfig) -> str | None:
+    """One line about settings that suit the bundled model where another one was asked for without a file of conf/model; None elsewhere."""
+    model = OmegaConf.select(composed, "source.model")
+    if model in (None, "bundled") or not HydraConfig.initialized() or HydraConfig.get().runtime.choices.get("model") != "bundled":
+        return None
+    bundled = OmegaConf.load(Path(CONF, "model", "bundled.yaml"))
+    keys = ("source.hook", "source.text.kind", "sae.num_latents", "trainer.lr", "tokens", "batch_size", "usual.k")
+    wanted = {key: OmegaConf.select(bundled, key, default="stdlib") for key in keys}  # its text is the default one
+    found = {key: OmegaConf.select(composed, key) for key in keys}
+    same = [f"{key}={wanted[key]}" for key in keys if getattr(found[key], "name", found[key]) == wanted[key]]
+    return f"settings of the bundled model are used for {model!r}: {', '.join(same)}. Give what suits it, or a file of conf/model." if same else None
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """One message instead of a traceback for mistakes a user can mend; 128 + signal as exit status after an interruption."""
@@ -122,6 +137,8 @@ def command(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 
     def checked(composed: DictConfig) -> None:
         with clear_errors():
+            if line := taken_from_bundled(composed):
+                tell(line)
             main(composed)
 
     return checked

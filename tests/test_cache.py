@@ -695,7 +695,7 @@ def test_config_errors(text, fields, message):
 
 
 def test_the_bundled_language_model_is_cached_exactly(tmp_path):
-    pytest.importorskip("transformer_lens")
+    pytest.importorskip("transformer_lens", exc_type=ModuleNotFoundError)
     small = TextConfig(kind="stdlib", max_documents=4)
     live_config = LanguageModelSource.Config(text=small, context_length=64, buffer_rows=1024, device="cpu")
     live = build_source(live_config, BATCH)

