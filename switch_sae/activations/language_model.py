@@ -207,7 +207,8 @@ class LanguageModel:
                 f"language model {self.name!r} gives NaN or infinite activations at hook {self.hook!r} for its first tokens, though its weights are "
                 "finite. With precision=bfloat16 try float32; else check how the weights were made."
             )
-        return long.shape[2], torch.allclose(long[:, :3], short, rtol=1e-2, atol=1e-2 * float(long.std()))
+        rounding = 1e-2 if self._bridge.cfg.dtype is torch.bfloat16 else 1e-4
+        return long.shape[2], torch.allclose(long[:, :3], short, rtol=rounding, atol=rounding * float(long.std()))
 
 
 def _fingerprint(bridge: Any) -> str:

@@ -278,7 +278,7 @@ def _one_message(name: str, path: Path | None) -> Iterator[None]:
             raise  # of this module
         if path is None and isinstance(error, OSError):
             raise ConnectionError(f"language model {name!r} could not be fetched from the hub ({_first_line(error)}). Try again later.") from error
-        where = f"{name!r}" if path is None else f"{name!r} ({path})"
+        where = f"{name!r}" if path is None or str(path) == name else f"{name!r} ({path})"
         raise ValueError(
             f"language model {where} cannot be loaded: {_first_line(error)}. Check that its files are whole and that transformer_lens knows its "
             "architecture."
