@@ -150,6 +150,28 @@ def test_what_once_failed_composes(command, monkeypatch):
     check_python(python, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("make train MODEL='my models/llama é'", ['source.model="my models/llama é"']),
+        ("make train MODEL=gpt2 TEXT='docs README.md'", ["model=gpt2", "source.text.dataset=null", 'source.text.paths=["docs","README.md"]']),
+        ("make compare MODEL=./x.gguf TEXT=docs", ['source.model="./x.gguf"', 'source.text.paths=["docs"]']),
+        ("make sweep TEXT='{spaced}'", ['source.text.paths=["{spaced}"]']),
+        ("make results RUNS='{spaced}'", ["{spaced}"]),
+        ("make figures RUNS='runs/a runs/b' OUT='my figures'", ["runs/a", "runs/b", "my figures"]),
+        ("make notebook RUNS='{spaced}'", ["{spaced}"]),
+        ("make evaluate RUN='runs/my run'", ["runs/my run"]),
+        ("make train RESUME='runs/my run'", ["runs/my run"]),
+    ],
+)
+def test_paths_with_spaces_stay_whole_through_make(command, words, tmp_path, monkeypatch):
+    (tmp_path / "my run").mkdir()
+    spaced = str(tmp_path / "my run")
+    (python,) = expanded(command.format(spaced=spaced))
+    assert {word.format(spaced=spaced) for word in words} <= set(shlex.split(python))
+    check_python(python, monkeypatch)
+
+
 @pytest.mark.parametrize("command", ["make sweep SEED=0,1,2", "make train EXPERTS=8 ARGS='sae=topk'", "make train ARGS='tokns=3'"])
 def test_what_makes_no_sense_is_refused(command, monkeypatch):
     (python,) = expanded(command)

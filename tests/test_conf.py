@@ -1,5 +1,6 @@
 """Hydra composes every file of conf/ into a valid RunConfig, saved configs come back equal, and mistakes are told in one message."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.compose import CONF, register_schemas, run_config
+from experiments.compose import CONF, register_schemas, run_config, taken_from_bundled
 from switch_sae.activations import LanguageModelSource, SyntheticSource
 from switch_sae.activations.loading import BUNDLED
 from switch_sae.cohort import build_sae
@@ -133,3 +134,28 @@ def test_members_start_from_the_seed_whatever_trains_beside_them(tmp_path):
 @pytest.mark.parametrize(("sae", "expected"), [("switch", ["flop_matched", "frozen_router"]), ("topk", []), ("relu", [])])
 def test_what_trains_beside_an_sae_unless_it_is_said(sae, expected, tmp_path):
     assert [member.key for member in run_members(RunDir(tmp_path), composed("model=synthetic", f"sae={sae}"), 64)[1:]] == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["source.model=x"], "'x': source.hook=blocks.2.hook_resid_post, source.text.kind=stdlib, sae.num_latents=4096, trainer.lr=0.003, tokens="),
+        (
+            ["source.model=x", "source.text.kind=files", "source.text.paths=[y]", "trainer.lr=null"],
+            "'x': source.hook=.*post, sae.num_latents=4096, tokens",
+        ),
+        (["source.model=bundled"], None),
+        (["model=gpt2", "source.model=x"], None),
+        (["model=synthetic"], None),
+    ],
+)
+def test_another_model_with_the_bundled_models_settings_is_told_so(overrides, told, monkeypatch):
+    from hydra.core.hydra_config import HydraConfig
+
+    own = HydraConfig()
+    monkeypatch.setattr(HydraConfig, "instance", lambda *_: own)
+    with initialize_config_dir(version_base="1.3", config_dir=CONF):
+        with_hydra = compose("train", overrides=overrides, return_hydra_config=True)
+        own.set_config(with_hydra)
+        line = taken_from_bundled(compose("train", overrides=overrides))
+    assert line is None if told is None else re.search(told, line)

