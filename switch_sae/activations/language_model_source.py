@@ -45,13 +45,13 @@ class LanguageModelSource(ActivationSource):
     @dataclass
     class Config:
         model: str = "bundled"
-        """`bundled`, a local folder in Hugging Face format, or a hub name."""
+        """`bundled`, a local folder in Hugging Face format, a GGUF file, or a hub name; a folder that is there comes before the hub."""
         hook: str = "blocks.2.hook_resid_pre"
         text: TextConfig = field(default_factory=TextConfig)
         context_length: int = 128
         packing: Packing = Packing.packed
         prepend_bos: bool | None = None
-        """Whether every context begins with BOS; null follows the model's own convention."""
+        """Whether every context begins with BOS; null follows the model's own convention, which is no BOS where none was saved with it."""
         drop_special_tokens: bool = True
         """BOS, EOS and padding, wherever they stand, give no rows: their norms are far outside the rest and distort every metric."""
         drop_first_position: bool = True
