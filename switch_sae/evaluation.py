@@ -12,7 +12,7 @@ from switch_sae.activations.base import EvaluationSet
 from switch_sae.countdown import Countdown
 from switch_sae.files import Say
 from switch_sae.metrics import FVU, METRICS, Downstream, DownstreamLoss, Firing, Metric, MetricBatch, MetricSetup
-from switch_sae.metrics.bootstrap import bootstrap_intervals, intervals
+from switch_sae.metrics.bootstrap import bootstrap_intervals, effective_documents, intervals
 from switch_sae.metrics.forward import Evaluable, chunks, outputs
 from switch_sae.rows import NormLimit
 
@@ -127,13 +127,14 @@ def evaluate_group(
             for name, batch in batches.items():
                 losses[name].update(batch)
             progress(done)
+    effective = effective_documents(document_T.bincount())
     outliers = len(rows) - int(NormLimit.of(rows).inlier_T(rows).sum())
     results = {}
     for name, sae in saes.items():
         metrics, flops = list(scores[name].metrics.values()), sae.flops()
-        estimates = _estimates(metrics, len(documents), bootstrap)
+        estimates = _estimates(metrics, bootstrap, effective)
         if downstream is not None:
-            estimates |= _estimates([losses[name]], downstream.num_documents, bootstrap)
+            estimates |= _estimates([losses[name]], bootstrap, downstream.effective_documents)
         results[name] = Results(
             metrics=estimates,
             vectors={key: values for metric in metrics for key, values in metric.vectors().items()},
@@ -145,7 +146,8 @@ def evaluate_group(
             firing_counts=scores[name].firing.firing_counts,
             prediction_documents=None if downstream is None else downstream.num_documents,
         )
-    return GroupResults(results, {name: [*scores[name].metrics.values(), *([losses[name]] if losses else [])] for name in saes}, bootstrap)
+    numbers = (effective, effective if downstream is None else downstream.effective_documents)
+    return GroupResults(results, {name: [*scores[name].metrics.values(), *([losses[name]] if losses else [])] for name in saes}, bootstrap, numbers)
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,15 @@ class GroupResults:
     metrics: dict[str, list[Metric[Any]]]
     """With the sums behind them."""
     _bootstrap: int
+    _effective: tuple[float, float]
+    """Documents of rows and of predictions (`effective_documents`)."""
 
     def ratios(self, main: str) -> dict[str, dict[str, Estimate]]:
         """By the name of every other SAE: FVU (outliers left out) and delta CE of `main` divided by its own, with the interval that resampling the
         same documents for both gives. A number that is not above 0 has no ratio."""
         ratios: dict[str, dict[str, Estimate]] = {}
         for other in [name for name in self.results if name != main]:
-            for name, kind in (("fvu_inliers", FVU), ("delta_ce", DownstreamLoss)):
+            for name, kind, n in zip(("fvu_inliers", "delta_ce"), (FVU, DownstreamLoss), self._effective, strict=True):
                 pair = [metric for sae in (main, other) for metric in self.metrics[sae] if isinstance(metric, kind)]
                 if not pair or not (below := self.results[other].metrics[name].value) > 0:
                     continue
@@ -171,7 +175,7 @@ class GroupResults:
                     ours, theirs = (metric.replicates(weights_RN)[name] for metric in pair)
                     return {name: ours / theirs}
 
-                interval = intervals(resampled, pair[0].setup.num_documents, self._bootstrap).get(name, (None, None))
+                interval = intervals(resampled, pair[0].setup.num_documents, self._bootstrap, effective=n).get(name, (None, None))
                 ratios.setdefault(other, {})[name] = Estimate(self.results[main].metrics[name].value / below, *interval)
         return ratios
 
@@ -195,8 +199,8 @@ class _Scores:
             metric.update(batch)
 
 
-def _estimates(metrics: Sequence[Metric[Any]], num_documents: int, replicates: int) -> dict[str, Estimate]:
-    spans = bootstrap_intervals(metrics, num_documents, replicates)
+def _estimates(metrics: Sequence[Metric[Any]], replicates: int, effective: float) -> dict[str, Estimate]:
+    spans = bootstrap_intervals(metrics, metrics[0].setup.num_documents, replicates, effective=effective)
     return {name: Estimate(value, *spans.get(name, (None, None))) for metric in metrics for name, value in metric.compute().items()}
 
 

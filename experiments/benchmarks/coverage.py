@@ -22,11 +22,12 @@ from switch_sae.config import config_from_plain
 from switch_sae.evaluation import evaluate_group
 from switch_sae.metrics import Downstream
 from switch_sae.metrics.base import DocumentMetric
-from switch_sae.metrics.bootstrap import document_weights, expanded_tail
+from switch_sae.metrics.bootstrap import document_weights, effective_documents, expanded_tail
 from switch_sae.results import load_members
 from switch_sae.runs import RunDir
 
 SAMPLES, RESAMPLES, COVERAGE = 1500, 1000, 0.95
+KINDS = ("percentile", "expanded", "effective")
 SHOWN = ("fvu_inliers", "normalized_mse", "cosine", "relative_norm", "l0", "gate", "router_entropy", "delta_ce", "kl", "loss_recovered_zero")
 
 
@@ -46,21 +47,21 @@ def population(run: RunDir, step: int) -> dict[str, dict[str, DocumentMetric[Any
     }
 
 
-def covered(resampled: Any, truth: Mapping[str, Tensor], documents: int, n: int, seed: int) -> dict[str, tuple[float, float]]:
-    """By number: the shares of samples whose percentile and expanded intervals hold the truth."""
+def covered(resampled: Any, truth: Mapping[str, Tensor], sizes_N: Tensor, n: int, seed: int) -> dict[str, list[float]]:
+    """By number: the shares of samples whose intervals, of each of `KINDS`, hold the truth."""
+    documents = len(sizes_N)
     generator = torch.Generator().manual_seed(seed)
     (weights_RN,) = document_weights(n, RESAMPLES)
-    tails = torch.tensor([[(1 - COVERAGE) / 2, expanded_tail(COVERAGE, n)]], dtype=torch.float64)
-    quantiles = torch.cat([tails, 1 - tails]).flatten()  # low, low, high, high
     hits: dict[str, list[Tensor]] = {}
     for _ in range(SAMPLES):
         drawn_N = torch.randint(documents, (n,), generator=generator)
         spread_RN = torch.zeros(RESAMPLES, documents, dtype=torch.float64).index_add_(1, drawn_N, weights_RN)
+        tails = [(1 - COVERAGE) / 2, expanded_tail(COVERAGE, n), expanded_tail(COVERAGE, effective_documents(sizes_N[drawn_N]))]
+        tails_K = torch.tensor(tails, dtype=torch.float64)
         for name, value_R in resampled(spread_RN).items():
-            low, low2, high, high2 = value_R.quantile(quantiles)
-            value = truth[name]
-            hits.setdefault(name, []).append(torch.stack([(low <= value) & (value <= high), (low2 <= value) & (value <= high2)]).flatten())
-    return {name: tuple(torch.stack(found).double().mean(0).tolist()) for name, found in hits.items()}  # type: ignore[misc]
+            holds_K = (value_R.quantile(tails_K) <= truth[name]) & (truth[name] <= value_R.quantile(1 - tails_K))
+            hits.setdefault(name, []).append(holds_K.flatten())
+    return {name: torch.stack(found).double().mean(0).tolist() for name, found in hits.items()}
 
 
 def main() -> None:
@@ -76,31 +77,29 @@ def main() -> None:
         main, *others = scored
         for sae, metrics in scored.items():
             for metric in metrics.values():
-                documents = metric.setup.num_documents
-                truth = metric.replicates(torch.ones(1, documents, dtype=torch.float64))
-                records += _records(sae, metric.replicates, truth, documents, options.documents)
+                sizes_N = metric.sums["rows" if "rows" in metric.sums else "variance"]
+                records += _records(sae, metric.replicates, sizes_N, options.documents)
         for other in others:
             ours, theirs = scored[main]["FVU"], scored[other]["FVU"]
 
             def ratio(weights_RN: Tensor, ours: Any = ours, theirs: Any = theirs) -> dict[str, Tensor]:
                 return {"fvu_inliers": ours.replicates(weights_RN)["fvu_inliers"] / theirs.replicates(weights_RN)["fvu_inliers"]}
 
-            documents = ours.setup.num_documents
-            records += _records(f"{main} / {other}", ratio, ratio(torch.ones(1, documents, dtype=torch.float64)), documents, options.documents)
+            records += _records(f"{main} / {other}", ratio, ours.sums["variance"], options.documents)
         error = math.sqrt(COVERAGE * (1 - COVERAGE) / SAMPLES)
-        print(f"\n{'':32}{'n':>4}  percentile  expanded      (simulation error {error:.1%})")
+        print(f"\n{'':41}{'n':>4}  {'  '.join(f'{kind:>10}' for kind in KINDS)}      (simulation error {error:.1%})")
         for r in records:
-            print(f"{r['sae'][:20]:20} {r['number'][:20]:20}{r['n']:>4}  {r['percentile']:10.3f}  {r['expanded']:8.3f}")
+            print(f"{r['sae'][:20]:20} {r['number'][:20]:20}{r['n']:>4}  {'  '.join(f'{r[kind]:10.3f}' for kind in KINDS)}")
         append(RESULTS / "interval_coverage.csv", records)
 
 
-def _records(sae: str, resampled: Any, truth: Mapping[str, Tensor], documents: int, sizes: list[int]) -> list[dict[str, Any]]:
+def _records(sae: str, resampled: Any, sizes_N: Tensor, sizes: list[int]) -> list[dict[str, Any]]:
+    truth = resampled(torch.ones(1, len(sizes_N), dtype=torch.float64))
+    about = {"commit": commit(), "sae": sae, "documents": len(sizes_N), "samples": SAMPLES}
     found = []
     for n in sizes:
-        for name, (percentile, expanded) in covered(resampled, truth, documents, n, seed=n).items():
-            if name in SHOWN:
-                about = {"commit": commit(), "sae": sae, "number": name, "documents": documents, "n": n, "samples": SAMPLES}
-                found.append(about | {"percentile": percentile, "expanded": expanded})
+        shares = covered(resampled, truth, sizes_N, n, seed=n)
+        found += [about | {"number": name, "n": n, **dict(zip(KINDS, shares[name], strict=True))} for name in SHOWN if name in shares]
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from switch_sae.activations.base import EvaluationSet
 from switch_sae.activations.language_model import Given
 from switch_sae.metrics.base import DocumentMetric, check_finite, weighted_mean
+from switch_sae.metrics.bootstrap import effective_documents
 from switch_sae.metrics.forward import Evaluable, device_of, run
 from switch_sae.rows import NormLimit
 
@@ -137,6 +138,7 @@ class Downstream:
         documents, document_T = document_CS[self.contexts][counted_CS[self.contexts]].unique(return_inverse=True)
         self.num_documents = len(documents)
         """Documents that the predictions come from."""
+        self.effective_documents = effective_documents(document_T.bincount())
         self.num_predictions = len(document_T)
         vocabulary = self._check_rows(tokens_CS, keep_CS)
         rows = evaluation_set.rows
