@@ -34,6 +34,12 @@ overrides = $(if $(EXPERTS),sae.num_experts=$(EXPERTS)) $(model) $(if $(K),sae.k
 sweep_overrides = $(if $(EXPERIMENT),experiment=sweep/$(EXPERIMENT)) $(model) $(if $(EXPERTS),'sweep.experts=[$(EXPERTS)]') $(if $(K),'sweep.k=[$(K)]') \
 	$(if $(SEEDS),sweep.seeds=$(SEEDS)) $(if $(MATCH),sweep.match=$(MATCH)) $(if $(TOKENS),tokens=$(TOKENS)) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
+# A folder, for the shell: as it is, whatever characters it has.
+quote = '$(subst ','\'',$(1))'
+# An unset variable of the shell, `make train RESUME=$$D`, must not mean something else.
+$(foreach name,RUN RESUME RUNS OUT,$(if $(findstring command,$(origin $(name))),$(if $(strip $($(name))),,$(error $(name)= is empty: \
+	is a variable of your shell unset? Give a folder, $(name)=runs/..., or leave $(name) out))))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup train compare sweep results figures analyze evaluate notebook real real-model real-text benchmark test kernels check clean
 
@@ -53,22 +59,22 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 train: $(VENV)/.installed  ## train and evaluate a Switch SAE: make train EXPERTS=8; go on with one: make train RESUME=runs/...
-	$(if $(RESUME),$(PY) -m experiments.resume "$(RESUME)",$(PY) -m experiments.train $(overrides))
+	$(if $(RESUME),$(PY) -m experiments.resume $(call quote,$(RESUME)),$(PY) -m experiments.train $(overrides))
 
 compare: $(VENV)/.installed  ## Switch against dense TopK SAEs, width-matched and FLOP-matched, on one activation stream
 	$(PY) -m experiments.train experiment=run/compare $(overrides)
 
 sweep: $(VENV)/.installed  ## many SAEs from one pass: make sweep EXPERTS=1,2,4,8 K=16,32 SEEDS=3, or EXPERIMENT=small/frontier, RESUME=runs/...
-	$(if $(RESUME),$(PY) -m experiments.sweep --resume "$(RESUME)" $(ARGS),$(PY) -m experiments.sweep $(sweep_overrides))
+	$(if $(RESUME),$(PY) -m experiments.sweep --resume $(call quote,$(RESUME)) $(ARGS),$(PY) -m experiments.sweep $(sweep_overrides))
 
 results: $(VENV)/.installed  ## the table of any run folders and sweeps, over seeds: make results RUNS=runs ARGS='--out table.csv'
 	$(PY) -m experiments.results $(call paths,$(or $(RUNS),runs)) $(ARGS)
 
 figures: $(VENV)/.installed  ## the paper's figures from any run folders and sweeps: make figures RUNS=runs/... OUT=figures
-	$(PY) -m experiments.figures $(call paths,$(or $(RUNS),runs)) --out "$(or $(OUT),figures)" $(ARGS)
+	$(PY) -m experiments.figures $(call paths,$(or $(RUNS),runs)) --out $(call quote,$(or $(OUT),figures)) $(ARGS)
 
 evaluate: $(VENV)/.installed  ## score a finished run again, or on other rows: make evaluate RUN=runs/... ARGS='--rows 500000'
-	$(PY) -m experiments.evaluate $(if $(RUN),"$(RUN)") $(ARGS)
+	$(PY) -m experiments.evaluate $(call quote,$(or $(RUN),$(error make evaluate needs the folder of a finished run: RUN=runs/...))) $(ARGS)
 
 analyze: $(VENV)/.installed  ## an analysis, its table and figure: make analyze NAME=duplication RUNS="runs/a runs/b"
 	$(PY) -m experiments.analyze $(or $(NAME),duplication) $(call paths,$(or $(RUNS),runs)) $(ARGS)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from experiments.compose import clear_errors
+from experiments.errors import clear_errors
 from switch_sae.activations import ActivationSource, build_source
 from switch_sae.analysis import ANALYSES, analyze, build_analysis
 from switch_sae.config import config_from_plain
+from switch_sae.files import user_path
 from switch_sae.report.tables import records_table
 from switch_sae.results.export import write_csv
 from switch_sae.results.rows import collect
@@ -30,9 +31,9 @@ def source_of(run: Path) -> ActivationSource:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help=f"one of {', '.join(ANALYSES)}")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="run folders, sweep folders or folders that hold them")
+    parser.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help="run folders, sweep folders or folders that hold them")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the analysis")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where NAME.csv, .png and .pdf go; default: analysis/ in the first path")
+    parser.add_argument("--out", type=user_path, metavar="FOLDER", help="where NAME.csv, .png and .pdf go; default: analysis/ in the first path")
     arguments = parser.parse_args()
     with clear_errors():
         settings = {str(key): value for key, value in OmegaConf.from_dotlist(arguments.set).items()}
@@ -40,7 +41,7 @@ def main() -> None:
         finished = [row for row in collect(arguments.paths) if row.has_weights]
         table = analyze(arguments.name, finished, settings, lambda row: source_of(row.path))
         print(records_table(table))
-        out = (arguments.out or Path(arguments.paths[0]) / "analysis") / arguments.name
+        out = (arguments.out or arguments.paths[0] / "analysis") / arguments.name
         write_csv(table, out.with_suffix(".csv"))
         save_figure(analysis.draw(table), out)
         print(f"\nwritten: {out}.csv, .png, .pdf")

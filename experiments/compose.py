@@ -1,9 +1,7 @@
 """Composes Hydra's YAML into the typed `RunConfig`, for every command: the only place, with the commands, that knows Hydra."""
 
+import difflib
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,14 @@ from omegaconf.errors import InterpolationKeyError
 
 from switch_sae.activations import SOURCES
 from switch_sae.choices import Choice
-from switch_sae.cohort import Interrupted
 from switch_sae.config import RunConfig, check_baselines
-from switch_sae.files import tell
 from switch_sae.models import ROUTERS, SAES
 from switch_sae.plain import to_plain
-from switch_sae.runs import RunError
 from switch_sae.sweep import SweepConfig
 
+_MOST = 2**63 - 1
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
+OmegaConf.register_new_resolver("user_folder", lambda path: str(Path(path).expanduser()), replace=True)  # here: workers import this module, no more
 
 
 @dataclass
@@ -92,11 +89,23 @@ def _object(composed: DictConfig) -> Any:
         ) from error
 
 
+def _refuse_beyond_64_bits(key: str, node: Any) -> None:
+    value = None if node is None or node._is_missing() or node._is_interpolation() else node._value()
+    if isinstance(value, int) and abs(value) > _MOST:
+        raise ValueError(f"{key}={value} is too large: whole numbers are at most {_MOST} (64 bits).")
+
+
 def _refuse_unknown(node: DictConfig, path: str = "") -> None:
     schema = OmegaConf.get_type(node)
     if is_dataclass(schema) and (unknown := sorted({str(key) for key in node} - {f.name for f in fields(schema)})):
-        raise ValueError(f"there are no settings {', '.join(path + key for key in unknown)}; it has {', '.join(f.name for f in fields(schema))}.")
+        names = [f.name for f in fields(schema)]
+        close = [path + name for key in unknown for name in difflib.get_close_matches(key, names, 3)]
+        raise ValueError(
+            f"there are no settings {', '.join(path + key for key in unknown)}; it has {', '.join(names)}."
+            + (f" Close: {', '.join(close)}." if close else "")
+        )
     for key in node:
+        _refuse_beyond_64_bits(f"{path}{key}", node._get_node(key))
         if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(below := node._get_node(key)) and below._value() is not None:
             _refuse_unknown(below, f"{path}{key}.")
 
@@ -112,33 +121,3 @@ def taken_from_bundled(composed: DictConfig) -> str | None:
     found = {key: OmegaConf.select(composed, key) for key in keys}
     same = [f"{key}={wanted[key]}" for key in keys if getattr(found[key], "name", found[key]) == wanted[key]]
     return f"settings of the bundled model are used for {model!r}: {', '.join(same)}. Give what suits it, or a file of conf/model." if same else None
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """One message instead of a traceback for mistakes a user can mend; 128 + signal as exit status after an interruption."""
-    try:
-        yield
-    except Interrupted as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.signal)
-    except KeyboardInterrupt:
-        print("\nstopped before training began; nothing was saved.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        raise  # `| head` closed our output: nothing that a message could tell
-    except (ValueError, FileNotFoundError, ConnectionError, FloatingPointError, ImportError, RunError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-def command(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """A Hydra command whose mistakes are told in one message."""
-
-    def checked(composed: DictConfig) -> None:
-        with clear_errors():
-            if line := taken_from_bundled(composed):
-                tell(line)
-            main(composed)
-
-    return checked

@@ -6,7 +6,7 @@ python -m experiments.evaluate runs/2026-01-31_12-00-00_switch-e8 --rows 500000
 import argparse
 from dataclasses import replace
 
-from experiments.compose import clear_errors
+from experiments.errors import clear_errors
 from switch_sae.config import config_from_plain
 from switch_sae.orchestrator import score_again
 from switch_sae.report import margins, table

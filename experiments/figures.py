@@ -6,14 +6,15 @@ python -m experiments.figures runs/ other/sweep --out figures --only frontier sc
 
 import argparse
 
-from experiments.compose import clear_errors
+from experiments.errors import clear_errors
+from switch_sae.files import user_path
 from switch_sae.report import FIGURES, draw_figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="run folders, sweep folders or folders that hold them")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the figures go")
+    parser.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help="run folders, sweep folders or folders that hold them")
+    parser.add_argument("--out", required=True, type=user_path, metavar="FOLDER", help="where the figures go")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help=f"some of {', '.join(FIGURES)}; default: all")
     arguments = parser.parse_args()
     with clear_errors():

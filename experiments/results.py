@@ -5,20 +5,19 @@ python -m experiments.results runs/sweep --out results.csv --summary summary.csv
 """
 
 import argparse
-from pathlib import Path
 
-from experiments.compose import clear_errors
+from experiments.errors import clear_errors
+from switch_sae.files import user_path, write_atomically
 from switch_sae.report import summary_table
 from switch_sae.results import collect, write_results, write_summary
 from switch_sae.results.settings import config_columns
-from switch_sae.runs import write_atomically
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="run folders, sweep folders or folders that hold them")
-    parser.add_argument("--out", metavar="FILE", help="one row per SAE: FILE.csv, or FILE.parquet")
-    parser.add_argument("--summary", metavar="FILE", help="mean and spread over seeds: FILE.csv, or the table above as text")
+    parser.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help="run folders, sweep folders or folders that hold them")
+    parser.add_argument("--out", type=user_path, metavar="FILE", help="one row per SAE: FILE.csv, or FILE.parquet")
+    parser.add_argument("--summary", type=user_path, metavar="FILE", help="mean and spread over seeds: FILE.csv, or the table above as text")
     arguments = parser.parse_args()
     with clear_errors():
         rows = collect(arguments.paths)
@@ -29,10 +28,10 @@ def main() -> None:
             write_results(rows, arguments.out)
             print(f"written: {arguments.out}")
         if arguments.summary:
-            if arguments.summary.endswith(".csv"):
+            if arguments.summary.suffix == ".csv":
                 write_summary(rows, arguments.summary)
             else:
-                write_atomically(Path(arguments.summary), (text + "\n").encode())
+                write_atomically(arguments.summary, (text + "\n").encode())
             print(f"written: {arguments.summary}")
 
 

@@ -5,7 +5,7 @@ python -m experiments.resume runs/2026-01-31_12-00-00_switch-e8
 
 import argparse
 
-from experiments.compose import clear_errors
+from experiments.errors import clear_errors
 from switch_sae.orchestrator import resume_training
 from switch_sae.report import report
 

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.compose import clear_errors
+from experiments.errors import clear_errors
+from switch_sae.files import user_path
 from switch_sae.results import finished_runs
 from switch_sae.runs import RunDir, write_atomically
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help=f"folders of finished runs; default: the {NEWEST} newest in runs/")
     parser.add_argument("--notebook", choices=NOTEBOOKS, default="compare", help="default: compare")
-    parser.add_argument("--out", type=Path, help="where the notebook goes; default: NAME.ipynb in the first run's folder")
+    parser.add_argument("--out", type=user_path, help="where the notebook goes; default: NAME.ipynb in the first run's folder")
     arguments = parser.parse_args()
     with clear_errors():
         runs = [RunDir.open(path) for path in arguments.runs] or finished_runs("runs")[:NEWEST]

@@ -9,10 +9,12 @@ python -m experiments.sweep --multirun hydra/launcher=joblib sweep.worker=0,1,2,
 import argparse
 import sys
 
-import hydra
 from omegaconf import DictConfig
 
-from experiments.compose import CONF, clear_errors, command, register_schemas, sweep_config
+from experiments.command import command
+from experiments.compose import register_schemas, sweep_config
+from experiments.errors import clear_errors
+from switch_sae.files import make_variable
 from switch_sae.sweep import SweepFolder, resume_sweep, run_sweep
 
 register_schemas()
@@ -20,15 +22,15 @@ register_schemas()
 
 def report(folder: SweepFolder) -> None:
     """Prints what came out; raises ValueError where members failed, so that a batch job sees it."""
-    print(f"\n{folder.table()}\n\nresults   {folder.path}/results.csv, summary.csv\nfigures   make figures RUNS={folder.path}")
+    print(f"\n{folder.table()}\n\nresults   {folder.path}/results.csv, summary.csv\nfigures   make figures {make_variable('RUNS', folder.path)}")
     if failed := [name for name in folder.members if (folder.path / "members" / name / "failed.json").is_file()]:
         raise ValueError(
-            f"{len(failed)} members failed: {', '.join(failed)}. Why is in their failed.json; try them again with make sweep RESUME={folder.path}"
+            f"{len(failed)} members failed: {', '.join(failed)}. Why is in their failed.json; try them again with "
+            f"make sweep {make_variable('RESUME', folder.path)}"
         )
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="sweep")
-@command
+@command("sweep")
 def main(composed: DictConfig) -> None:
     report(run_sweep(sweep_config(composed)))
 

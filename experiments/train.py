@@ -7,18 +7,17 @@ python -m experiments.train experiment=run/compare                      # Switch
 python -m experiments.train --cfg job                               # every setting
 """
 
-import hydra
 from omegaconf import DictConfig
 
-from experiments.compose import CONF, command, register_schemas, run_config
+from experiments.command import command
+from experiments.compose import register_schemas, run_config
 from switch_sae.orchestrator import run_training
 from switch_sae.report import report
 
 register_schemas()
 
 
-@hydra.main(version_base="1.3", config_path=CONF, config_name="train")
-@command
+@command("train")
 def main(composed: DictConfig) -> None:
     report(run_training(run_config(composed)))
 

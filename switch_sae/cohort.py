@@ -14,7 +14,7 @@ import torch
 
 from switch_kernels import resolve
 from switch_sae.config import RunConfig, config_to_plain
-from switch_sae.files import Say
+from switch_sae.files import Say, make_variable
 from switch_sae.memory import available_bytes, group_bytes
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.progress import Progress
@@ -31,7 +31,7 @@ class Interrupted(Exception):
     """Training stopped on a signal, after saving."""
 
     def __init__(self, path: Path, step: int, number: int, target: str = "train") -> None:
-        super().__init__(f"stopped at step {step}; what is saved is whole. Go on with: make {target} RESUME={path}")
+        super().__init__(f"stopped at step {step}; what is saved is whole. Go on with: make {target} {make_variable('RESUME', path)}")
         self.signal = number
 
 
@@ -121,7 +121,13 @@ class Streams:
 
 
 def build_sae(config: Any, d_in: int, seed: int) -> SparseAutoencoder:
-    """A new SAE, which starts from the seed alone, whatever trains beside it."""
+    """A new SAE, which starts from the seed alone, whatever trains beside it. Raises ValueError where the memory cannot hold its weights."""
+    need, free = 2 * config.num_latents * d_in * 4, available_bytes("cpu")  # encoder and decoder, which every architecture has
+    if free is not None and need > free:
+        raise ValueError(
+            f"sae.num_latents={config.num_latents} needs {need / 1e9:,.1f} GB for its weights alone (float32, d_in={d_in}), "
+            f"but {free / 1e9:,.1f} GB are free. The most that fits is below {free // (8 * d_in):,}."
+        )
     return SAES.build(config, d_in, torch.Generator().manual_seed(seed))
 
 

@@ -5,6 +5,7 @@ new one, never half of it. A lock belongs to a process, and the kernel takes it 
 """
 
 import os
+import shlex
 import socket
 import tempfile
 import time
@@ -30,6 +31,22 @@ Say = Callable[[str], None]
 def tell(text: str) -> None:
     """Prints a line at once, into a pipe or a job's log file too."""
     print(text, flush=True)
+
+
+def user_path(text: str) -> Path:
+    """A path as people type it: ~ is their home, also where no shell has seen it."""
+    return Path(text).expanduser()
+
+
+def make_variable(name: str, *paths: str | Path) -> str:
+    """`NAME=PATH` as it is typed after make, quoted where a shell or make would read it otherwise; of several paths, or of a name in the plural, each
+    is a word of its own."""
+    words = list(map(str, paths))
+    text = " ".join(map(shlex.quote, words)) if name.endswith("S") else words[0]
+    text = text.replace("$", "$$")
+    if "'" in text and not set(text) & set('"\\`$!'):
+        return f'{name}="{text}"'
+    return f"{name}={shlex.quote(text)}"
 
 
 def write_atomically(

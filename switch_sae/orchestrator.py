@@ -8,12 +8,13 @@ from pathlib import Path
 from switch_sae.activations.base import both_known
 from switch_sae.cohort import BASELINE, MAIN, Cohort, Interrupted, Keeper, Member, Streams, untrained_controls
 from switch_sae.config import RunConfig, check_baselines, config_from_plain, config_to_plain
-from switch_sae.files import Say, tell
+from switch_sae.files import Say, make_variable, tell
 from switch_sae.models import SAES
 from switch_sae.models.baselines import Baseline, baseline_config, usual_baselines
 from switch_sae.plain import to_plain
 from switch_sae.runs import TRAINING_FILE, RunDir, environment, load_sae
 from switch_sae.scoring import trained
+from switch_sae.wandb_logger import check_wandb
 
 
 class _RunKeeper(Keeper):
@@ -29,12 +30,13 @@ class _RunKeeper(Keeper):
 def run_training(config: RunConfig, say: Say = tell) -> RunDir:
     """Trains an SAE with its baselines, evaluates and saves them in a new run folder. Raises Interrupted after a signal, with everything saved."""
     check_baselines(config)
+    check_wandb(config.wandb)
     run = RunDir.create(config.runs, config.name or f"{config.sae.slug()}-s{config.seed}")
     return _run(replace(config, baselines=_chosen_baselines(config)), run, say)
 
 
 def resume_training(path: str | Path, say: Say = tell) -> RunDir:
-    """Goes on with an interrupted run, exactly. A finished one is only reported."""
+    """Goes on with an interrupted run, exactly (`RunDir.resume_step`). A finished one is only reported."""
     run = RunDir.open(path)
     config = config_from_plain(run.read_json("config.json"))
     run.remove_part_files()
@@ -46,7 +48,9 @@ def resume_training(path: str | Path, say: Say = tell) -> RunDir:
         say(f"{run.path} is trained and not scored yet.")
         score_again(run, config, "results.json", say)
         return run
-    say(f"resuming {run.path} from step {max(run.checkpoint_steps(), default=0)} of {config.total_steps}")
+    step = run.resume_step(config.checkpoint_every)
+    say(f"resuming {run.path} from step {step} of {config.total_steps}" + ("" if step else ": it has no checkpoint, so it starts over"))
+    check_wandb(config.wandb)
     then, now = run.read_json("environment.json"), environment()
     for what in ("torch_threads", "gpu"):
         if then[what] != now[what]:
@@ -78,9 +82,11 @@ def _run(config: RunConfig, run: RunDir, say: Say) -> RunDir:
         if new and keeper.step is None:
             run.discard()
         elif (run.path / TRAINING_FILE).is_file():
-            say(f"training is finished and saved; only scoring failed. Score it again, if need be with other settings: make evaluate RUN={run.path}")
+            say("training is finished and saved; only scoring failed. Score it again, if need be with other settings: "
+                f"make evaluate {make_variable('RUN', run.path)}")
         elif keeper.step is not None:
-            say(f"stopped after step {keeper.step} of {config.total_steps}. When the cause is mended, go on with: make train RESUME={run.path}")
+            resume = make_variable("RESUME", run.path)
+            say(f"stopped after step {keeper.step} of {config.total_steps}. When the cause is mended, go on with: make train {resume}")
         raise
     return run
 

@@ -1,5 +1,6 @@
 """Typed configuration to plain JSON values and back."""
 
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -26,6 +27,8 @@ def from_plain(cls: type, plain: dict[str, Any]) -> Any:
 
     Raises ValueError for a name that `cls` does not have and for an enum value that does not exist.
     """
+    if not isinstance(plain, Mapping):
+        raise ValueError(f"{plain!r} should be the settings of {cls.__qualname__}, by name.")
     hints = get_type_hints(cls)
     unknown = sorted(set(plain) - set(hints))
     if unknown:
@@ -42,6 +45,8 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
             return None
         hint = next(option for option in get_args(hint) if option is not type(None))
     if get_origin(hint) is list:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}={value!r} is of the wrong type: it must be a list.")
         return [_convert(name, get_args(hint)[0], item) for item in value]
     if isinstance(hint, type) and is_dataclass(hint):
         return from_plain(hint, value)
@@ -49,6 +54,8 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         if value not in hint.__members__:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(hint.__members__)}.")
         return hint[value]
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 1e5 is a whole number
     expected: tuple[type, ...] = {float: (float, int), int: (int,), str: (str,), bool: (bool,)}.get(hint, ())
     if expected and (not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool)):
         raise ValueError(f"{name}={value!r} is of the wrong type: it must be {hint.__name__}.")

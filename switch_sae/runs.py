@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from switch_sae.files import RunError, remove_part_files, write_atomically
+from switch_sae.files import RunError, make_variable, remove_part_files, write_atomically
 from switch_sae.interop import FORMATS
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.plain import to_plain
@@ -59,22 +60,25 @@ class RunDir:
     """One run's folder."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
 
     @classmethod
     def create(cls, parent: str | Path, name: str) -> "RunDir":
         """A new folder parent/<date>_<time>_<name>, never one that exists: launches in the same second get a number.
 
-        Raises RunError when the parent cannot be written.
+        Raises RunError when the parent cannot be written, and ValueError for a name that is no plain word.
         """
+        if re.fullmatch(r"[\w.-]+", name) is None:
+            raise ValueError(f"name={name!r} is part of a folder's name: letters, digits, dots, _ and - are possible, spaces and slashes are not.")
+        parent = Path(parent).expanduser()
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
         for number in range(1000):
-            path = Path(parent) / (f"{stamp}_{name}" + (f"_{number}" if number else ""))
+            path = parent / (f"{stamp}_{name}" + (f"_{number}" if number else ""))
             try:
                 path.mkdir(parents=True)
                 return cls(path)
             except FileExistsError:
-                if Path(parent).is_file():
+                if parent.is_file():
                     raise RunError(f"{parent} is a file. Give a folder for runs: runs=FOLDER.") from None
             except OSError as error:
                 raise RunError(f"cannot create a run folder in {parent}: {error.strerror or error}. Choose a writable one: runs=FOLDER.") from error
@@ -106,9 +110,12 @@ class RunDir:
                 f"{path} does not exist: this run has no {name}" + (" yet. Is training finished?" if name == "results.json" else ".")
             )
         try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            value = json.loads(path.read_text())
+        except ValueError as error:  # UnicodeDecodeError is one as well
             raise ValueError(f"{path} is not valid JSON ({error}). Restore it, or train again.") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} holds no JSON object ({{...}}): it is not of this library, or damaged. Restore it, or train again.")
+        return value
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one row to metrics.jsonl, at once visible to a reader."""
@@ -149,6 +156,19 @@ class RunDir:
     def checkpoint_steps(self) -> list[int]:
         """Steps that were saved and are still here, in order."""
         return [int(file.stem.split("-")[1]) for file in self._checkpoints()]
+
+    def resume_step(self, checkpoint_every: int) -> int:
+        """Where training goes on: at the last checkpoint, or at 0 where it was stopped before its first one.
+
+        Raises ValueError where it went further than that, and somebody has removed the checkpoints: starting over would cost what is left of it.
+        """
+        saved, rows = self.checkpoint_steps(), self.metrics()
+        if not saved and rows and checkpoint_every and rows[-1]["step"] > checkpoint_every:
+            raise ValueError(
+                f"{self.path} was trained to step {rows[-1]['step']}, with a checkpoint every {checkpoint_every} steps, but has no checkpoint: they "
+                "were removed. Put them back, or train anew (make train); to start over in this folder, delete its metrics.jsonl."
+            )
+        return max(saved, default=0)
 
     def checkpoint_at(self, step: int) -> Checkpoint:
         """The checkpoint of one of `checkpoint_steps`. Raises ValueError when it cannot be read."""
@@ -214,7 +234,7 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     `sae.activations` holds what it was trained on. Raises FileNotFoundError where there is none, and ValueError, naming what is wrong, for a
     truncated or foreign file, an unknown version or architecture, tensors whose shapes contradict the config, and non-finite values.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if not _is_ours(file):
         for cls in FORMATS.values():
             if (foreign := cls()).recognises(file):
@@ -222,7 +242,7 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     if file.is_dir():
         if not (file / MODEL_FILE).is_file() and RunDir(file).checkpoint_steps():
             raise FileNotFoundError(
-                f"{file} holds no {MODEL_FILE} yet, only checkpoints: training did not finish. Go on with make train RESUME={file}"
+                f"{file} holds no {MODEL_FILE} yet, only checkpoints: training did not finish. Go on with make train {make_variable('RESUME', file)}"
             )
         file = file / MODEL_FILE
     if not file.is_file():

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 
-from experiments.compose import clear_errors
+from experiments.errors import clear_errors
 from switch_sae import load_sae
 from switch_sae.activations import LanguageModelSource
 from switch_sae.config import EvaluationConfig

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from switch_sae.activations.base import both_known
 from switch_sae.evaluation import Estimate, Results
+from switch_sae.files import Say, tell
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.results.kind import Kind
 from switch_sae.runs import MODEL_FILE, RunDir, load_sae
@@ -152,17 +153,21 @@ class ResultRow:
         return load_sae(self.model_file)
 
 
-def collect(paths: Sequence[str | Path], controls: bool = False) -> list[ResultRow]:
+def collect(paths: Sequence[str | Path], controls: bool = False, say: Say = tell) -> list[ResultRow]:
     """One row per trained SAE of run folders, sweep folders, or folders of them, sorted by architecture and size; each folder counts once.
 
-    Controls are rows only if asked for. Of an unfinished run only the main SAE is one. Raises ValueError for no paths, FileNotFoundError for a
-    path that holds no run.
+    Controls are rows only if asked for. Of an unfinished run only the main SAE is one. Folders whose config.json is somebody else's are passed over,
+    and named. Raises ValueError for no paths, FileNotFoundError for a path that holds no run.
     """
     if not paths:
         raise ValueError("no folders were given. Give run folders, sweep folders or folders that hold them, such as runs/.")
     rows: dict[tuple[Path, str], ResultRow] = {}
-    for given in map(Path, paths):
-        found = _rows_below(given)
+    foreign: dict[Path, None] = {}
+    for given in (Path(path).expanduser() for path in paths):
+        found = _rows_below(given, foreign)
+        if foreign:
+            say(f"left out, as their config.json or sweep.json is not of this library: {', '.join(map(str, foreign))}")
+            foreign.clear()
         if not found:
             raise FileNotFoundError(f"{given} holds no run: neither it nor a folder in it has config.json or sweep.json. Give what training printed.")
         rows |= {(row.path.resolve(), row.sae): row for row in found if controls or row.role != "control"}
@@ -191,7 +196,7 @@ def load_members(run: RunDir) -> dict[str, SparseAutoencoder]:
 
 def finished_runs(parent: str | Path) -> list[RunDir]:
     """The run folders in `parent` that have results, newest first; empty where there are none."""
-    return [RunDir(file.parent) for file in sorted(Path(parent).glob("*/results.json"), reverse=True)]
+    return [RunDir(file.parent) for file in sorted(Path(parent).expanduser().glob("*/results.json"), reverse=True) if _is_run(file.parent)]
 
 
 def read_results(run: RunDir, file: str = "results.json") -> dict[str, Any]:
@@ -206,6 +211,8 @@ def read_results(run: RunDir, file: str = "results.json") -> dict[str, Any]:
 @lru_cache(maxsize=256)
 def _parsed(path: Path, file: str, stamp: tuple[int, int] | None) -> dict[str, Any]:
     saved: dict[str, Any] = RunDir(path).read_json(file)
+    if not isinstance(saved.get("members"), dict) or "evaluation" not in saved:
+        raise ValueError(f"{path / file} is not of this library: it describes no SAE. Give a run folder that training printed.")
     for entry in (entry for group in ("members", "controls") for entry in saved.get(group, {}).values()):
         entry["results"] = Results.from_json({name: entry.pop(name) for name in _MEASURED & entry.keys()})
     return saved
@@ -241,14 +248,48 @@ def flat_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _rows_below(path: Path) -> list[ResultRow]:
-    if (path / "sweep.json").is_file():
-        members = RunDir(path).read_json("sweep.json")["members"]
-        return [row for name, config in members.items() for row in _run_rows(path / "members" / name, name, config)]
-    if (path / "config.json").is_file():
-        return _run_rows(path, path.name, RunDir(path).read_json("config.json"))
+def _rows_below(path: Path, foreign: dict[Path, None]) -> list[ResultRow]:
+    """Those of every run and sweep at or below `path`; what looks like one and is somebody else's is added to `foreign`."""
+    if (path / "sweep.json").is_file() or (path / "config.json").is_file():
+        name = "sweep.json" if (path / "sweep.json").is_file() else "config.json"
+        plain = _ours(path, name)
+        if plain is None:
+            foreign[path] = None
+        elif name == "sweep.json":
+            return [row for name, config in plain["members"].items() for row in _run_rows(path / "members" / name, name, config)]
+        else:
+            return _run_rows(path, path.name, plain)
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")) if path.is_dir() else []
-    return [row for folder in folders for row in _rows_below(folder)]
+    return [row for folder in folders for row in _rows_below(folder, foreign)]
+
+
+def _ours(path: Path, name: str) -> dict[str, Any] | None:
+    """The plain config of a run or plan of a sweep; None for a file of another kind. Raises ValueError for a damaged one of ours."""
+    try:
+        plain: dict[str, Any] = RunDir(path).read_json(name)
+    except ValueError:
+        if _has_results(path):
+            raise
+        return None
+    configs = plain.get("members") if name == "sweep.json" else {"run": plain}
+    if isinstance(configs, dict) and all(isinstance(c, dict) and isinstance(c.get("sae"), dict) and "seed" in c for c in configs.values()):
+        return plain
+    if _has_results(path):
+        raise ValueError(f"{path / name} is not the one that made the results.json beside it: no SAE is described in it. Restore it, or train again.")
+    return None
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.json").is_file() and _ours(path, "config.json") is not None
+
+
+def _has_results(path: Path) -> bool:
+    """Whether a folder's results.json is one of ours."""
+    try:
+        saved = RunDir(path).read_json("results.json")
+    except (ValueError, FileNotFoundError):
+        return False
+    return isinstance(saved.get("members"), dict) and "evaluation" in saved
 
 
 def _run_rows(path: Path, name: str, config: dict[str, Any]) -> list[ResultRow]:

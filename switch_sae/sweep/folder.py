@@ -17,7 +17,7 @@ from typing import Any
 
 from switch_sae.cohort import MAIN, Member
 from switch_sae.config import config_from_plain, config_to_plain
-from switch_sae.files import Lock, lock, try_lock, write_atomically
+from switch_sae.files import Lock, lock, make_variable, try_lock, write_atomically
 from switch_sae.models import SAES
 from switch_sae.plain import to_plain
 from switch_sae.report.tables import summary_table
@@ -35,7 +35,7 @@ class SweepFolder:
     """One sweep on disk, shared by all processes that work on it."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self.opened = Path(path), time.time()
+        self.path, self.opened = Path(path).expanduser(), time.time()
         plan = RunDir(self.path).read_json(PLAN)
         self.at_once: int | None = plan["settings"].get("sweep", {}).get("at_once")
         self.members = {name: config_from_plain(member) for name, member in plan["members"].items()}
@@ -43,7 +43,7 @@ class SweepFolder:
     @classmethod
     def open(cls, path: str | Path) -> "SweepFolder":
         """An existing sweep. Raises FileNotFoundError for anything else."""
-        if not (Path(path) / PLAN).is_file():
+        if not (Path(path).expanduser() / PLAN).is_file():
             raise FileNotFoundError(f"{path} is not a sweep: it has no {PLAN}. Give the folder that `make sweep` printed.")
         return cls(path)
 
@@ -54,7 +54,7 @@ class SweepFolder:
         Raises ValueError for a folder that holds another sweep, naming the settings that differ.
         """
         settings = config_to_plain(config)
-        path = Path(config.sweep.folder) if config.sweep.folder is not None else RunDir.create(config.runs, config.name or "sweep").path
+        path = Path(config.sweep.folder).expanduser() if config.sweep.folder is not None else RunDir.create(config.runs, config.name or "sweep").path
         with lock(path / ".lock"):
             if (path / PLAN).is_file():
                 _refuse_other_settings(path, RunDir(path).read_json(PLAN)["settings"], to_plain(settings))
@@ -151,7 +151,7 @@ def _refuse_other_settings(path: Path, saved: dict[str, Any], now: dict[str, Any
         told = "; ".join(f"{key}: there {saved_flat.get(key)!r}, now {now_flat.get(key)!r}" for key in differs[:6])
         raise ValueError(
             f"{path} holds another sweep ({told}). Use the same settings to go on with it, another sweep.folder for a new one, "
-            f"or `make sweep RESUME={path}` for the one that is there."
+            f"or `make sweep {make_variable('RESUME', path)}` for the one that is there."
         )
 
 

@@ -13,11 +13,13 @@ from switch_sae.scoring import pca
 from switch_sae.sweep.folder import SweepFolder
 from switch_sae.sweep.matching import time_matched_width
 from switch_sae.sweep.plan import SweepConfig
+from switch_sae.wandb_logger import check_wandb
 
 
 def run_sweep(config: SweepConfig, say: Say = tell) -> SweepFolder:
     """Plans a new sweep, or finds the one of the same settings in `sweep.folder`, and works on it until every member is finished, failed or in
     another process's hands. Raises Interrupted after a signal, with everything saved."""
+    check_wandb(config.wandb)
     with _Streams(say) as streams:
         folder = SweepFolder.create(config, streams)
         say(f"sweep: {len(folder.members)} SAEs in {folder.path}")
@@ -29,6 +31,7 @@ def resume_sweep(path: str | Path, at_once: int | None = None, say: Say = tell) 
     folder = SweepFolder.open(path)
     finished = sum(map(folder.is_finished, folder.members))
     say(f"sweep: {len(folder.members)} SAEs in {folder.path}, {finished} of them finished")
+    check_wandb(next(iter(folder.members.values())).wandb)
     with _Streams(say) as streams:
         return _work(folder, at_once or folder.at_once, streams, say)
 
@@ -110,6 +113,8 @@ def _by_start(runs: Mapping[str, RunDir], say: Say) -> list[tuple[int, list[str]
                 say(f"{name}: {error} It is removed.")
                 run.forget_checkpoint(step)
     saved = {name: run.checkpoint_steps() for name, run in runs.items()}
+    for name in (name for name in runs if not saved[name] and runs[name].metrics()):
+        say(f"{name} has no checkpoint: it starts over, from step 0")
     left = sorted(runs, key=lambda name: saved[name][-1] if saved[name] else 0)
     groups = []
     while left:
