@@ -57,6 +57,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], 
                 return run_job(main, composed, words, launcher)
 
             sys.argv[1:] = words
+            FAILURES.clear()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which are told below, instead of printing them itself
             with clear_errors():
                 try:

@@ -137,7 +137,7 @@ def explained(error: Exception, words: Sequence[str], name: str) -> str:
     about = f"{text}\n{cause or ''}"
     if full := re.search(r"full_key: (\S+)", about):
         key = re.sub(r"\[\d+\]", "", full[1])
-        word = next((word for word in words if word.lstrip("+").startswith(f"{key}=")), "")
+        word = next((word for word in reversed(words) if word.lstrip("+").startswith(f"{key}=")), "")
         if key in settings(name):
             where = f"conf/{place[1]}.yaml: " if place else ""
             return f"{where}{word or key}: it must be {expected(settings(name)[key])}."
@@ -189,13 +189,13 @@ def _no_setting(key: str, node: Any, name: str) -> str:
         return f"there is no group {key}; groups are {', '.join(sorted(_GROUPS))}."
     if name == "train" and key in settings("sweep"):
         return f"{key} is a setting of a sweep: python -m experiments.sweep {key}=..., or make sweep."
-    above = key.rpartition(".")[0]
+    above, dot, last = key.rpartition(".")
     here = [f"{above}.{known}" if above else str(known) for known in node] if hasattr(node, "keys") else []
     here = [known for known in here if known not in ("hydra", "usual")] if key.partition(".")[0] != "hydra" else here
+    names = [known.rpartition(".")[2] for known in here]
     told = f"there is no setting {key}"
     if key in settings(name):  # of another architecture, router or source
         told += f" in the chosen {above}"
-    elif alike := close(key, settings(name)) or difflib.get_close_matches(key, here, _PLACES, 0.8):
+    elif alike := close(key, settings(name)) or [above + dot + near for near in difflib.get_close_matches(last, names, _PLACES, 0.6)]:
         return f"{told}. Close to it: {', '.join(alike)}."
-    names = ", ".join(known.rpartition(".")[2] for known in here)
-    return f"{told}. {f'There are {names}.' if names else f'Every setting: python -m experiments.{name} --cfg job'}"
+    return f"{told}. {'There are ' + ', '.join(names) + '.' if names else f'Every setting: python -m experiments.{name} --cfg job'}"

@@ -86,10 +86,14 @@ class RunDir:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDir":
-        """An existing run folder. Raises FileNotFoundError for anything else."""
+        """An existing run folder. Raises FileNotFoundError for anything else, and ValueError for a config.json that is damaged."""
         run = cls(path)
         if not (run.path / "config.json").is_file():
             raise FileNotFoundError(f"{run.path} is not a run folder: it has no config.json. Give the folder that training printed.")
+        if not isinstance(run.read_json("config.json").get("sae"), dict):
+            raise FileNotFoundError(
+                f"{run.path} is not a run folder of this library: its config.json describes no SAE. Give one that training printed."
+            )
         return run
 
     @property
