@@ -23,6 +23,7 @@ _GROUPS = ("sae/router", "sae", "source", "model", "preset", "experiment")
 _WHOLE = re.compile(r"(?<![\w.+\-])[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?(?![\w.])")
 _SWEPT = {"sae.num_experts": ("EXPERTS", "sweep.experts"), "sae.k": ("K", "sweep.k")}
 """Settings of a run that a sweep takes several of: make's variable, and the sweep's setting."""
+_MAKE = "make sweep"
 _PLACES = 5
 
 
@@ -122,7 +123,7 @@ def explained(error: Exception, words: Sequence[str], name: str) -> str:
         other = "sweep" if name == "train" else "train"
         experiment = word.removeprefix("experiment=")
         if experiment != word and experiment in options("experiment", other):
-            return f"{word} is for another command: python -m experiments.{other} {word}"
+            return f"{word} is for another command: {_command(other, word)}"
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -169,26 +170,28 @@ def _no_option(error: MissingConfigException, name: str) -> str:
 
 def _several(word: str, name: str) -> str:
     key, _, value = word.partition("=")
-    if name == "sweep" and list in {get_origin(settings(name).get(key))}:
+    if name == "sweep" and get_origin(settings(name).get(key)) is list:
         return f"{word}: several values are a list: '{key}=[{value}]'."
     if key in ("seed", "sweep.seeds"):
         count = len(value.split(","))
-        fix = f"For {count} seeds of every SAE: make sweep SEEDS={count} (sweep.seeds={count}; they are counted from seed)."
+        fix = f"For {count} seeds of every SAE: {_MAKE} SEEDS={count} (sweep.seeds={count}; they are counted from seed)."
     elif key in _SWEPT:
         variable, setting = _SWEPT[key]
-        fix = f"For several SAEs from one pass: make sweep {variable}={value} ('{setting}=[{value}]')."
+        fix = f"For several SAEs from one pass: {_MAKE} {variable}={value} ('{setting}=[{value}]')."
     else:
         fix = "For several SAEs from one pass, name it in a grid of a sweep (docs/sweeps.md)."
-    return f"{word}: it takes one value. {fix}" + (
-        f" For a run of its own each: python -m experiments.train --multirun {word}" if name == "train" else ""
-    )
+    return f"{word}: it takes one value. {fix}" + (f" For a run of its own each: {_command(name, '--multirun', word)}" if name == "train" else "")
+
+
+def _command(name: str, *words: str) -> str:
+    return " ".join(("python -m", f"experiments.{name}", *words))
 
 
 def _no_setting(key: str, node: Any, name: str) -> str:
     if "/" in key:
         return f"there is no group {key}; groups are {', '.join(sorted(_GROUPS))}."
     if name == "train" and key in settings("sweep"):
-        return f"{key} is a setting of a sweep: python -m experiments.sweep {key}=..., or make sweep."
+        return f"{key} is a setting of a sweep: {_command('sweep', key)}=..."
     above, dot, last = key.rpartition(".")
     here = [f"{above}.{known}" if above else str(known) for known in node] if hasattr(node, "keys") else []
     here = [known for known in here if known not in ("hydra", "usual")] if key.partition(".")[0] != "hydra" else here
@@ -198,4 +201,4 @@ def _no_setting(key: str, node: Any, name: str) -> str:
         told += f" in the chosen {above}"
     elif alike := close(key, settings(name)) or [above + dot + near for near in difflib.get_close_matches(last, names, _PLACES, 0.6)]:
         return f"{told}. Close to it: {', '.join(alike)}."
-    return f"{told}. {'There are ' + ', '.join(names) + '.' if names else f'Every setting: python -m experiments.{name} --cfg job'}"
+    return f"{told}. {'There are ' + ', '.join(names) + '.' if names else 'Every setting: ' + _command(name, '--cfg', 'job')}"

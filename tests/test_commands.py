@@ -51,7 +51,8 @@ def found_commands() -> list[tuple[str, str]]:
         for match in MAKE.finditer(text):
             before = text[max(0, match.start() - 1) : match.start()]
             if match[2] or before in ("`", "'") or match.start() == 0 or text[match.start() - 1] == "\n":
-                found.setdefault(match[0].rstrip(".,:"), where)
+                command = match[0].rstrip(",:")
+                found.setdefault(command if command.endswith("=...") else command.rstrip(".,:"), where)
         for line in re.split(r"[\n`]", text):
             if match := PYTHON.search(line):
                 found.setdefault(match[0].split("  ")[0].split(" #")[0].rstrip(" .)"), where)

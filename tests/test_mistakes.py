@@ -29,7 +29,7 @@ TOLD = [
     ("train", "sea=topk", "there is no setting sea. Close to it: sae."),
     ("train", "trainer.bogus=1", "there is no setting trainer.bogus. There are lr, lr_at_16k,"),
     ("train", "sae/ruter=sigmoid", "there is no group sae/ruter; groups are experiment, model, preset, sae, sae/router, source."),
-    ("train", "sweep.seeds=3", "sweep.seeds is a setting of a sweep: python -m experiments.sweep sweep.seeds=..., or make sweep."),
+    ("train", "sweep.seeds=3", "sweep.seeds is a setting of a sweep: python -m experiments.sweep sweep.seeds=..."),
     ("train", "~tokns", "there is no setting tokns. Close to it: tokens."),
     ("train", "+tokens=4", "tokens is a setting already, so it takes no +: write tokens=VALUE."),
     ("train", "sae.k=abc", "sae.k=abc: it must be a whole number."),
