@@ -370,7 +370,7 @@ def test_a_member_that_cannot_be_built_or_scored_is_out_too(tmp_path, monkeypatc
 
 
 def test_too_little_memory_is_said_before_anything_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(cohort, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(cohort, "available_bytes", lambda device: 30_000)
     said = []
     with pytest.raises(ValueError, match=r"training 6 SAEs at once needs .* GB are free on cpu. Use sweep.at_once=3 or less"):
         run_sweep(config(tmp_path / "sweep"), said.append)
