@@ -82,8 +82,10 @@ def _run(config: RunConfig, run: RunDir, say: Say) -> RunDir:
         if new and keeper.step is None:
             run.discard()
         elif (run.path / TRAINING_FILE).is_file():
-            say("training is finished and saved; only scoring failed. Score it again, if need be with other settings: "
-                f"make evaluate {make_variable('RUN', run.path)}")
+            say(
+                "training is finished and saved; only scoring failed. Score it again, if need be with other settings: "
+                f"make evaluate {make_variable('RUN', run.path)}"
+            )
         elif keeper.step is not None:
             resume = make_variable("RESUME", run.path)
             say(f"stopped after step {keeper.step} of {config.total_steps}. When the cause is mended, go on with: make train {resume}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarks.record import RESULTS, append, commit
-from experiments.compose import clear_errors
+from experiments.errors import clear_errors
 from switch_sae.activations import EvaluationSet, LanguageModelSource, build_source
 from switch_sae.config import config_from_plain
 from switch_sae.evaluation import evaluate_group

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.compose import clear_errors
+from experiments.errors import clear_errors
 from switch_sae.activations.loading import read_gguf
 from switch_sae.files import folder_atomically
 

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.compose import clear_errors
+from experiments.errors import clear_errors
 from switch_sae.files import folder_atomically
 
 PACKAGES = ("anarchism", "bible-kjv-text", "debian-handbook", "jargon-text")
