@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from experiments import sweep, train
 from experiments.command import command
 from experiments.errors import clear_errors, verdict
-from switch_sae import load_sae, orchestrator
+from switch_sae import cohort, load_sae
+from switch_sae.cohort import Interrupted, build_sae
 from switch_sae.files import RunError
-from switch_sae.orchestrator import Interrupted, build_sae, resume_training
+from switch_sae.orchestrator import resume_training
 from switch_sae.runs import RunDir
 from switch_sae.sweep import SweepFolder
 from switch_sae.wandb_logger import WandbConfig, WandbMode, check_wandb
@@ -215,7 +216,7 @@ def test_wandb_is_tried_before_anything_is_loaded(typed, tmp_path, monkeypatch):
         raise wandb.errors.UsageError("No API key configured.")
 
     monkeypatch.setattr(wandb, "login", refuse)
-    monkeypatch.setattr(orchestrator.Streams, "get", lambda *_: pytest.fail("the activations were opened"))
+    monkeypatch.setattr(cohort.Streams, "get", lambda *_: pytest.fail("the activations were opened"))
     online = ("wandb.mode=online", *(word for word in TINY if not word.startswith("wandb")))
     for main in (train.main, sweep.main):
         status, _, told = typed(main, *online)
