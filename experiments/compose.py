@@ -33,8 +33,10 @@ class Run(RunConfig):
 def register_schemas() -> None:
     """Makes the dataclasses Hydra's schema, so that a mistyped key or a wrong type is refused before anything runs; tables become Hydra's groups."""
     store = ConfigStore.instance()
-    store.store(name="base_run", node=Run(source=MISSING, sae=MISSING))
-    store.store(name="base_sweep", node=SweepConfig(source=MISSING, sae=MISSING))
+    for name, schema in (("base_run", Run), ("base_sweep", SweepConfig)):
+        node = OmegaConf.structured(schema)
+        node.source = node.sae = MISSING
+        store.store(name=name, node=node)
     files = (file for group in ("model", "preset") for file in Path(CONF, group).glob("*.yaml"))
     usual = {key for file in files for key in OmegaConf.load(file).get("usual", {})}
     _register(store, "source", SOURCES, set())

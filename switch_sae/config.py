@@ -5,7 +5,7 @@ from typing import Any
 
 from switch_kernels import Backend, Precision
 from switch_sae.activations import SOURCES
-from switch_sae.checks import all_at_least
+from switch_sae.checks import Settings, all_at_least
 from switch_sae.models import SAES
 from switch_sae.models.baselines import Baseline, why_no_baseline
 from switch_sae.plain import from_plain, to_plain
@@ -18,7 +18,8 @@ BEFORE: dict[str, Any] = {"outlier_factor": None}
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Settings):
+    prefix = "evaluation."
     rows: int = 100_000
     """Held-out activations that every SAE is scored on."""
     downstream_contexts: int = 128
@@ -31,7 +32,7 @@ class EvaluationConfig:
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Settings):
     """Everything one training run needs."""
 
     source: Any = SOURCES.field("language_model")

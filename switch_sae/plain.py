@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args
+
+from switch_sae.checks import field_types, typed
 
 
 def to_plain(value: Any) -> Any:
@@ -29,34 +30,17 @@ def from_plain(cls: type, plain: dict[str, Any]) -> Any:
     """
     if not isinstance(plain, Mapping):
         raise ValueError(f"{plain!r} should be the settings of {cls.__qualname__}, by name.")
-    hints = get_type_hints(cls)
-    unknown = sorted(set(plain) - set(hints))
+    types = field_types(cls)
+    unknown = sorted(set(plain) - set(types))
     if unknown:
         raise ValueError(
-            f"unknown settings {unknown} for {cls.__qualname__}; it has {sorted(hints)}. A newer version of switch_sae may have made this."
+            f"unknown settings {unknown} for {cls.__qualname__}; it has {sorted(types)}. A newer version of switch_sae may have made this."
         )
-    choices = {f.name: f.metadata["choice"] for f in fields(cls) if "choice" in f.metadata}
-    return cls(**{name: choices[name].from_plain(value) if name in choices else _convert(name, hints[name], value) for name, value in plain.items()})
+    return cls(**{name: _from_plain(f"{getattr(cls, 'prefix', '')}{name}", *types[name], value) for name, value in plain.items()})
 
 
-def _convert(name: str, hint: Any, value: Any) -> Any:
-    if get_origin(hint) in (Union, UnionType):
-        if value is None:
-            return None
-        hint = next(option for option in get_args(hint) if option is not type(None))
-    if get_origin(hint) is list:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{name}={value!r} is of the wrong type: it must be a list.")
-        return [_convert(name, get_args(hint)[0], item) for item in value]
-    if isinstance(hint, type) and is_dataclass(hint):
-        return from_plain(hint, value)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        if value not in hint.__members__:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(hint.__members__)}.")
-        return hint[value]
-    if hint is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 1e5 is a whole number
-    expected: tuple[type, ...] = {float: (float, int), int: (int,), str: (str,), bool: (bool,)}.get(hint, ())
-    if expected and (not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool)):
-        raise ValueError(f"{name}={value!r} is of the wrong type: it must be {hint.__name__}.")
-    return float(value) if hint is float else value
+def _from_plain(name: str, hint: Any, choice: Any, value: Any) -> Any:
+    if choice is not None:
+        return choice.from_plain(value)
+    nested: Any = next((option for option in (hint, *get_args(hint)) if is_dataclass(option)), None)
+    return typed(name, hint, value) if nested is None or value is None else from_plain(nested, value)

@@ -1,7 +1,8 @@
 """Rows of activations: what an SAE reads, what it must reconstruct, and which of them are outliers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,20 @@ OUTLIER_FACTOR = 10.0
 GPT-2, attention sinks at ordinary positions of Llama-like models (saprmarks/dictionary_learning, pull request 52)."""
 
 
-@dataclass(frozen=True)
-class Rows:
+class Shapes:
+    """What dataclasses of tensors inherit (`@dataclass(repr=False)`) to print as shapes: `Rows(x_TD=float32[26, 128], ...)`."""
+
+    def __repr__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={_shape(value)}' for name, value in values.items())})"
+
+
+def _shape(value: Any) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+@dataclass(frozen=True, repr=False)
+class Rows(Shapes):
     """T activations and their targets. For an autoencoder both are one tensor, and stay one: nothing is copied or computed twice."""
 
     x_TD: Tensor

@@ -232,17 +232,18 @@ def save_sae(path: str | Path, sae: SparseAutoencoder, activations: dict[str, An
     write_atomically(Path(path), lambda part: save_file(tensors, part, header))
 
 
-def load_sae(path: str | Path) -> SparseAutoencoder:
+def load_sae(path: str | Path, fold: bool = False) -> SparseAutoencoder:
     """The SAE of a run folder, of one model.safetensors, or of a file or folder in one of `FORMATS`, in evaluation mode, ready for raw activations.
 
-    `sae.activations` holds what it was trained on. Raises FileNotFoundError where there is none, and ValueError, naming what is wrong, for a
-    truncated or foreign file, an unknown version or architecture, tensors whose shapes contradict the config, and non-finite values.
+    `sae.activations` holds what it was trained on. With `fold` its scale is absorbed (`fold_activation_scale`): the same function, with latents and
+    decoder rows in units of raw activations, as steering needs them. Raises FileNotFoundError where there is none, and ValueError, naming what is
+    wrong, for a truncated or foreign file, an unknown version or architecture, tensors whose shapes contradict the config, and non-finite values.
     """
     file = Path(path).expanduser()
     if not _is_ours(file):
         for cls in FORMATS.values():
             if (foreign := cls()).recognises(file):
-                return foreign.load(file).eval()
+                return _ready(foreign.load(file), fold)
     if file.is_dir():
         if not (file / MODEL_FILE).is_file() and RunDir(file).checkpoint_steps():
             raise FileNotFoundError(
@@ -268,6 +269,12 @@ def load_sae(path: str | Path) -> SparseAutoencoder:
     _refuse_nonfinite(tensors, f"{file} is not loaded")
     sae.load_state_dict(tensors)
     sae.activations = activations
+    return _ready(sae, fold)
+
+
+def _ready(sae: SparseAutoencoder, fold: bool) -> SparseAutoencoder:
+    if fold:
+        sae.fold_activation_scale()
     return sae.eval()
 
 

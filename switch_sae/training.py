@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from switch_kernels import ALONE, Execution, Group, Moments
-from switch_sae.checks import all_at_least
+from switch_sae.checks import Settings, all_at_least
 from switch_sae.engines import Engine, EngineSettings, Outcome, TorchEngine, TritonEngine
 from switch_sae.models import SparseAutoencoder
+from switch_sae.models.base import outside_autocast
 from switch_sae.models.fused import FusedTraining, why_not_fused
 from switch_sae.rows import OUTLIER_FACTOR, NormLimit, Rows
 from switch_sae.runs import Checkpoint, renamed
@@ -34,9 +35,10 @@ class LRWidth(Enum):
 
 
 @dataclass
-class TrainerConfig:
+class TrainerConfig(Settings):
     """How one SAE is optimised. Defaults are those that TopK training has converged on (Gao et al. 2406.04093; sparsify; dictionary_learning)."""
 
+    prefix = "trainer."
     lr: float | None = None
     """Peak learning rate; None is the architecture's published one, and where it has none lr_at_16k / sqrt(width / 2^14)."""
     lr_at_16k: float = 2e-4
@@ -182,7 +184,8 @@ class Trainer:
         """
         started = time.perf_counter()
         lr = self.schedule(self.steps_done)
-        outcome = self.engine.step(rows, self.steps_done)
+        with outside_autocast(self.tokens_since_fired_M.device):
+            outcome = self.engine.step(rows, self.steps_done)
         self.steps_done += 1
         if not self.engine.keeps_time:
             self._seconds += time.perf_counter() - started

@@ -6,6 +6,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from switch_sae.checks import Settings
+
 
 class WandbMode(Enum):
     disabled = "disabled"
@@ -14,7 +16,8 @@ class WandbMode(Enum):
 
 
 @dataclass
-class WandbConfig:
+class WandbConfig(Settings):
+    prefix = "wandb."
     mode: WandbMode = WandbMode.offline
     """offline writes into the run folder and needs no account; `wandb sync` uploads it later."""
     project: str = "switch_sae"

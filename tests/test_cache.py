@@ -686,7 +686,7 @@ def test_saved_configs_of_older_versions_load_and_new_ones_come_back(text, tmp_p
     [
         ({"cache": ""}, r"cache='' names no folder\. Set cache=FOLDER, or cache=null"),
         ({"cache_dtype": "bfloat16"}, r"cache_dtype=bfloat16 would be ignored without a cache\. Set cache=FOLDER"),
-        ({"cache_dtype": "int8"}, "Choose one of float32, bfloat16, float16"),
+        ({"cache_dtype": "int8"}, "cache_dtype=.int8. is not one of float32, bfloat16, float16"),
     ],
 )
 def test_config_errors(text, fields, message):

@@ -313,7 +313,7 @@ def test_nan_activations_name_the_model_the_hook_and_the_place(folder, tmp_path,
     [
         ({"context_length": 25}, "Set context_length=24 or less"),
         ({"buffer_rows": 8}, "buffer_rows=8 is below batch_size=32"),
-        ({"packing": "loose"}, "Choose one of packed, truncated"),
+        ({"packing": "loose"}, "packing=.loose. is not one of packed, truncated"),
         ({"contexts_per_forward": 0}, "contexts_per_forward=0 must be at least 1"),
         ({"hook": "blocks.2.hook_resid_pre"}, "They must agree"),
     ],

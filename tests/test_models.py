@@ -227,7 +227,7 @@ def test_outputs_and_gradients_equal_the_masked_dense_formulation(experts, slots
     scaled = x * sae.activation_scale
     probs = torch.softmax((scaled - sae.router.b_D) @ sae.router.W_ED.T, dim=1)
     gate, expert = probs.topk(slots, dim=1)
-    _, dispatch = sae.route(scaled)
+    _, dispatch = sae.route(x)
     selection = encode_topk_reference(scaled, sae.b_pre_D, gate, sae.W_enc_MD, sae.b_enc_M, dispatch, 4, joint)
     recon = sparse_decode_reference(selection.values_TK, selection.indices_TK, sae.W_dec_MD) + sae.b_pre_D
     loss = (scaled - recon).pow(2).sum(1).mean() + config.router.load_balance * D * load_balance_loss(expert, probs)

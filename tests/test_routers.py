@@ -71,7 +71,7 @@ def test_outputs_losses_and_gradients_are_the_formula_with_every_expert_computed
     expert_TS, gate_TS, share_TE, load_balance = by_formula(sae.router, scaled, slots)
     assert torch.equal(output.routing.expert_TS, expert_TS) and len(expert_TS[:, 0].unique()) > 1
     torch.testing.assert_close(output.routing.probs_TE, share_TE.double())
-    dispatch = sae.route(scaled)[1]
+    dispatch = sae.route(x)[1]
     selection = encode_topk_reference(scaled, sae.b_pre_D, gate_TS, sae.W_enc_MD, sae.b_enc_M, dispatch, 4, True)
     recon = sparse_decode_reference(selection.values_TK, selection.indices_TK, sae.W_dec_MD) + sae.b_pre_D
     load_E = torch.bincount(expert_TS.flatten(), minlength=E) / expert_TS.numel()

@@ -114,7 +114,7 @@ def test_empty_text_and_missing_paths_say_what_to_do(tmp_path):
         ({"kind": "dataset"}, r"text\.dataset="),
         ({"paths": ["x"]}, "would be ignored"),
         ({"dataset": "x"}, "would be ignored"),
-        ({"kind": "web"}, "Choose one of stdlib, packages, files, dataset"),
+        ({"kind": "web"}, "text.kind=.web. is not one of stdlib, packages, files, dataset"),
         ({"max_documents": 0}, "at least 1"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dispatch:
     """The T*S (token, slot) pairs of a batch in expert order; S experts per token, usually 1. `scatter(gather(x)) == x`; made once per batch.
 
@@ -25,6 +25,9 @@ class Dispatch:
     """Pair of each sorted row, int64."""
     start_E1: Tensor
     """E + 1 row boundaries, int64."""
+
+    def __repr__(self) -> str:
+        return f"Dispatch({len(self.expert_TS)} tokens to {self.slots} of {self.num_experts} experts each)"
 
     @property
     def num_experts(self) -> int:

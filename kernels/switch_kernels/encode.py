@@ -113,7 +113,7 @@ def _merge_slots(active_RK: Tensor, indices_RK: Tensor, gate_TS: Tensor | None, 
 
 def _per_latent(gate_TS: Tensor, slot_TK: Tensor) -> Tensor:
     """The gate of each selected latent, broadcastable to [T, K]."""
-    return gate_TS.gather(1, slot_TK) if len(slot_TK) else gate_TS
+    return gate_TS.gather(1, slot_TK) if slot_TK.ndim == 2 else gate_TS
 
 
 @torch.library.register_fake("switch_kernels::encode_topk")
@@ -158,7 +158,7 @@ def _encode_topk_backward(
     if needs_gate:
         grad_gate_TK = grad_values_TK * active_TK
         assert gate_TS is not None
-        grads[2] = torch.zeros_like(gate_TS).scatter_add_(1, slot_TK, grad_gate_TK) if len(slot_TK) else grad_gate_TK.sum(1, keepdim=True)
+        grads[2] = torch.zeros_like(gate_TS).scatter_add_(1, slot_TK, grad_gate_TK) if slot_TK.ndim == 2 else grad_gate_TK.sum(1, keepdim=True)
     if needs_W_enc:
         grads[3] = LatentOrder(pair_P, token_P, start_M).weighted_row_sums(centred_TD, grad_pre_TK)
     return grads

@@ -16,7 +16,7 @@ from switch_sae.activations.language_model import LanguageModel, Precision
 from switch_sae.activations.text import TextConfig, documents, first_documents, local_split, text_hash, without_ignored
 from switch_sae.activations.text_dataset import dataset_version
 from switch_sae.activations.tokens import ContextFeed, ContextRules, Contexts, LocalFeed, Packing, SpecialCount, StreamFeed, tokenize
-from switch_sae.checks import all_at_least
+from switch_sae.checks import Settings, all_at_least
 from switch_sae.countdown import Countdown
 from switch_sae.files import tell
 from switch_sae.rows import Rows
@@ -43,7 +43,7 @@ class LanguageModelSource(ActivationSource):
     """
 
     @dataclass
-    class Config:
+    class Config(Settings):
         model: str = "bundled"
         """`bundled`, a local folder in Hugging Face format, a GGUF file, or a hub name; a folder that is there comes before the hub."""
         hook: str = "blocks.2.hook_resid_pre"
@@ -73,12 +73,6 @@ class LanguageModelSource(ActivationSource):
 
         def __post_init__(self) -> None:
             all_at_least(self, context_length=1, buffer_rows=1, contexts_per_forward=1, seed=0)
-            for name, kind in (("packing", Packing), ("precision", Precision), ("cache_dtype", CacheDtype)):
-                value = getattr(self, name)
-                if not isinstance(value, kind):
-                    if value not in kind.__members__:
-                        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(kind.__members__)}.")
-                    setattr(self, name, kind[value])
             if self.cache == "":
                 raise ValueError("cache='' names no folder. Set cache=FOLDER, or cache=null to compute activations as they are needed.")
             if self.cache is None and self.cache_dtype is not CacheDtype.float32:

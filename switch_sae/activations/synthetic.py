@@ -13,7 +13,7 @@ from torch import Tensor
 
 from switch_sae.activations.base import ActivationSource, EvaluationSet
 from switch_sae.activations.buffer import seeded
-from switch_sae.checks import all_at_least
+from switch_sae.checks import Settings, all_at_least
 from switch_sae.rows import Rows
 
 _EVALUATION_CHUNK = 4096
@@ -55,7 +55,7 @@ class SyntheticSource(ActivationSource):
     """
 
     @dataclass
-    class Config:
+    class Config(Settings):
         d_in: int = 64
         common: int = 32
         """Features that fire under every topic; 0 for none."""

@@ -15,6 +15,7 @@ from typing import Any
 from switch_sae.activations.document import HELD_OUT_ONE_IN, Document, is_held_out, name_hash
 from switch_sae.activations.text_dataset import hugging_face_dataset
 from switch_sae.activations.text_files import local_files
+from switch_sae.checks import Settings
 
 __all__ = [
     "HELD_OUT_ONE_IN",
@@ -72,9 +73,10 @@ _READ_BY = {
 
 
 @dataclass
-class TextConfig:
+class TextConfig(Settings):
     """Which text to read. Raises ValueError for fields that the chosen kind lacks or would ignore."""
 
+    prefix = "text."
     kind: TextKind = TextKind.stdlib
     paths: list[str] = field(default_factory=list)
     """kind=files: files, or folders searched for text files."""
@@ -90,10 +92,6 @@ class TextConfig:
     """Reads at most so many documents on each side of the held-out split."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kind, TextKind):
-            if self.kind not in TextKind.__members__:
-                raise ValueError(f"text.kind={self.kind!r} is unknown. Choose one of {', '.join(TextKind.__members__)}.")
-            self.kind = TextKind[self.kind]
         if self.kind is TextKind.files and not self.paths:
             raise ValueError("text.kind=files needs at least one file or folder: set text.paths=[FOLDER].")
         if self.kind is TextKind.dataset and not self.dataset:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from switch_sae.activations.base import ActivationSource
 from switch_sae.analysis.base import Analysis, Table
 from switch_sae.analysis.geometry import decoder_geometry
+from switch_sae.checks import Settings
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import ResultRow
 from switch_sae.style import log_if_wide, look, panels, percent, styled
@@ -20,7 +21,7 @@ class Duplication(Analysis):
     """Shares of live latents whose nearest other decoder row has a cosine above `threshold`, and the mean of that cosine (Mudide et al.)."""
 
     @dataclass
-    class Config:
+    class Config(Settings):
         threshold: float = 0.9
         """The paper's."""
 

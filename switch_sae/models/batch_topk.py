@@ -13,7 +13,7 @@ from switch_sae.rows import Rows
 CALIBRATION_BATCH, CALIBRATION_BATCHES = 1024, 8
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PairsOutput(SAEOutput):
     """With the active latents as pairs."""
 
@@ -52,7 +52,7 @@ class BatchTopKSAE(TopKSAE):
     @torch.no_grad()
     def initialize(self, rows: Rows) -> None:
         super().initialize(rows)
-        batches = rows.x_TD.split(CALIBRATION_BATCH)[:CALIBRATION_BATCHES]
+        batches = self._read(rows.x_TD).split(CALIBRATION_BATCH)[:CALIBRATION_BATCHES]
         smallest = [self._smallest(self._pairs(self._scaled(x_TD), keep=True)) for x_TD in batches]
         self.threshold.copy_(torch.stack(smallest).nan_to_num(0.0).mean())
 
@@ -70,7 +70,7 @@ class BatchTopKSAE(TopKSAE):
         return self._pairs(self._scaled(x_TD), keep=self.training).to_latents(len(x_TD), self.num_latents)
 
     def decode(self, latents: Latents) -> Tensor:
-        dense_TM = latents.to_dense()
+        dense_TM = self._dense(latents)
         return self._reconstruct(Pairs.from_dense(dense_TM), len(dense_TM))
 
     def forward(self, x_TD: Tensor) -> PairsOutput:

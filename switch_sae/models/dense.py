@@ -14,7 +14,7 @@ from switch_sae.models.losses import reconstruction_loss
 from switch_sae.rows import Rows
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DenseOutput(SAEOutput):
     """With what the sparsity losses need."""
 
@@ -76,7 +76,7 @@ class DenseSAE(SparseAutoencoder):
         return DenseLatents(self._activate(self._scaled(x_TD))[0])
 
     def decode(self, latents: Latents) -> Tensor:
-        return self._decode(latents.to_dense())
+        return self._decode(self._dense(latents))
 
     def forward(self, x_TD: Tensor) -> DenseOutput:
         latents_TM, pre_TM = self._activate(self._scaled(x_TD))
@@ -84,9 +84,9 @@ class DenseSAE(SparseAutoencoder):
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         assert isinstance(output, DenseOutput)
-        target_TD = rows.target_TD * self.target_scale
-        residual_TD = (rows.target_TD - output.recon_TD) * self.target_scale
-        return {"mse": reconstruction_loss(residual_TD), **self.sparsity_terms(target_TD, output)}
+        target_TD = self._target(rows)
+        residual_TD = (target_TD - output.recon_TD) * self.target_scale
+        return {"mse": reconstruction_loss(residual_TD), **self.sparsity_terms(target_TD * self.target_scale, output)}
 
     def flops(self) -> Flops:
         """Backward: dense products for the gradients of the latents, of W_dec and of W_enc."""

@@ -58,6 +58,7 @@ class FusedTraining(SparseAutoencoder):
             self.num_experts, self.experts_per_token, self.config.k, self.joint_topk, router.balance * self.d_out if router else 0.0,
             router is not None and router.is_trained, dot, self.plan(len(rows)),
         )  # fmt: skip
+        rows = rows.map(lambda rows_TD: rows_TD.to(self.activation_scale.dtype))
         computed = training_step(rows.x_TD, rows.target_TD, self.activation_scale, self.target_scale, weights, settings, dead)
         small = computed.gradients.small
         small["b_pre_D"] = small.pop("b_out_D") + small.pop("b_in_D")  # an autoencoder's bias has both roles

@@ -39,7 +39,7 @@ class GatedSAE(DenseSAE):
         self.b_mag_M = nn.Parameter(torch.zeros(config.num_latents))
 
     def initialize(self, rows: Rows) -> None:
-        self.b_pre_D.data.copy_(geometric_median(rows.x_TD * self.activation_scale))
+        self.b_pre_D.data.copy_(geometric_median(self._scaled(rows.x_TD)))
 
     def _activate(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         gate_TM = encoder_linear(x_TD, self.b_in_D, self.W_enc_MD, self.b_gate_M)

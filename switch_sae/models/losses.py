@@ -25,7 +25,13 @@ def normalized_auxk_loss(residual_TD: Tensor, recon_TD: Tensor, group: Group = A
 
 
 def geometric_median(x_TD: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
-    """The point with the least summed distance to all rows, by Weiszfeld's iteration: a centre that outlier tokens hardly move."""
+    """The point with the least summed distance to all rows, by Weiszfeld's iteration: a centre that outlier tokens hardly move.
+
+    At least in float32: in half precision the smallest distance would be 0. Raises ValueError where there are no rows.
+    """
+    if not len(x_TD):
+        raise ValueError("no rows have no centre. Initialise an SAE with a large batch of activations.")
+    x_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
     point_D = x_TD.mean(dim=0)
     for _ in range(iterations):
         weight_T = 1.0 / torch.linalg.vector_norm(x_TD - point_D, dim=1).clamp_min(1e-8)

@@ -14,7 +14,7 @@ from switch_sae.models.pairs import Pairs, decode_pairs
 from switch_sae.rows import Rows
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PrefixesOutput(PairsOutput):
     """With the reconstructions from the first g groups, for g = 1 .. G."""
 
@@ -73,7 +73,8 @@ class MatryoshkaSAE(BatchTopKSAE):
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         assert isinstance(output, PrefixesOutput)
         terms = super().loss_terms(rows, output, dead_M)
-        inner = [reconstruction_loss((rows.target_TD - recon_TD) * self.target_scale) for recon_TD in output.prefixes_GTD[:-1]]
+        target_TD = self._target(rows)
+        inner = [reconstruction_loss((target_TD - recon_TD) * self.target_scale) for recon_TD in output.prefixes_GTD[:-1]]
         losses = [*inner, terms["mse"]]
         weights = self.config.group_weights or [1.0] * len(losses)
         return terms | {"mse": torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum() / sum(weights)}
@@ -85,6 +86,6 @@ class MatryoshkaSAE(BatchTopKSAE):
         """[G, T, D]: the reconstruction from the first g groups, for g = 1 .. G."""
         ends = torch.tensor(self.group_ends, device=pairs.latent_P.device)
         bag_P, order_P = (torch.bucketize(pairs.latent_P, ends, right=True) * tokens + pairs.token_P).sort(stable=True)
-        bags = len(self.group_ends) * tokens
-        parts = decode_pairs(pairs.values_P[order_P], pairs.latent_P[order_P], bag_P, bags, self.W_dec_MD).view(-1, tokens, self.d_out)
+        groups = len(self.group_ends)
+        parts = decode_pairs(pairs.values_P[order_P], pairs.latent_P[order_P], bag_P, groups * tokens, self.W_dec_MD).view(groups, tokens, self.d_out)
         return (parts.cumsum(dim=0) + self.b_out_D) / self.target_scale

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from switch_kernels import ALONE, Group, LatentOrder
 from switch_sae.models.base import DenseLatents
+from switch_sae.rows import Shapes
 
 _SAMPLE_STRIDE = 67
 """A prime, so that the sample meets all latents."""
 
 
-@dataclass(frozen=True)
-class Pairs:
+@dataclass(frozen=True, repr=False)
+class Pairs(Shapes):
     """The active latents of a batch, token by token and by rising latent within each: values > 0."""
 
     values_P: Tensor
@@ -47,6 +48,8 @@ def largest(pre_TM: Tensor, count: int, group: Group = ALONE) -> Tensor:
     if group.size > 1:
         return _largest_of_all(pre_TM, count, group)
     flat = pre_TM.flatten()
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=flat.device)
     sample = flat[::_SAMPLE_STRIDE]
     expected = count / _SAMPLE_STRIDE
     rank = min(len(sample), int(1.3 * expected + 4 * expected**0.5 + 8))

@@ -39,8 +39,6 @@ class SwitchSAE(TopKSAE):
         def __post_init__(self) -> None:
             super().__post_init__()
             at_least("num_experts", self.num_experts, 1)
-            if isinstance(self.router, str):
-                raise ValueError(f"router={self.router!r} is a name, not settings. On the command line write sae/router={self.router}.")
             if self.num_latents % self.num_experts:
                 nearest = max(1, round(self.num_latents / self.num_experts)) * self.num_experts
                 raise ValueError(
@@ -100,13 +98,13 @@ class SwitchSAE(TopKSAE):
         self.group = self.router.group = group
 
     def initialize(self, rows: Rows) -> None:
-        x_TD = rows.x_TD * self.activation_scale
+        x_TD = self._scaled(rows.x_TD)
         median_D = geometric_median(x_TD)
         self.b_pre_D.data.copy_(median_D)
         self.router.initialize(x_TD, median_D)
 
     def route(self, x_TD: Tensor) -> tuple[Routing, Dispatch]:
-        routing = self.router.route(x_TD)
+        routing = self.router.route(self._scaled(x_TD))
         return routing, Dispatch.from_experts(routing.expert_TS, self.num_experts)
 
     def router_kernel(self) -> RouterKernel | None:

@@ -1,6 +1,6 @@
 """`TopKSAE`: the dense baseline, which every token uses whole (Gao et al., arXiv 2406.04093)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -71,26 +71,27 @@ class TopKSAE(FusedTraining):
         return self.config.k
 
     def initialize(self, rows: Rows) -> None:
-        self.b_pre_D.data.copy_(geometric_median(rows.x_TD * self.activation_scale))
+        self.b_pre_D.data.copy_(geometric_median(self._scaled(rows.x_TD)))
 
     def route(self, x_TD: Tensor) -> tuple[Routing | None, Dispatch]:
-        """Which expert computes each (scaled) activation: a dense SAE is one expert that takes them all."""
+        """Which experts compute each (raw) activation, and with which gates: a dense SAE is one expert that takes them all."""
         return None, Dispatch.to_one_expert(x_TD.shape[0], x_TD.device)
 
     def encode(self, x_TD: Tensor) -> Latents:
-        return self._encode(self._scaled(x_TD))[0]
+        return self._encode(x_TD)[0]
 
     def decode(self, latents: Latents) -> Tensor:
+        latents = self._own(latents)
         if isinstance(latents, SparseLatents):
-            return self._decode(latents, None)
-        return (latents.to_dense() @ self.W_dec_MD + self.b_out_D) / self.target_scale
+            return self._decode(replace(latents, values_TK=latents.values_TK.to(self.W_dec_MD.dtype)), None)
+        return (self._dense(latents) @ self.W_dec_MD + self.b_out_D) / self.target_scale
 
     def forward(self, x_TD: Tensor) -> SAEOutput:
-        latents, routing, by_latent = self._encode(self._scaled(x_TD))
+        latents, routing, by_latent = self._encode(x_TD)
         return SAEOutput(self._decode(latents, by_latent), latents, routing)
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
-        residual_TD = (rows.target_TD - output.recon_TD) * self.target_scale
+        residual_TD = (self._target(rows) - output.recon_TD) * self.target_scale
         terms = {"mse": reconstruction_loss(residual_TD)}
         if self.config.auxk > 0 and dead_M is not None:
             auxk = self._auxk(self._scaled(rows.x_TD), residual_TD.detach(), output.routing, dead_M)
@@ -118,10 +119,11 @@ class TopKSAE(FusedTraining):
         self.activation_scale.fill_(1.0)
 
     def _encode(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None, Any]:
-        routing, dispatch = self.route(x_TD)
+        """(latents, routing, what spares `_decode` a sort) of raw activations."""
+        scaled_TD, (routing, dispatch) = self._scaled(x_TD), self.route(x_TD)
         gate_TS = None if routing is None else routing.gate_TS
         values_TK, indices_TK, by_latent = encode_topk(
-            x_TD, self.b_in_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k, self.joint_topk, self.execution
+            scaled_TD, self.b_in_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k, self.joint_topk, self.execution
         )
         return SparseLatents(values_TK, indices_TK, self.num_latents), routing, by_latent
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
-from switch_sae.checks import all_at_least
+from switch_sae.checks import Settings, all_at_least
 from switch_sae.config import RunConfig
 from switch_sae.models import SAES
 from switch_sae.models.widths import REFERENCE, Match, matched
@@ -15,9 +15,10 @@ from switch_sae.training import TrainerConfig
 
 
 @dataclass
-class SweepOptions:
+class SweepOptions(Settings):
     """Which SAEs a sweep trains. The run's own settings (`sae`, `trainer`, `tokens`, ...) are what they all start from."""
 
+    prefix = "sweep."
     experts: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     """Switch SAEs by number of experts; 1 is the dense TopK SAE, to which it is equal."""
     k: list[int] = field(default_factory=list)

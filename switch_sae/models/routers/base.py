@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from switch_kernels import ALONE, Group
+from switch_sae.checks import Settings
+from switch_sae.rows import Shapes
 
 
-@dataclass(frozen=True)
-class Routing:
+@dataclass(frozen=True, repr=False)
+class Routing(Shapes):
     """What the router decided for one batch."""
 
     expert_TS: Tensor
@@ -86,7 +88,7 @@ class LinearRouter(Router):
     """
 
     @dataclass
-    class Config:
+    class Config(Settings):
         train: bool = True
         """False freezes the router at its random start: the control that shows what learned routing is worth."""
 

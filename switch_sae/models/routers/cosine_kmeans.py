@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_sae.checks import at_least
+from switch_sae.checks import Settings, at_least
 from switch_sae.models.routers.base import Router, Routing, largest
 
 _LLOYD_STEPS = 10
@@ -22,7 +22,7 @@ class CosineKMeansRouter(Router):
     """
 
     @dataclass
-    class Config:
+    class Config(Settings):
         decay: float = 0.99
         """Of the running means behind the centroids, per step; 1 leaves the centroids where they start."""
 
