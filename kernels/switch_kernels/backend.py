@@ -45,11 +45,15 @@ class Moments(Enum):
 
 @dataclass(frozen=True)
 class Execution:
-    """A resolved choice."""
+    """A resolved choice; the names of its parts will do."""
 
     backend: Backend = Backend.torch
     precision: Precision = Precision.float32
     reason: str = "default"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "backend", Backend(self.backend))
+        object.__setattr__(self, "precision", Precision(self.precision))
 
     @property
     def is_triton(self) -> bool:
@@ -66,7 +70,7 @@ class Execution:
 
 def resolve(backend: Backend, precision: Precision, device: torch.device | str) -> Execution:
     """Resolves `auto`. Raises ValueError for a combination that cannot run, never falls back silently."""
-    device = torch.device(device)
+    backend, precision, device = Backend(backend), Precision(precision), torch.device(device)
     obstacle = _obstacle_to_triton(device)
     reason = "as configured"
     if backend is Backend.auto:

@@ -49,7 +49,7 @@ def choose_plan(tokens: int, num_latents: int, num_experts: int, k: int, slots: 
         regime = Regime.dense if width <= limit else Regime.sparse
         reason = f"{width} latents per token {'<=' if regime is Regime.dense else '>'} {DENSE_UP_TO} * k = {limit}"
     else:
-        reason = "as asked"
+        regime, reason = Regime(regime), "as asked"
     if regime is Regime.dense:
         return Plan(regime, GradientMode.buffered, reason)
     pairs = round(RECOMPUTE_FROM * tokens * k)

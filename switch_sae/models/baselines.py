@@ -4,6 +4,7 @@ from dataclasses import replace
 from enum import Enum
 from typing import Any
 
+from switch_sae.checks import typed
 from switch_sae.models import SAES
 from switch_sae.models.widths import REFERENCE, Match, dense_reference, matched
 
@@ -33,7 +34,7 @@ def usual_baselines(config: Any) -> list[Baseline]:
 
 def why_no_baseline(config: Any, baseline: Baseline) -> str | None:
     """Why an SAE has no such baseline; None where it has."""
-    key = SAES.key_of(config)
+    key, baseline = SAES.key_of(config), typed("baseline", Baseline, baseline)
     if baseline is Baseline.frozen_router:
         if not hasattr(config, "router"):
             return f"{key} has no router"
@@ -47,6 +48,7 @@ def why_no_baseline(config: Any, baseline: Baseline) -> str | None:
 
 def baseline_config(config: Any, baseline: Baseline, d_in: int) -> Any:
     """The config of the control. Raises ValueError where `why_no_baseline` has a reason, but for a router that is frozen already."""
+    baseline = typed("baseline", Baseline, baseline)
     is_frozen = baseline is Baseline.frozen_router and getattr(getattr(config, "router", None), "train", None) is False
     if not is_frozen and (why := why_no_baseline(config, baseline)):
         raise ValueError(f"there is no {baseline.name} for this SAE: {why}.")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from switch_sae.checks import typed
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.models.base import Flops
 
@@ -63,6 +64,7 @@ def matched(config: Any, reference: Any, match: Match, d_in: int) -> Any:
     Exact up to `width_step`, the multiple that num_latents must be of. Costs must not fall with the width. Raises ValueError where even the narrowest
     SAE costs more, and for `Match.time`, which has to be measured.
     """
+    match = typed("match", Match, match)
     if match is Match.time:
         raise ValueError("widths of equal time are measured, not computed: match=time is for sweeps.")
     if match is Match.width and reference.num_latents % config.width_step == 0:
