@@ -43,7 +43,7 @@ def built(cls, config):
 
 def with_own_route():
     sae = built(SwitchSAE, SWITCH)
-    sae.route = lambda x_TD: SwitchSAE.route(sae, x_TD)
+    sae._route = lambda x_TD: SwitchSAE._route(sae, x_TD)
     return sae
 
 
@@ -83,6 +83,11 @@ def with_another_part():
     return sae
 
 
+def test_an_override_that_nothing_would_call_is_refused():
+    with pytest.raises(TypeError, match=r"overrides route, which nothing computes with. Override _route"):
+        type("Mine", (SwitchSAE,), {"route": lambda self, x_TD: None})
+
+
 VARIANTS = {
     "a hook on a gradient": (with_gradient_hook, "W_enc_MD have hooks on their gradients"),
     "a router frozen in part": (with_router_frozen_by_hand, "its router is frozen in part"),
@@ -90,7 +95,7 @@ VARIANTS = {
     "a subclass with another loss": (lambda: built(OtherLoss, SWITCH), "no Triton kernels train OtherLoss"),
     "a subclass that changes nothing": (lambda: built(OnlyRenamed, TopKSAE.Config(num_latents=16, k=2)), "no Triton kernels train OnlyRenamed"),
     "a subclass with another recipe": (lambda: built(OtherRecipe, SWITCH), "no Triton kernels train OtherRecipe"),
-    "a method of its own": (with_own_route, "this SwitchSAE has route of its own"),
+    "a method of its own": (with_own_route, "this SwitchSAE has _route of its own"),
     "a hook": (with_hook, "_forward_hooks of its own"),
     "another recipe": (with_recipe, "not by Recipe"),
     "a frozen decoder": (with_frozen_decoder, "W_dec_MD are frozen"),

@@ -55,8 +55,8 @@ class TwinSAE(SwitchSAE):
 
     marker = "2"
 
-    def route(self, x_TD):
-        routing, dispatch = super().route(x_TD)
+    def _route(self, x_TD):
+        routing, dispatch = super()._route(x_TD)
         return replace(routing, gate_TS=routing.gate_TS.sqrt()), dispatch
 
 

@@ -53,10 +53,9 @@ class MaskedDense(TopKSAE):
     """
 
     def _encode(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None, None]:
-        routing, dispatch = self.route(x_TD)
+        routing, dispatch = self._route(x_TD)
         gate_TS = None if routing is None else routing.gate_TS
-        scaled_TD = self._scaled(x_TD)
-        values_TK, indices_TK, _ = encode_topk_reference(scaled_TD, self.b_in_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k)
+        values_TK, indices_TK, _ = encode_topk_reference(x_TD, self.b_in_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k)
         return SparseLatents(values_TK, indices_TK, self.num_latents), routing, None
 
     def _decode(self, latents: SparseLatents, by_latent: Any) -> Tensor:

@@ -103,8 +103,8 @@ class SwitchSAE(TopKSAE):
         self.b_pre_D.data.copy_(median_D)
         self.router.initialize(x_TD, median_D)
 
-    def route(self, x_TD: Tensor) -> tuple[Routing, Dispatch]:
-        routing = self.router.route(self._scaled(x_TD))
+    def _route(self, x_TD: Tensor) -> tuple[Routing, Dispatch]:
+        routing = self.router.route(x_TD)
         return routing, Dispatch.from_experts(routing.expert_TS, self.num_experts)
 
     def router_kernel(self) -> RouterKernel | None:

@@ -54,6 +54,11 @@ class TopKSAE(FusedTraining):
     experts_per_token = 1
     joint_topk = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "route" in vars(cls) and "_route" not in vars(cls):
+            raise TypeError(f"{cls.__qualname__} overrides route, which nothing computes with. Override _route, which takes scaled activations.")
+
     def __init__(self, config: "TopKSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         at_least("d_in", d_in, 1)
@@ -74,11 +79,18 @@ class TopKSAE(FusedTraining):
         self.b_pre_D.data.copy_(geometric_median(self._scaled(rows.x_TD)))
 
     def route(self, x_TD: Tensor) -> tuple[Routing | None, Dispatch]:
-        """Which experts compute each (raw) activation, and with which gates: a dense SAE is one expert that takes them all."""
+        """Which experts compute each raw activation, and with which gates: what `forward` gives as its `routing`. Raises ValueError as `encode`.
+
+        Subclasses override `_route`, which `forward` calls.
+        """
+        return self._route(self._scaled(x_TD))
+
+    def _route(self, x_TD: Tensor) -> tuple[Routing | None, Dispatch]:
+        """Of scaled activations. A dense SAE is one expert that takes them all."""
         return None, Dispatch.to_one_expert(x_TD.shape[0], x_TD.device)
 
     def encode(self, x_TD: Tensor) -> Latents:
-        return self._encode(x_TD)[0]
+        return self._encode(self._scaled(x_TD))[0]
 
     def decode(self, latents: Latents) -> Tensor:
         latents = self._own(latents)
@@ -87,7 +99,7 @@ class TopKSAE(FusedTraining):
         return (self._dense(latents) @ self.W_dec_MD + self.b_out_D) / self.target_scale
 
     def forward(self, x_TD: Tensor) -> SAEOutput:
-        latents, routing, by_latent = self._encode(x_TD)
+        latents, routing, by_latent = self._encode(self._scaled(x_TD))
         return SAEOutput(self._decode(latents, by_latent), latents, routing)
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
@@ -119,11 +131,11 @@ class TopKSAE(FusedTraining):
         self.activation_scale.fill_(1.0)
 
     def _encode(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None, Any]:
-        """(latents, routing, what spares `_decode` a sort) of raw activations."""
-        scaled_TD, (routing, dispatch) = self._scaled(x_TD), self.route(x_TD)
+        """(latents, routing, what spares `_decode` a sort) of scaled activations."""
+        routing, dispatch = self._route(x_TD)
         gate_TS = None if routing is None else routing.gate_TS
         values_TK, indices_TK, by_latent = encode_topk(
-            scaled_TD, self.b_in_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k, self.joint_topk, self.execution
+            x_TD, self.b_in_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k, self.joint_topk, self.execution
         )
         return SparseLatents(values_TK, indices_TK, self.num_latents), routing, by_latent
 
