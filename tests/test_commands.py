@@ -229,9 +229,15 @@ def test_the_grids_of_the_docs_plan_members():
 def test_the_readmes_python_runs():
     import torch
 
-    first, second = blocks("README.md", "python")
+    finished = repr(str(ROOT / "tests/data/version1/finished"))
+    first, steering, second = (re.sub(r'load_sae\("[^"]*"', f"load_sae({finished}", block) for block in blocks("README.md", "python"))
     names = {"x": torch.randn(7, 12)}
-    exec(re.sub(r'load_sae\("[^"]*"\)', f"load_sae({str(ROOT / 'tests/data/version1/finished')!r})", first), names)
+    exec(first, names)
     assert torch.equal(names["recon"], names["sae"](names["x"]).recon_TD) and names["latents"].to_dense().shape == (7, 48)
+    alone: dict = {}
+    exec(steering, alone)
+    recon = alone["folded"].encode(names["x"]).to_dense() @ alone["folded"].decoder_weight() + alone["folded"].b_out_D
+    assert torch.allclose(recon, names["recon"], atol=1e-4) and alone["steer"](names["x"], None).shape == (7, 12)
+    names = {}
     exec("\n".join(line for line in second.splitlines() if "import" in line), names)
     assert "Downstream(source.language_model, rows)" in second and callable(names["Downstream"])
