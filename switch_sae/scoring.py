@@ -40,8 +40,6 @@ class Scorer:
         self.config, self.source, self.say = config, source, say
         self.evaluation_set = source.evaluation_set(config.rows)
         self.downstream, self.left_out = prepare_downstream(config, source, self.evaluation_set)
-        for metric, reason in self.left_out.items():
-            say(f"{metric} is left out: {reason}")
         rows = self.evaluation_set.rows
         self.about = {
             "participation_ratio": participation_ratio(NormLimit.of(rows).inliers(rows).target_TD),

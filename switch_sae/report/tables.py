@@ -64,7 +64,8 @@ def _margins(main: ResultRow, others: Sequence[ResultRow], metric: str, label: s
             stars |= {"the interval holds 0 or is missing"} if unsure else set()
             words.append(f"{value:+z.1f} %{'' if low is None else f' [{low:+z.1f}, {high:+z.1f}]'} {other.sae}" + "*" * unsure)
     notes = [f"* {star}" for star in sorted(stars)] + [f"{label} of {name} is 0: no margin" for name in exact]
-    return f"{label} of {main.sae} relative to: {', '.join(words) or 'nothing'}" + (f" ({'; '.join(notes)})" if notes else "")
+    text = f"{label} of {main.sae} relative to: {', '.join(words) or 'nothing'}" + (f" ({'; '.join(notes)})" if notes else "")
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def summary_table(rows: Sequence[ResultRow]) -> str:
