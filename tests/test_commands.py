@@ -230,7 +230,7 @@ def test_the_readmes_python_runs():
     import torch
 
     finished = repr(str(ROOT / "tests/data/version1/finished"))
-    first, steering, second = (re.sub(r'load_sae\("[^"]*"', f"load_sae({finished}", block) for block in blocks("README.md", "python"))
+    first, steering, second, training = (re.sub(r'load_sae\("[^"]*"', f"load_sae({finished}", block) for block in blocks("README.md", "python"))
     names = {"x": torch.randn(7, 12)}
     exec(first, names)
     assert torch.equal(names["recon"], names["sae"](names["x"]).recon_TD) and names["latents"].to_dense().shape == (7, 48)
@@ -240,4 +240,7 @@ def test_the_readmes_python_runs():
     assert torch.allclose(recon, names["recon"], atol=1e-4) and alone["steer"](names["x"], None).shape == (7, 12)
     names = {}
     exec("\n".join(line for line in second.splitlines() if "import" in line), names)
+    names |= {"RunConfig": None}
+    exec(training.replace("run = run_training(", "config = ("), names)
+    assert names["config"].sae.num_experts == 8 and callable(names["run_training"])
     assert "Downstream(source.language_model, rows)" in second and callable(names["Downstream"])
