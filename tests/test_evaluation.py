@@ -211,6 +211,19 @@ def test_outlier_rows_are_spliced_and_told_apart():
     assert same["delta_ce_inliers"] == same["delta_ce"] and same["fvu"].value < same["fvu_inliers"].value == pytest.approx(0.014, rel=0.4)
 
 
+def test_chunks_shrink_with_context_length_times_vocabulary(monkeypatch):
+    model = ToyModel()
+    evaluation_set = text_set(model)
+    sizes, scores = [], []
+    for room in (2**27, 4 * S * V * 2, 1):  # for four contexts, which are the most; for two; not even for one
+        monkeypatch.setattr("switch_sae.metrics.downstream.CHUNK_BYTES", room)
+        downstream = Downstream(model, evaluation_set)
+        sizes.append(len(downstream))
+        scores.append({name: e.value for name, e in evaluate(switch(), evaluation_set, downstream, bootstrap=0).metrics.items()})
+    assert sizes == [3, 5, 9]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5) and scores[2] == pytest.approx(scores[0], rel=1e-5)
+
+
 def test_a_limited_number_of_contexts_is_spread_over_the_text():
     model = ToyModel()
     evaluation_set = text_set(model)
