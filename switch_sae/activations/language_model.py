@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from switch_sae.activations.loading import load
+from switch_sae.checks import typed
 
 _FINGERPRINT_ELEMENTS = 65_536
 
@@ -52,7 +53,7 @@ class LanguageModel:
     """
 
     def __init__(self, name: str, hook: str, device: str | None = None, precision: Precision = Precision.float32) -> None:
-        self.name, self.hook = name, hook
+        self.name, self.hook, precision = name, hook, typed("precision", Precision, precision)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if precision is Precision.bfloat16 and self.device.type == "cpu":
             raise ValueError("precision=bfloat16 is up to hundreds of times slower than float32 on a CPU. Use precision=float32 there.")
