@@ -135,10 +135,13 @@ def score_again(run: RunDir, config: RunConfig, file: str, say: Say = tell) -> N
         asked = [trained(key, saes[key], role) for key, role in roles.items()]
         controls = untrained_controls(score, main, saes[main.key], stream, " ")
         scored = score.group([*asked, *controls])
-        entries = {key: before["members"][key] | scored.entries[key] for key in saes}
+        entries = {
+            key: scored.entries[key] | {name: kept for name, kept in before["members"][key].items() if name not in scored.entries[key]}
+            for key in saes
+        }
         shown = {control.name.strip(): scored.entries[control.name] for control in controls}
         others = {key: key for key in saes if key != main.key} | {control.name: control.name.strip() for control in controls}
-        kept = ("outliers", "mixing", "seconds") if file == "results.json" else ("outliers",)
+        kept = ("mixing", "outliers", "seconds") if file == "results.json" else ("outliers",)
         more = {key: before[key] for key in kept if key in before}
         score.write(run, file, entries, shown, ratios=scored.ratios(main.key, others), **more)
     if file == "results.json":

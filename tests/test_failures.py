@@ -94,7 +94,7 @@ def test_workers_of_joblib_outlive_failures_bugs_and_a_signal_to_one_of_them(typ
     status, _, told = typed(deeds(tmp_path, after=1.0), "--multirun", *options, "seed=0,1,2,3,4,5,6")
     assert status == 1 and done(tmp_path) == {"done0", "done6"}, told
     end = [line.partition(": ")[0] for line in told.partition("failed in this multirun:\n")[2].splitlines()]
-    assert end == ["  seed=1", "  seed=2", "  seed=3; seed=4", "  seed=5"]
+    assert sorted(end) == ["  seed=1", "  seed=2", "  seed=3; seed=4", "  seed=5"]  # as they came
 
 
 @pytest.mark.parametrize(("seed", "expected"), [(4, 130), (5, 143)])

@@ -128,7 +128,8 @@ def plan(kills: int, seed: int, startup: float, evaluation: float) -> list[Kill]
 
     first = [in_write("environment.json"), in_write("config.json")]
     first += [Kill(delay=rng.uniform(0, startup)), Kill(step=rng.randrange(1, CHECKPOINT_EVERY))]
-    last = [Kill(step=STEPS, delay=rng.uniform(0, evaluation / 3)), in_write("model.safetensors"), Kill(write="results.json", moment=MOMENTS[-1])]
+    last = [in_write("model.safetensors"), in_write("training.json"), Kill(step=STEPS, delay=rng.uniform(0, evaluation / 3))]
+    last += [Kill(write="results.json", moment=MOMENTS[-1])]
     middle = max(0, kills - len(first) - len(last))
     body = []
     for i in range(middle):
