@@ -147,10 +147,10 @@ class Downstream:
         outlier_CS = torch.zeros_like(keep_CS)
         outlier_CS[keep_CS] = ~NormLimit.of(rows).inlier_T(rows).cpu()
         self._cache_bytes = cache_bytes
-        self._zero_SV: Tensor | None = None
-        """Logits with zeros everywhere, of the first context; None before it was run, or when another context's differ."""
-        self._zero_contexts = 0
-        """Contexts whose logits equal them."""
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+        """By ablation: what stood at the hook in one context, [S, D], and the logits that it gave, [S, V]."""
+        self._is_blind: bool | None = None
+        """Whether logits follow from what stands at the hook alone; None before two contexts could be compared."""
         self._chunks: list[_Chunk] = []
         size = max(1, min(MOST_CONTEXTS, CHUNK_BYTES // (4 * tokens_CS.shape[1] * vocabulary)))
         for part in self.contexts.split(size):
@@ -201,28 +201,26 @@ class Downstream:
         del logits_CSV
         mean_CSD = x_CSD.clone()
         mean_CSD[chunk.keep_CS.to(x_CSD.device)] = self._mean_D.to(x_CSD)
-        mean_TV = _logprobs(self.model.logits(chunk.tokens_CS, Given(mean_CSD)), chunk.counted_CS)
-        mean_T = _cross_entropy(mean_TV, chunk.tokens_CS, chunk.counted_CS)
-        del mean_TV
-        zero_T = _cross_entropy(_logprobs(self._zero_logits(chunk, x_CSD), chunk.counted_CS), chunk.tokens_CS, chunk.counted_CS)
+        zero_T, mean_T = (self._ablated(name, chunk, at_hook) for name, at_hook in (("zero", torch.zeros_like(x_CSD)), ("mean", mean_CSD)))
         chunk.x_CSD, chunk.ablated = x_CSD, (_cross_entropy(clean_TV, chunk.tokens_CS, chunk.counted_CS), zero_T, mean_T)
         self._cache_bytes -= clean_TV.nbytes
         chunk.clean_logprobs_TV = clean_TV if self._cache_bytes >= 0 else None
         return clean_TV
 
-    def _zero_logits(self, chunk: _Chunk, x_CSD: Tensor) -> Tensor:
-        """Logits with zeros at every position. They say nothing of the text, so two contexts in which they agree stand for all others; a model that
-        looks at tokens after the hook too has them computed for each."""
-        if self._zero_contexts > 1 and self._zero_SV is not None:
-            return self._zero_SV.expand(len(chunk.tokens_CS), -1, -1)
-        logits_CSV = self.model.logits(chunk.tokens_CS, Given(torch.zeros_like(x_CSD)))
-        if self._zero_contexts == 0:
-            self._zero_SV = logits_CSV[0].clone()
-        if self._zero_SV is not None:
-            alike = torch.allclose(logits_CSV, self._zero_SV.expand_as(logits_CSV), rtol=1e-4, atol=1e-4)
-            self._zero_contexts += len(logits_CSV)
-            self._zero_SV = self._zero_SV if alike else None
-        return logits_CSV
+    def _ablated(self, name: str, chunk: _Chunk, x_CSD: Tensor) -> Tensor:
+        """CE of the counted predictions with `x_CSD` at the hook, which says nothing of the text: contexts in which it is the same have the same
+        logits, and are not run again. Zeros at every position show whether that holds; for a model that looks at tokens after the hook too, all are
+        run."""
+        known = self._known.get(name)
+        if self._is_blind and known is not None and all(torch.equal(x_SD, known[0]) for x_SD in x_CSD):
+            logits_CSV = known[1].expand(len(x_CSD), -1, -1)
+        else:
+            logits_CSV = self.model.logits(chunk.tokens_CS, Given(x_CSD))
+            if self._is_blind is None and name == "zero" and (known is not None or len(x_CSD) > 1):
+                self._is_blind = torch.allclose(logits_CSV, logits_CSV[:1] if known is None else known[1], rtol=1e-4, atol=1e-4)
+            if all(torch.equal(x_SD, x_CSD[0]) for x_SD in x_CSD):
+                self._known[name] = x_CSD[0].clone(), logits_CSV[0].clone()
+        return _cross_entropy(_logprobs(logits_CSV, chunk.counted_CS), chunk.tokens_CS, chunk.counted_CS)
 
     def _compare(self, chunk: _Chunk, clean_TV: Tensor, sae: Evaluable, splice_CS: Tensor) -> tuple[Tensor, Tensor]:
         """(CE, KL to the clean run) of every counted prediction with reconstructions at the positions of `splice_CS`."""
