@@ -25,6 +25,8 @@ class EvaluationSet:
     """Names by document number."""
     target_TD: Tensor | None = None
     """What each row must become; None for an autoencoder's rows, which must become themselves."""
+    dropped_TD: Tensor | None = None
+    """`activations(tokens_CS)[~keep_CS]`: with it a language model can go on from the hook without running what comes before; None where unknown."""
 
     @property
     def rows(self) -> Rows:
@@ -45,6 +47,14 @@ class EvaluationSet:
                 f"{len(self.x_TD)} rows: keep_CS must have one entry per token and mark exactly the positions that became rows."
             )
         return tokens_CS, keep_CS
+
+    def at_hook(self) -> Tensor | None:
+        """x_CSD at every position, kept or not; None where the others are not known."""
+        if self.tokens_CS is None or self.keep_CS is None or self.dropped_TD is None:
+            return None
+        x_CSD = self.x_TD.new_empty(*self.tokens_CS.shape, self.x_TD.shape[1])
+        x_CSD[self.keep_CS], x_CSD[~self.keep_CS] = self.x_TD, self.dropped_TD
+        return x_CSD
 
 
 class ActivationSource(ABC):

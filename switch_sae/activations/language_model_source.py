@@ -193,17 +193,22 @@ class LanguageModelSource(ActivationSource):
         return Block(Rows.of(x_TD), document_T, next_position)
 
     def _kept_rows(self, contexts: Contexts, where: str) -> Iterator[Tensor]:
-        """The kept rows of one pass after another, in reading order. Passes depend on the contexts alone, so rows come out bit-identical again."""
+        """The kept rows of one pass after another, in reading order."""
+        return (kept_TD for kept_TD, _ in self._rows(contexts, where))
+
+    def _rows(self, contexts: Contexts, where: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """(kept rows, dropped rows) of one pass after another. Passes depend on the contexts alone, so rows come out bit-identical again."""
         for start in range(0, len(contexts), self.config.contexts_per_forward):
             part = contexts[start : start + self.config.contexts_per_forward]
             x_CSD = self.language_model.activations(part.tokens_CS)
-            kept_TD = x_CSD[part.keep_CS.to(x_CSD.device)]
+            keep_CS = part.keep_CS.to(x_CSD.device)
+            kept_TD = x_CSD[keep_CS]
             if not torch.isfinite(kept_TD).all():
                 raise FloatingPointError(
                     f"language model {self.language_model.name!r} gives NaN or infinite activations at hook {self.config.hook!r}, in contexts "
                     f"{start} to {start + len(part) - 1} of {where}. Check the model's weights; with precision=bfloat16 try float32."
                 )
-            yield kept_TD
+            yield kept_TD, x_CSD[~keep_CS]
 
     def evaluation_set(self, rows: int) -> EvaluationSet:
         """Whole held-out contexts drawn from all held-out documents by a fixed seed, in reading order; on the CPU.
@@ -220,11 +225,13 @@ class LanguageModelSource(ActivationSource):
         else:
             contexts, names = self._held_out.contexts, self._held_out.names
         chosen = _whole_contexts(contexts, rows)
-        parts, progress = [], Countdown("held-out activations", chosen.rows, "rows")
-        for kept_TD in self._kept_rows(chosen, "the held-out text"):
-            parts.append(kept_TD.cpu())
-            progress(sum(map(len, parts)))
-        return EvaluationSet(torch.cat(parts), chosen.document_CS[chosen.keep_CS].long(), chosen.tokens_CS.long(), chosen.keep_CS, tuple(names))
+        kept, dropped, progress = [], [], Countdown("held-out activations", chosen.rows, "rows")
+        for kept_TD, dropped_TD in self._rows(chosen, "the held-out text"):
+            kept.append(kept_TD.cpu())
+            dropped.append(dropped_TD.cpu())
+            progress(sum(map(len, kept)))
+        document_T, tokens_CS = chosen.document_CS[chosen.keep_CS].long(), chosen.tokens_CS.long()
+        return EvaluationSet(torch.cat(kept), document_T, tokens_CS, chosen.keep_CS, tuple(names), dropped_TD=torch.cat(dropped))
 
     def state_dict(self) -> dict[str, Any]:
         """The next unseen row's place in the text, and what the stream is made of, so that it is not continued with something else."""

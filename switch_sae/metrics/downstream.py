@@ -153,9 +153,11 @@ class Downstream:
         """Whether logits follow from what stands at the hook alone; None before two contexts could be compared."""
         self._chunks: list[_Chunk] = []
         size = max(1, min(MOST_CONTEXTS, CHUNK_BYTES // (4 * tokens_CS.shape[1] * vocabulary)))
+        at_hook_CSD = evaluation_set.at_hook()
         for part in self.contexts.split(size):
             predictions = int(counted_CS[part].sum())
-            self._chunks.append(_Chunk(tokens_CS[part], keep_CS[part], counted_CS[part], outlier_CS[part], document_T[:predictions]))
+            x_CSD = None if at_hook_CSD is None else at_hook_CSD[part]
+            self._chunks.append(_Chunk(tokens_CS[part], keep_CS[part], counted_CS[part], outlier_CS[part], document_T[:predictions], x_CSD))
             document_T = document_T[predictions:]
 
     @torch.no_grad()
@@ -194,15 +196,19 @@ class Downstream:
         """clean_logprobs_TV; the first time also what else is known of a chunk."""
         if chunk.clean_logprobs_TV is not None:
             return chunk.clean_logprobs_TV
-        if chunk.x_CSD is not None:
-            return _logprobs(self.model.logits(chunk.tokens_CS, Given(chunk.x_CSD)), chunk.counted_CS)
-        logits_CSV, x_CSD = self._logits_and_activations(chunk.tokens_CS)
-        clean_TV = _logprobs(logits_CSV, chunk.counted_CS)
+        if chunk.x_CSD is None:
+            logits_CSV, chunk.x_CSD = self._logits_and_activations(chunk.tokens_CS)
+        else:
+            logits_CSV = self.model.logits(chunk.tokens_CS, Given(chunk.x_CSD))
+            chunk.x_CSD = chunk.x_CSD.to(logits_CSV.device)
+        clean_TV, x_CSD = _logprobs(logits_CSV, chunk.counted_CS), chunk.x_CSD
+        if chunk.ablated is not None:
+            return clean_TV
         del logits_CSV
         mean_CSD = x_CSD.clone()
         mean_CSD[chunk.keep_CS.to(x_CSD.device)] = self._mean_D.to(x_CSD)
         zero_T, mean_T = (self._ablated(name, chunk, at_hook) for name, at_hook in (("zero", torch.zeros_like(x_CSD)), ("mean", mean_CSD)))
-        chunk.x_CSD, chunk.ablated = x_CSD, (_cross_entropy(clean_TV, chunk.tokens_CS, chunk.counted_CS), zero_T, mean_T)
+        chunk.ablated = _cross_entropy(clean_TV, chunk.tokens_CS, chunk.counted_CS), zero_T, mean_T
         self._cache_bytes -= clean_TV.nbytes
         chunk.clean_logprobs_TV = clean_TV if self._cache_bytes >= 0 else None
         return clean_TV
