@@ -112,7 +112,7 @@ $(VENV)/triton-$(OLD_TRITON): $(VENV)/.installed
 	VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet --target $@ --no-deps triton==$(OLD_TRITON)
 	@touch $@
 
-kernels: $(VENV)/triton-$(OLD_TRITON)  ## compile the GPU kernels without a GPU (sm_90, sm_80, gfx942), on two releases of Triton; fail on spills
+kernels: $(VENV)/triton-$(OLD_TRITON)  ## compile the GPU kernels without a GPU (sm_90, sm_80, gfx942), on two Tritons; fail on spills
 	$(PY) -m experiments.benchmarks.compile_kernels --check --target sm_90
 	$(PY) -m experiments.benchmarks.compile_kernels --check --target sm_80 gfx942 --only M=32768
 	PYTHONPATH=$< $(PY) -m experiments.benchmarks.compile_kernels --check --target sm_90
