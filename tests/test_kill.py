@@ -30,7 +30,7 @@ def test_the_kills_cover_the_whole_life_of_a_run():
     kills = plan(20, seed=0, startup=1.0, evaluation=1.0)
     assert len(kills) == 20 and kills == plan(20, 0, 1.0, 1.0) != plan(20, 1, 1.0, 1.0)
     written = {kill.write.split("-")[0] for kill in kills if kill.write}
-    assert written == {"config.json", "environment.json", "metrics.jsonl", "step", "model.safetensors", "results.json"}
+    assert written == {"config.json", "environment.json", "metrics.jsonl", "step", "model.safetensors", "training.json", "results.json"}
     assert {kill.moment for kill in kills if kill.write} == set(MOMENTS)
     steps = [kill.step for kill in kills if kill.write is None]
     assert steps == sorted(steps) and steps[0] == 0 and steps[-1] == 120 and len({step // 30 for step in steps}) == 5
