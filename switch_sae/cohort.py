@@ -248,7 +248,7 @@ class Cohort:
         self.say(f"{name} failed at step {step} and is out: {type(error).__name__}: {error}. The others go on.")
 
     def _score(self, stream: Stream) -> None:
-        """Saves what was trained, then scores it: what fails from here on can be scored again (`score_run`)."""
+        """Saves what was trained, then scores it: what fails from here on can be scored again (`orchestrator.score_again`)."""
         folders, group_size = self._folders(), len(self.trainers)
         wall_seconds = time.perf_counter() - self.began if self.start == 0 else None
         for run, members in folders.items():

@@ -30,7 +30,7 @@ class Estimate:
         return f"{self.value:{spec}}" if self.low is None or self.high is None else f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
-_PLAIN = ("vectors", "flops", "rows", "documents", "outlier_rows", "predictions")
+_PLAIN = ("vectors", "flops", "rows", "documents", "outlier_rows", "predictions", "prediction_documents")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values. Numbers that are not finite (a ratio whose denominator is 0) become null: JSON has none."""
-        plain = {name: getattr(self, name) for name in (*_PLAIN, "prediction_documents")}
+        plain = {name: getattr(self, name) for name in _PLAIN}
         metrics = {name: {key: _finite_or_none(value) for key, value in asdict(estimate).items()} for name, estimate in self.metrics.items()}
         return {"metrics": metrics, **plain, "firing_counts": self.firing_counts.tolist()}
 
