@@ -144,6 +144,8 @@ class Trainer:
         execution: Execution = DEFAULT_EXECUTION,
         group: Group = ALONE,
     ) -> None:
+        if why := sae.why_not_trained():
+            raise ValueError(f"sae.inference={sae.inference.name} cannot be trained: {why}.")
         sae.share_batches(group)
         self.sae, self.config, self.batch_size = sae, config, batch_size
         self.schedule = Schedule.resolve(config, sae, total_steps)
@@ -196,6 +198,7 @@ class Trainer:
         tensors = {f"sae/{name}": tensor for name, tensor in self.sae.state_dict().items()}
         tensors |= self.engine.state()
         tensors["tokens_since_fired"] = self.tokens_since_fired_M
+        tensors |= {f"training/{name}": tensor for name, tensor in self.sae.training_state().items()}
         return tensors, {"steps_done": self.steps_done, "seconds": self.seconds}
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -203,7 +206,8 @@ class Trainer:
         self.sae.load_state_dict({name.removeprefix("sae/"): t for name, t in tensors.items() if name.startswith("sae/")})
         self.tokens_since_fired_M.copy_(tensors["tokens_since_fired"])
         self.steps_done, self._seconds = state["steps_done"], state["seconds"]
-        self.engine.load({name: t for name, t in tensors.items() if not name.startswith("sae/")}, self.steps_done)
+        self.sae.load_training_state({name.removeprefix("training/"): t for name, t in tensors.items() if name.startswith("training/")})
+        self.engine.load({name: t for name, t in tensors.items() if not name.startswith(("sae/", "training/"))}, self.steps_done)
 
 
 @torch.no_grad()

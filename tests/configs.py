@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from switch_sae.models import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, SwitchSAE, TopKSAE
+from switch_sae.models import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, PursuitSAE, ReLUSAE, SwitchPursuitSAE, SwitchSAE, TopKSAE
 from switch_sae.models.routers import Gate, SoftmaxRouter
 from switch_sae.models.routers.bias_balanced import BiasBalancedRouter
+from switch_sae.models.routers.competition import CompetitionRouter
 from switch_sae.models.routers.cosine_kmeans import CosineKMeansRouter
 from switch_sae.models.routers.sigmoid import SigmoidRouter
 
@@ -13,6 +14,8 @@ ARCHITECTURES: dict[str, Any] = {
     "topk": TopKSAE.Config(num_latents=48, k=4),
     "switch": SwitchSAE.Config(num_latents=48, k=4, num_experts=4),
     "batch_topk": BatchTopKSAE.Config(num_latents=48, k=4),
+    "pursuit": PursuitSAE.Config(num_latents=48, k=4, blocks=2),
+    "switch_pursuit": SwitchPursuitSAE.Config(num_latents=48, k=4, blocks=2, num_experts=4),
     "matryoshka": MatryoshkaSAE.Config(num_latents=48, k=4),
     "relu": ReLUSAE.Config(num_latents=48),
     "gated": GatedSAE.Config(num_latents=48),
@@ -25,6 +28,7 @@ ROUTED: dict[str, Any] = {
     "softmax straight_through": SoftmaxRouter.Config(gate=Gate.straight_through),
     "sigmoid": SigmoidRouter.Config(),
     "bias_balanced": BiasBalancedRouter.Config(),
+    "competition": CompetitionRouter.Config(),
     "cosine_kmeans": CosineKMeansRouter.Config(decay=0.9),
 }
 """Every router, by key of `ROUTERS`, with every gate of softmax behind it."""
@@ -38,6 +42,9 @@ def switch(router: str, experts_per_token: int = 1, **changes: Any) -> Any:
 CONTRACTS = (
     {name: config for name, config in ARCHITECTURES.items() if name != "switch"}
     | {f"switch, {router}": switch(router) for router in ROUTED}
+    | {f"{name}, {way}": replace(ARCHITECTURES[name], inference=way) for name in ("topk", "switch") for way in ("refit", "pursuit")}
+    | {"batch_topk, refit": replace(ARCHITECTURES["batch_topk"], inference="refit")}
+    | {"switch_pursuit, stop, shared": replace(ARCHITECTURES["switch_pursuit"], stop=True, shared=8, coherence=0.1)}
     | {f"switch, {router}, two experts per token": switch(router, 2) for router in ROUTED}
 )
 """Everything that the contract holds for."""

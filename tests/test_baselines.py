@@ -65,7 +65,7 @@ def of_case_inputs(golden):
 def test_the_golden_outputs_come_from_every_library_and_are_not_trivial():
     golden = load_file(GOLDEN)
     assert {case.library for case in CASES} == PEERS.keys()
-    assert {case.ours for case in CASES} == SAES.keys() - {"switch"}
+    assert {case.ours for case in CASES} == SAES.keys() - {"switch", "switch_pursuit", "pursuit"}
     for case in CASES:
         latents = of_case(case, golden)["latents"]
         assert 0.02 < (latents > 0).double().mean() < 0.98
@@ -197,13 +197,13 @@ def test_recipes_reach_the_trainer_and_the_config_overrides_them():
 
 
 def test_training_lowers_the_loss_of_every_baseline():
-    for name in SAES.keys() - {"switch"}:
+    for name in (key for key, cls in SAES.items() if not cls.is_routed):
         settings = {"k": 3} if hasattr(SAES[name].Config, "k") else {"l1": 0.1} if name != "jumprelu" else {}
         sae = build(SAES[name], torch.float32, **settings)
         trainer = Trainer(sae, TrainerConfig(lr=3e-3, warmup_steps=0, dead_after_tokens=10**9), total_steps=300, batch_size=400)
         x = activations(rows=400).float()
         fvus = [trainer.step(Rows.of(x)).fvu() for _ in range(60)]
-        assert fvus[-1] < 0.7 * fvus[0], (name, fvus[0], fvus[-1])
+        assert fvus[-1] < (0.7 if sae.has_encoder else 0.8) * fvus[0], (name, fvus[0], fvus[-1])
 
 
 @pytest.mark.parametrize("centred", [True, False])

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from configs import ROUTED, switch
 
-from switch_kernels import encode_topk_reference, sparse_decode_reference
+from switch_kernels import Dispatch, encode_topk_reference, sparse_decode_reference
 from switch_sae.models import SAES
 from switch_sae.models.routers import ROUTERS, Gate, SoftmaxRouter
 from switch_sae.models.routers.bias_balanced import BiasBalancedRouter
+from switch_sae.models.routers.competition import CompetitionRouter
 from switch_sae.models.routers.cosine_kmeans import CosineKMeansRouter
 from switch_sae.models.routers.sigmoid import SigmoidRouter
 from switch_sae.rows import Rows
@@ -54,10 +55,26 @@ def by_formula(router, x_TD, slots):
         if config.gate is not Gate.probability:
             gate_TS = 1 + (0 if config.gate is Gate.hard else 1) * (gate_TS - gate_TS.detach())
         return expert_TS, gate_TS, probs_TE, config.load_balance
+    if isinstance(config, CompetitionRouter.Config):
+        expert_TS = logits_TE.sort(dim=1, descending=True).indices[:, :slots]
+        return expert_TS, torch.ones(len(x_TD), slots).to(x_TD), torch.softmax(logits_TE, dim=1), config.load_balance
     score_TE = 1 / (1 + (-logits_TE).exp())
     biased_TE = score_TE + (router.balance_E if isinstance(config, BiasBalancedRouter.Config) else 0)
     expert_TS = biased_TE.sort(dim=1, descending=True).indices[:, :slots]
     return expert_TS, score_TE.gather(1, expert_TS), score_TE / score_TE.sum(1, keepdim=True), getattr(config, "load_balance", 0.0)
+
+
+def competition_by_formula(sae, scaled, output, recon, share_TE):
+    """mean(g L + (1 - g) L') over the first quarter, g = p / (p + p'), costs by computing every expert and masking."""
+    count = len(scaled) // 4
+    chosen, rival = output.routing.expert_TS[:count, :1], sae.router.rivals(output.routing).expert_n1
+    assert rival.shape == chosen.shape and (rival != chosen).all()
+    dispatch = Dispatch.from_experts(rival, E)
+    theirs = encode_topk_reference(scaled[:count], sae.b_pre_D, torch.ones(count, 1), sae.W_enc_MD, sae.b_enc_M, dispatch, 4, True)
+    rivals_recon = sparse_decode_reference(theirs.values_TK, theirs.indices_TK, sae.W_dec_MD) + sae.b_pre_D
+    costs = [(scaled[:count] - made[:count]).pow(2).sum(1).detach() for made in (recon, rivals_recon)]
+    p, other = share_TE[:count].gather(1, chosen)[:, 0], share_TE[:count].gather(1, rival)[:, 0]
+    return (p * costs[0] + other * costs[1]).div(p + other).mean()
 
 
 @pytest.mark.parametrize("name", list(ROUTED))
@@ -78,6 +95,8 @@ def test_outputs_losses_and_gradients_are_the_formula_with_every_expert_computed
     expected = {"mse": (scaled - recon).pow(2).sum(1).mean()}
     if load_balance:
         expected["load_balance"] = load_balance * D * E * (load_E * share_TE.mean(0)).sum()
+    if name == "competition":
+        expected["competition"] = competition_by_formula(sae, scaled, output, recon, share_TE)
     torch.testing.assert_close(terms, expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(output.recon_TD, recon / sae.activation_scale, rtol=1e-10, atol=1e-10)
     parameters = list(sae.parameters())

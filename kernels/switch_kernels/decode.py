@@ -56,14 +56,7 @@ def _sparse_decode_backward(
     needs_values, needs_W_dec = needs
     grads = [W_dec_MD.new_empty(0) for _ in needs]
     if needs_values:
-        # A gather of K rows and K dot products. The public way to it, autograd through a second forward, takes 1.5 times as long.
-        tokens, k = indices_TK.shape
-        starts_T = torch.arange(0, tokens * k, k, device=indices_TK.device)
-        token_P_in_order = torch.arange(tokens, device=indices_TK.device).repeat_interleave(k)
-        flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad_TD, W_dec_MD.contiguous(), indices_TK.flatten(), starts_T, token_P_in_order, 0, -1
-        )
-        grads[0] = flat.view(tokens, k)
+        grads[0] = row_products(grad_TD, indices_TK, W_dec_MD)
     if needs_W_dec:
         if pair_P is not None and token_P is not None and start_M is not None:
             by_latent = LatentOrder(pair_P, token_P, start_M)
@@ -71,6 +64,16 @@ def _sparse_decode_backward(
             by_latent = LatentOrder.from_indices(indices_TK, W_dec_MD.shape[0])
         grads[1] = by_latent.weighted_row_sums(grad_TD, values_TK)
     return grads
+
+
+def row_products(x_TD: Tensor, indices_TK: Tensor, W_MD: Tensor) -> Tensor:
+    """[T, K]: x[t] . W[indices[t, s]], and no other products; no [T, K, D] between. x must be contiguous."""
+    # The gradient of `embedding_bag` with respect to its weights is just that; autograd through a second forward takes 1.5 times as long.
+    tokens, k = indices_TK.shape
+    starts_T = torch.arange(0, tokens * k, k, device=indices_TK.device)
+    token_P_in_order = torch.arange(tokens, device=indices_TK.device).repeat_interleave(k)
+    flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(x_TD, W_MD.contiguous(), indices_TK.flatten(), starts_T, token_P_in_order, 0, -1)
+    return flat.view(tokens, k)
 
 
 @torch.library.register_fake("switch_kernels::sparse_decode_backward")

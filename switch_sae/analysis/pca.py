@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from switch_sae.metrics.base import check_finite
-from switch_sae.models.base import Flops, SAEOutput, SparseLatents
+from switch_sae.models.base import Flops, SAEOutput
+from switch_sae.models.latents import SparseLatents
 
 
 class PCABaseline(nn.Module):

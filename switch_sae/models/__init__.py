@@ -1,14 +1,18 @@
 """Sparse autoencoder architectures. Add one by adding a file and a line to `SAES`."""
 
 from switch_sae.choices import Choice
-from switch_sae.models.base import DenseLatents, Flops, Latents, Recipe, SAEOutput, SparseAutoencoder, SparseLatents
+from switch_sae.models.base import Flops, Recipe, SAEOutput, SparseAutoencoder
 from switch_sae.models.batch_topk import BatchTopKSAE
 from switch_sae.models.gated import GatedSAE
+from switch_sae.models.inference import Inference, why_no_inference, with_inference
 from switch_sae.models.jumprelu import JumpReLUSAE
+from switch_sae.models.latents import DenseLatents, Latents, SparseLatents
 from switch_sae.models.matryoshka import MatryoshkaSAE
+from switch_sae.models.pursuit import PursuitSAE
 from switch_sae.models.relu import ReLUSAE
 from switch_sae.models.routers import ROUTERS, Router, Routing
 from switch_sae.models.switch import SwitchSAE
+from switch_sae.models.switch_pursuit import SwitchPursuitSAE
 from switch_sae.models.topk import TopKSAE
 
 SAES: Choice[SparseAutoencoder] = Choice(
@@ -16,9 +20,11 @@ SAES: Choice[SparseAutoencoder] = Choice(
     "architecture",
     {
         "switch": SwitchSAE,
+        "switch_pursuit": SwitchPursuitSAE,
         "topk": TopKSAE,
         "batch_topk": BatchTopKSAE,
         "matryoshka": MatryoshkaSAE,
+        "pursuit": PursuitSAE,
         "relu": ReLUSAE,
         "gated": GatedSAE,
         "jumprelu": JumpReLUSAE,
@@ -32,9 +38,11 @@ __all__ = [
     "DenseLatents",
     "Flops",
     "GatedSAE",
+    "Inference",
     "JumpReLUSAE",
     "Latents",
     "MatryoshkaSAE",
+    "PursuitSAE",
     "ReLUSAE",
     "Recipe",
     "Router",
@@ -42,6 +50,9 @@ __all__ = [
     "SAEOutput",
     "SparseAutoencoder",
     "SparseLatents",
+    "SwitchPursuitSAE",
     "SwitchSAE",
     "TopKSAE",
+    "why_no_inference",
+    "with_inference",
 ]

@@ -9,107 +9,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from switch_kernels import ALONE, Execution, Group
 from switch_sae.checks import Settings
+from switch_sae.models.gram import GramCache
+from switch_sae.models.inference import Inference, why_no_inference
+from switch_sae.models.latents import Latents
 from switch_sae.models.routers.base import Routing
 from switch_sae.rows import Rows, Shapes
-
-
-class Latents(Shapes, ABC):
-    """Which of the M latents are active for each of T tokens, and how strongly; 0 where a latent did not fire."""
-
-    num_latents: int
-    """M."""
-
-    @property
-    @abstractmethod
-    def values(self) -> Tensor:
-        """[T, slots]: activations in units of the scaled activations; a slot that holds 0 is unused."""
-
-    @abstractmethod
-    def to_dense(self) -> Tensor:
-        """The same latents as [T, M], zeros where nothing fired."""
-
-    @abstractmethod
-    def select(self, latent_L: Tensor) -> Tensor:
-        """[T, L]: the values of some latents, which differ from each other."""
-
-    @abstractmethod
-    def firing_counts(self) -> Tensor:
-        """[M] how many tokens each latent fired on; zero-valued slots do not count."""
-
-    @abstractmethod
-    def cpu(self) -> Self:
-        """The same on the CPU."""
-
-
-@dataclass(frozen=True, repr=False)
-class SparseLatents(Latents):
-    """At most K active latents per token. The gate is inside the values, so decoding is linear and knows nothing of experts.
-
-    Slots whose value is 0 are unused: they name some latent but that latent did not fire.
-    """
-
-    values_TK: Tensor
-    """Activations of the chosen latents, >= 0, in units of the scaled activations."""
-    indices_TK: Tensor
-    """Global latent indices, int64 in [0, M)."""
-    num_latents: int
-
-    @property
-    def values(self) -> Tensor:
-        return self.values_TK
-
-    def to_dense(self) -> Tensor:
-        dense_TM = self.values_TK.new_zeros(self.values_TK.shape[0], self.num_latents)
-        return dense_TM.scatter_add(1, self.indices_TK, self.values_TK)
-
-    def select(self, latent_L: Tensor) -> Tensor:
-        column_M = torch.full((self.num_latents,), len(latent_L), device=self.values_TK.device)  # the last column takes all others
-        column_M[latent_L] = torch.arange(len(latent_L), device=column_M.device)
-        selected_TL = self.values_TK.new_zeros(len(self.values_TK), len(latent_L) + 1)
-        return selected_TL.scatter_add(1, column_M[self.indices_TK], self.values_TK)[:, :-1]
-
-    def firing_counts(self) -> Tensor:
-        counts_M = torch.zeros(self.num_latents, dtype=torch.float32, device=self.values_TK.device)
-        return counts_M.scatter_add_(0, self.indices_TK.flatten(), (self.values_TK != 0).float().flatten())
-
-    def cpu(self) -> Self:
-        return replace(self, values_TK=self.values_TK.cpu(), indices_TK=self.indices_TK.cpu())
-
-
-@dataclass(frozen=True, repr=False)
-class DenseLatents(Latents):
-    """All M latents of every token: what an SAE without a fixed number of active latents gives. Most values are 0."""
-
-    values_TM: Tensor
-
-    @property
-    def num_latents(self) -> int:  # type: ignore[override]
-        return self.values_TM.shape[1]
-
-    @property
-    def values(self) -> Tensor:
-        return self.values_TM
-
-    def to_dense(self) -> Tensor:
-        return self.values_TM
-
-    def select(self, latent_L: Tensor) -> Tensor:
-        return self.values_TM[:, latent_L]
-
-    def firing_counts(self) -> Tensor:
-        return (self.values_TM != 0).sum(dim=0).float()
-
-    def cpu(self) -> Self:
-        return replace(self, values_TM=self.values_TM.cpu())
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,6 +34,9 @@ class SAEOutput(Shapes):
     latents: Latents
     routing: Routing | None = None
     """None for architectures without experts."""
+    match: Tensor | None = None
+    """mean_t ||proposed values - values||^2, with the encoder's gradient: how far it was from the latents that `Inference` put in their place. None
+    where they are its own, and outside training."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +73,13 @@ class Recipe:
     """Whether decoder rows are kept on the unit sphere; False where the loss weighs latents by their rows' norms instead."""
 
 
+@dataclass
 class SAEConfig(Settings):
     """What the `Config`s of all architectures have in common beside their `num_latents`."""
 
     group = "sae/"
+    inference: Inference | None = field(default=None, kw_only=True)
+    """How latents are found: by the encoder, or better than it does (`switch_sae.models.inference`). None is the architecture's own way."""
 
     def simplest(self) -> Any:
         """The config of a simpler architecture that computes the same, where this one has nothing to choose from; else itself."""
@@ -231,6 +150,16 @@ class SparseAutoencoder(nn.Module, ABC):
     """Whether the errors of all others are given relative to its own."""
     is_routed: bool = False
     """Whether a router sends each token to some of its experts."""
+    own_inference: Inference = Inference.encoder
+    """What `inference=None` stands for."""
+    has_encoder: bool = True
+    """Whether it can propose latents without a search (`Inference.encoder`)."""
+    num_shared: int = 0
+    """Latents that every token may use, whatever its expert: the first ones. The others are split evenly over the experts."""
+    threshold: Tensor
+    """Where `by_threshold`: what latents must exceed in evaluation, in units of the scaled activations; a buffer."""
+    trains_by: tuple[Inference, ...] = (Inference.encoder,)
+    """The ways of inference that it can be trained with; it can be scored with all for which `why_no_inference` has no reason."""
     recipe: Recipe = Recipe()
     activation_scale: Tensor
     activations: dict[str, Any]
@@ -291,6 +220,28 @@ class SparseAutoencoder(nn.Module, ABC):
         return self.b_pre_D
 
     @property
+    def inference(self) -> Inference:
+        """How `encode` and `forward` find latents."""
+        return self.config.inference or self.own_inference
+
+    @property
+    def grams(self) -> GramCache:
+        """The Gram matrices of its decoder, for refits and pursuit."""
+        cache: GramCache = self.__dict__.setdefault("_grams", GramCache())
+        return cache
+
+    def why_not_trained(self) -> str | None:
+        """Why it cannot be trained with the inference that it has; None if it can."""
+        if self.inference in self.trains_by:
+            return why_no_inference(self, self.inference)
+        return f"{type(self).__name__} trains by inference={' or '.join(way.name for way in self.trains_by)}; others are for scoring what was trained"
+
+    @property
+    def by_threshold(self) -> bool:
+        """Whether a threshold decides how many latents are active in evaluation (`switch_sae.models.threshold`)."""
+        return False
+
+    @property
     def k(self) -> int | None:
         """Active latents per token by construction (at most, or on average); None where training finds their number."""
         return None
@@ -300,6 +251,14 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def end_step(self, rows: Rows, output: SAEOutput) -> None:
         """Called after a training step, without gradients, with what its forward pass gave: where running statistics are kept, in buffers."""
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside weights and buffers for training to go on bit for bit."""
+        return self.grams.state()
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """From `training_state`."""
+        self.grams.load(state, self.decoder_weight())
 
     def share_batches(self, group: Group) -> None:
         """From now on a training batch is what all processes of the group hold."""

@@ -1,11 +1,14 @@
 """`BatchTopKSAE`: the k latents per token that a batch may use on average go to the tokens that need them (Bussmann et al., arXiv 2412.06410)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from switch_sae.models.base import Latents, SAEOutput
+from switch_kernels import Dispatch
+from switch_sae.models.base import Flops, SAEOutput
+from switch_sae.models.inference import Inference, equal_blocks, pursue_with_threshold, pursuit_flops, refit
+from switch_sae.models.latents import DenseLatents, Latents
 from switch_sae.models.pairs import Pairs, decode_pairs, encode_pairs, largest
 from switch_sae.models.topk import TopKSAE
 from switch_sae.rows import Rows
@@ -15,7 +18,7 @@ CALIBRATION_BATCH, CALIBRATION_BATCHES = 1024, 8
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PairsOutput(SAEOutput):
-    """With the active latents as pairs."""
+    """With the latents that the encoder chose as pairs."""
 
     pairs: Pairs
 
@@ -41,8 +44,8 @@ class BatchTopKSAE(TopKSAE):
 
     config: "BatchTopKSAE.Config"
     colour, marker = "#4D4D4D", "*"
-    threshold: Tensor
-    """In units of the scaled activations."""
+    trains_by: tuple[Inference, ...] = (Inference.encoder, Inference.refit)
+    by_threshold = True
     step = 0
 
     def __init__(self, config: "BatchTopKSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
@@ -67,15 +70,29 @@ class BatchTopKSAE(TopKSAE):
         self.threshold.copy_(torch.where(smallest.isnan(), self.threshold, torch.lerp(smallest, self.threshold, beta)))
 
     def encode(self, x_TD: Tensor) -> Latents:
-        return self._pairs(self._scaled(x_TD), keep=self.training).to_latents(len(x_TD), self.num_latents)
+        x_TD = self._scaled(x_TD)
+        if self.inference is Inference.pursuit:
+            return self._pursued(x_TD)
+        return self._better(x_TD, self._pairs(x_TD, keep=self.training))[0].to_latents(len(x_TD), self.num_latents)
 
     def decode(self, latents: Latents) -> Tensor:
         dense_TM = self._dense(latents)
         return self._reconstruct(Pairs.from_dense(dense_TM), len(dense_TM))
 
-    def forward(self, x_TD: Tensor) -> PairsOutput:
-        pairs = self._pairs(self._scaled(x_TD), keep=self.training)
-        return PairsOutput(self._reconstruct(pairs, len(x_TD)), pairs.to_latents(len(x_TD), self.num_latents), pairs=pairs)
+    def forward(self, x_TD: Tensor) -> SAEOutput:
+        x_TD = self._scaled(x_TD)
+        if self.inference is Inference.pursuit:
+            latents = self._pursued(x_TD)
+            return SAEOutput(self._reconstruct(Pairs.from_dense(latents.values_TM), len(x_TD)), latents)
+        proposed = self._pairs(x_TD, keep=self.training)
+        pairs, match = self._better(x_TD, proposed)
+        return self._output(proposed, pairs, match, len(x_TD))
+
+    def flops(self) -> Flops:
+        if self.inference is not Inference.pursuit:
+            return super().flops()
+        by_pursuit = pursuit_flops(self.d_in, self.num_latents, self.config.k, equal_blocks(self.config.k), by_threshold=True)
+        return replace(super().flops(), encode=by_pursuit)
 
     @torch.no_grad()
     def fold_activation_scale(self) -> None:
@@ -91,6 +108,25 @@ class BatchTopKSAE(TopKSAE):
             return (pre_TM > self.threshold.clamp_min(0)).flatten().nonzero()[:, 0]
 
         return encode_pairs(x_TD, self.b_in_D, self.W_enc_MD, self.b_enc_M, select)
+
+    def _output(self, proposed: Pairs, pairs: Pairs, match: Tensor | None, tokens: int) -> PairsOutput:
+        latents = pairs.to_latents(tokens, self.num_latents)
+        return PairsOutput(self._reconstruct(pairs, tokens), latents, match=match, pairs=proposed)
+
+    def _pursued(self, x_TD: Tensor) -> DenseLatents:
+        dispatch = Dispatch.to_one_expert(len(x_TD), x_TD.device)
+        return DenseLatents(pursue_with_threshold(self, x_TD, dispatch, self.config.k, self.threshold).to_dense())
+
+    def _better(self, x_TD: Tensor, proposed: Pairs) -> tuple[Pairs, Tensor | None]:
+        """(pairs by `inference`, the encoder's loss against them) of scaled activations."""
+        if self.inference is Inference.encoder:
+            return proposed, None
+        tokens = len(x_TD)
+        refitted_TM = refit(self, x_TD, proposed.to_latents(tokens, self.num_latents), None).to_dense()
+        values_P = refitted_TM[proposed.token_P, proposed.latent_P]
+        kept_P = values_P > 0
+        match = (proposed.values_P - values_P).square().sum() / tokens if self.training and torch.is_grad_enabled() else None
+        return Pairs(values_P[kept_P], proposed.token_P[kept_P], proposed.latent_P[kept_P]), match
 
     def _reconstruct(self, pairs: Pairs, tokens: int) -> Tensor:
         recon_TD = decode_pairs(pairs.values_P, pairs.latent_P, pairs.token_P, tokens, self.W_dec_MD)

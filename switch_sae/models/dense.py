@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switch_sae.checks import at_least
-from switch_sae.models.base import DenseLatents, Flops, Latents, SAEConfig, SAEOutput, SparseAutoencoder
+from switch_sae.models.base import Flops, SAEConfig, SAEOutput, SparseAutoencoder
+from switch_sae.models.inference import Inference, pursue_like, refit
+from switch_sae.models.latents import DenseLatents, Latents
 from switch_sae.models.losses import reconstruction_loss
 from switch_sae.rows import Rows
 
@@ -73,13 +75,16 @@ class DenseSAE(SparseAutoencoder):
         """Nothing depends on data: biases start at 0."""
 
     def encode(self, x_TD: Tensor) -> Latents:
-        return DenseLatents(self._activate(self._scaled(x_TD))[0])
+        x_TD = self._scaled(x_TD)
+        return DenseLatents(self._better(x_TD, self._activate(x_TD)[0]))
 
     def decode(self, latents: Latents) -> Tensor:
         return self._decode(self._dense(latents))
 
     def forward(self, x_TD: Tensor) -> DenseOutput:
-        latents_TM, pre_TM = self._activate(self._scaled(x_TD))
+        x_TD = self._scaled(x_TD)
+        proposed_TM, pre_TM = self._activate(x_TD)
+        latents_TM = self._better(x_TD, proposed_TM)
         return DenseOutput(self._decode(latents_TM), DenseLatents(latents_TM), pre_TM=pre_TM)
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
@@ -105,6 +110,13 @@ class DenseSAE(SparseAutoencoder):
     @abstractmethod
     def _thresholds(self) -> tuple[Tensor, ...]:
         """The biases, beside b_pre, in units of the activations."""
+
+    def _better(self, x_TD: Tensor, proposed_TM: Tensor) -> Tensor:
+        """Latents by `inference`, from those of the encoder."""
+        if self.inference is Inference.encoder:
+            return proposed_TM
+        better = refit(self, x_TD, DenseLatents(proposed_TM), None) if self.inference is Inference.refit else None
+        return (better or pursue_like(self, x_TD, DenseLatents(proposed_TM))).to_dense()
 
     def _decode(self, latents_TM: Tensor) -> Tensor:
         return (latents_TM @ self.W_dec_MD + self.b_out_D) / self.target_scale

@@ -14,6 +14,7 @@ from switch_kernels import Plan, Regime, choose_plan
 from switch_kernels.adam import BETAS
 from switch_kernels.backend import Dot
 from switch_sae.models.base import SparseAutoencoder
+from switch_sae.models.inference import Inference
 from switch_sae.models.routers.base import Router, RouterKernel
 from switch_sae.rows import Rows
 
@@ -104,6 +105,8 @@ def why_not_fused(sae: SparseAutoencoder) -> str | None:
         return f"this {name} has {', '.join(changed)} of its own, which the Triton kernels would not call"
     if sae.recipe.betas != BETAS or not sae.recipe.unit_decoder:
         return f"the Triton kernels train with Adam's betas {BETAS} and unit decoder rows, not by {sae.recipe}"
+    if sae.inference is not Inference.encoder:
+        return f"the Triton kernels train encoders, not by inference={sae.inference.name}"
     frozen = [key for key, parameter in sae.named_parameters(recurse=False) if not parameter.requires_grad]
     if frozen:
         return f"{', '.join(frozen)} are frozen, which the Triton kernels do not know"

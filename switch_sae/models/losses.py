@@ -5,7 +5,9 @@ squared activations summed over D.
 import torch
 from torch import Tensor
 
-from switch_kernels import ALONE, Group
+from switch_kernels import ALONE, Dispatch, Group, sparse_decode
+from switch_sae.models.latents import Latents, SparseLatents
+from switch_sae.models.routers.base import Rivals
 
 
 def reconstruction_loss(residual_TD: Tensor) -> Tensor:
@@ -22,6 +24,59 @@ def normalized_auxk_loss(residual_TD: Tensor, recon_TD: Tensor, group: Group = A
     (mean_D,) = group.mean([residual_TD.mean(dim=0)])
     (scale,) = group.mean([(residual_TD - mean_D).pow(2).sum()])
     return torch.where(scale > 0, (residual_TD - recon_TD).pow(2).sum() / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
+
+
+def tied_auxk_loss(residual_TD: Tensor, W_dec_MD: Tensor, dead_M: Tensor, dispatch: Dispatch, shared: int, group: Group = ALONE) -> Tensor:
+    """AuxK for SAEs without an encoder: the residual of each token from the dead ones, at most D / 2, of its shared latents and its expert's, with
+    ReLU of their products with it as codes.
+
+    Gradients reach the dead rows of W_dec; codes and residual are held fixed.
+    """
+    experts, latents = dispatch.num_experts, (len(dead_M) - shared) // dispatch.num_experts
+    dead_shared, residual_ND, recon = dead_M[:shared].nonzero()[:, 0], dispatch.gather(residual_TD), []
+    for e in range(experts):
+        first = shared + e * latents
+        dead = torch.cat([dead_shared, dead_M[first : first + latents].nonzero()[:, 0] + first])
+        rows_ND = residual_ND[dispatch.offsets[e] : dispatch.offsets[e + 1]]
+        W_BD = W_dec_MD.index_select(0, dead)
+        products_NB = rows_ND @ W_BD.detach().T
+        values, indices = products_NB.topk(min(max(1, residual_TD.shape[1] // 2), len(dead)), dim=1, sorted=False)
+        recon.append(torch.zeros_like(products_NB).scatter(1, indices, values.relu()) @ W_BD)
+    in_order_ND = torch.cat(recon)
+    recon_TD = in_order_ND if dispatch.is_identity else torch.empty_like(in_order_ND).index_copy(0, dispatch.order_N, in_order_ND)
+    return normalized_auxk_loss(residual_TD, recon_TD, group)
+
+
+def competition_loss(
+    rivals: Rivals,
+    target_TD: Tensor,
+    recon_TD: Tensor,
+    own: Latents,
+    theirs: SparseLatents,
+    W_dec_MD: Tensor,
+    b_D: Tensor,
+    price: Tensor | float = 0.0,
+) -> Tensor:
+    """`Rivals.loss` of the first n tokens' costs, ||x - recon||^2 + price * L0, with the chosen expert's latents and with the rival's.
+
+    Target and reconstruction are scaled; no gradient reaches them.
+    """
+    with torch.no_grad():
+        count = len(theirs.values_TK)
+        target_nD = target_TD[:count]
+        rival_nD = sparse_decode(theirs.values_TK, theirs.indices_TK, W_dec_MD) + b_D
+        cost_n = (target_nD - recon_TD[:count]).square().sum(dim=1) + price * (own.values[:count] > 0).sum(dim=1)
+        rival_cost_n = (target_nD - rival_nD).square().sum(dim=1) + price * (theirs.values_TK > 0).sum(dim=1)
+    return rivals.loss(cost_n, rival_cost_n)
+
+
+def coherence_loss(W_dec_MD: Tensor, experts: int, shared: int, cosine: float = 0.3) -> Tensor:
+    """mean_i sum_{j != i} ReLU(cos_ij - cosine)^2 over pairs of unit rows that are in one dictionary: the shared rows and those of an expert."""
+    own_EFD = W_dec_MD[shared:].view(experts, -1, W_dec_MD.shape[1])
+    others_ECD = torch.cat([W_dec_MD[:shared].expand(experts, -1, -1), own_EFD], dim=1) if shared else own_EFD
+    close_EFC = (own_EFD @ others_ECD.transpose(1, 2) - cosine).relu().square()
+    diagonal_EF = close_EFC.diagonal(offset=shared, dim1=1, dim2=2)
+    return (close_EFC.sum() - diagonal_EF.sum()) / own_EFD[..., 0].numel()
 
 
 def geometric_median(x_TD: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:

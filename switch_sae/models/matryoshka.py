@@ -9,6 +9,7 @@ from torch import Tensor
 
 from switch_sae.models.base import SAEOutput
 from switch_sae.models.batch_topk import BatchTopKSAE, PairsOutput
+from switch_sae.models.inference import Inference
 from switch_sae.models.losses import reconstruction_loss
 from switch_sae.models.pairs import Pairs, decode_pairs
 from switch_sae.rows import Rows
@@ -60,15 +61,16 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     config: "MatryoshkaSAE.Config"
     colour, marker = "#A0A0A0", "d"
+    trains_by = (Inference.encoder,)  # values refitted for the whole are not those of least squares for a prefix
 
     def __init__(self, config: "MatryoshkaSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
         super().__init__(config, d_in, generator)
         self.group_ends = list(itertools.accumulate(config.group_sizes))
 
-    def forward(self, x_TD: Tensor) -> PrefixesOutput:
-        pairs, tokens = self._pairs(self._scaled(x_TD), keep=self.training), len(x_TD)
+    def _output(self, proposed: Pairs, pairs: Pairs, match: Tensor | None, tokens: int) -> PrefixesOutput:
         prefixes_GTD = self._prefixes(pairs, tokens)
-        return PrefixesOutput(prefixes_GTD[-1], pairs.to_latents(tokens, self.num_latents), pairs=pairs, prefixes_GTD=prefixes_GTD)
+        latents = pairs.to_latents(tokens, self.num_latents)
+        return PrefixesOutput(prefixes_GTD[-1], latents, match=match, pairs=proposed, prefixes_GTD=prefixes_GTD)
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         assert isinstance(output, PrefixesOutput)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switch_kernels import ALONE, Group, LatentOrder
-from switch_sae.models.base import DenseLatents
+from switch_sae.models.latents import DenseLatents
 from switch_sae.rows import Shapes
 
 _SAMPLE_STRIDE = 67

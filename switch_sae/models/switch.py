@@ -9,7 +9,7 @@ from torch import Tensor
 from switch_kernels import Dispatch, Group
 from switch_sae.checks import at_least
 from switch_sae.models.base import Flops, SAEOutput
-from switch_sae.models.losses import geometric_median
+from switch_sae.models.losses import competition_loss, geometric_median
 from switch_sae.models.routers import ROUTERS, Router, RouterKernel, Routing
 from switch_sae.models.topk import TopKSAE
 from switch_sae.rows import Rows
@@ -112,7 +112,15 @@ class SwitchSAE(TopKSAE):
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss_terms(rows, output, dead_M)
-        return terms if output.routing is None else terms | self.router.loss_terms(output.routing, self.d_out)
+        if output.routing is None:
+            return terms
+        terms |= self.router.loss_terms(output.routing, self.d_out)
+        if (rivals := self.router.rivals(output.routing)) is None:
+            return terms
+        x_nD, recon_TD = self._scaled(rows.x_TD[: len(rivals.expert_n1)]), output.recon_TD * self.target_scale
+        with torch.no_grad():
+            theirs = self._encode_by(x_nD, Dispatch.from_experts(rivals.expert_n1, self.num_experts), None)[0]
+        return terms | {"competition": competition_loss(rivals, x_nD, recon_TD, output.latents, theirs, self.W_dec_MD, self.b_out_D)}
 
     def begin_step(self, step: int, total_steps: int) -> None:
         self.router.begin_step(step, total_steps)

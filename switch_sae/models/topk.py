@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from switch_kernels import Dispatch, encode_topk, sparse_decode
 from switch_sae.checks import all_at_least, at_least
-from switch_sae.models.base import Flops, Latents, SAEConfig, SAEOutput, SparseLatents
+from switch_sae.models.base import Flops, SAEConfig, SAEOutput
 from switch_sae.models.fused import FusedTraining
+from switch_sae.models.gram import REFRESH_TOKENS
+from switch_sae.models.inference import Inference, equal_blocks, gram_flops, match_loss, pursue, pursuit_flops, refit, refit_flops
+from switch_sae.models.latents import Latents, SparseLatents
 from switch_sae.models.losses import geometric_median, normalized_auxk_loss, reconstruction_loss
 from switch_sae.models.routers.base import Routing
 from switch_sae.rows import Rows
@@ -50,6 +53,7 @@ class TopKSAE(FusedTraining):
 
     colour, marker, is_reference = "#000000", "o", True
     has_kernels = True
+    trains_by = tuple(Inference)
     num_experts = 1
     experts_per_token = 1
     joint_topk = True
@@ -90,7 +94,7 @@ class TopKSAE(FusedTraining):
         return None, Dispatch.to_one_expert(x_TD.shape[0], x_TD.device)
 
     def encode(self, x_TD: Tensor) -> Latents:
-        return self._encode(self._scaled(x_TD))[0]
+        return self._infer(self._scaled(x_TD))[0]
 
     def decode(self, latents: Latents) -> Tensor:
         latents = self._own(latents)
@@ -99,25 +103,33 @@ class TopKSAE(FusedTraining):
         return (self._dense(latents) @ self.W_dec_MD + self.b_out_D) / self.target_scale
 
     def forward(self, x_TD: Tensor) -> SAEOutput:
-        latents, routing, by_latent = self._encode(self._scaled(x_TD))
-        return SAEOutput(self._decode(latents, by_latent), latents, routing)
+        latents, routing, by_latent, match = self._infer(self._scaled(x_TD))
+        return SAEOutput(self._decode(latents, by_latent), latents, routing, match)
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         residual_TD = (self._target(rows) - output.recon_TD) * self.target_scale
-        terms = {"mse": reconstruction_loss(residual_TD)}
+        terms = {"mse": reconstruction_loss(residual_TD)} | ({} if output.match is None else {"match": output.match})
         if self.config.auxk > 0 and dead_M is not None:
             auxk = self._auxk(self._scaled(rows.x_TD), residual_TD.detach(), output.routing, dead_M)
             terms["auxk"] = self.config.auxk * self.d_out * auxk
         return terms
 
     def flops(self) -> Flops:
-        """Backward: gradients of values and W_dec (2DK each) and of W_enc (2DK), on selected rows only;
-        AuxK, which runs only on dead latents, is left out.
+        """Backward: gradients of values and W_dec (2DK each) and of W_enc (2DK), on selected rows only; those of values not where they were refitted.
+
+        AuxK, which runs only on dead latents, is left out. Pursuit at inference needs no encoder; in training the encoder learns beside it.
         """
-        per_row = 2 * self.d_in
-        k = self.config.k
-        encode = per_row * self.experts_per_token * self.num_latents // self.num_experts
-        return Flops(router=0, encode=encode, decode=per_row * k, backward=3 * per_row * k)
+        k, per_row, latents = self.config.k, 2 * self.d_in, self.num_latents // self.num_experts
+        encode = per_row * self.experts_per_token * latents
+        if self.inference is Inference.encoder:
+            return Flops(router=0, encode=encode, decode=per_row * k, backward=3 * per_row * k)
+        backward, gram = 2 * per_row * k, gram_flops(self.d_in, self.num_experts, latents, REFRESH_TOKENS)
+        if self.inference is Inference.refit:
+            is_routed = self._refits_by_gram()
+            better = refit_flops(self.d_in, k, is_routed)
+            return Flops(router=0, encode=encode + better, decode=per_row * k, backward=backward + is_routed * gram)
+        better = pursuit_flops(self.d_in, latents, k, equal_blocks(k))
+        return Flops(router=0, encode=better, decode=per_row * k, backward=backward + encode + gram)
 
     def decoder_weight(self) -> nn.Parameter:
         return self.W_dec_MD
@@ -130,14 +142,47 @@ class TopKSAE(FusedTraining):
             self.b_enc_M.div_(self.activation_scale)
         self.activation_scale.fill_(1.0)
 
+    def _infer(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None, Any, Tensor | None]:
+        """(latents by `inference`, routing, what spares `_decode` a sort, the encoder's loss against them) of scaled activations."""
+        learns = self.training and torch.is_grad_enabled()
+        if self.inference is Inference.pursuit and not learns:
+            routing, dispatch = self._route(x_TD)
+            return self._pursue(x_TD, dispatch), routing, None, None
+        proposed, routing, by_latent = self._encode(x_TD)
+        if self.inference is Inference.encoder:
+            return proposed, routing, by_latent, None
+        if self.inference is Inference.refit:
+            by_gram = routing is not None and self._refits_by_gram()
+            latents = refit(self, x_TD, proposed, routing.expert_TS[:, 0] if by_gram and routing is not None else None)
+            assert isinstance(latents, SparseLatents)
+        else:
+            latents, by_latent = self._pursue(x_TD, self._dispatch(routing, len(x_TD))), None
+        return latents, routing, by_latent, match_loss(proposed, latents) if learns else None
+
+    def _pursue(self, x_TD: Tensor, dispatch: Dispatch) -> SparseLatents:
+        return pursue(self, x_TD, dispatch, self.config.k, equal_blocks(self.config.k))
+
+    def _refits_by_gram(self) -> bool:
+        """Where each token has one expert: its Gram matrix is small. Of a whole dictionary the few rows themselves cost less."""
+        return self.num_experts > 1 and self.experts_per_token == 1
+
+    def _dispatch(self, routing: Routing | None, tokens: int) -> Dispatch:
+        if routing is None:
+            return Dispatch.to_one_expert(tokens, self.W_dec_MD.device)
+        return Dispatch.from_experts(routing.expert_TS, self.num_experts)
+
     def _encode(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None, Any]:
-        """(latents, routing, what spares `_decode` a sort) of scaled activations."""
+        """The encoder's own (latents, routing, what spares `_decode` a sort) of scaled activations."""
         routing, dispatch = self._route(x_TD)
-        gate_TS = None if routing is None else routing.gate_TS
+        latents, by_latent = self._encode_by(x_TD, dispatch, None if routing is None else routing.gate_TS)
+        return latents, routing, by_latent
+
+    def _encode_by(self, x_TD: Tensor, dispatch: Dispatch, gate_TS: Tensor | None) -> tuple[SparseLatents, Any]:
+        """(latents, what spares `_decode` a sort) of scaled activations, by the experts that the dispatch names."""
         values_TK, indices_TK, by_latent = encode_topk(
             x_TD, self.b_in_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k, self.joint_topk, self.execution
         )
-        return SparseLatents(values_TK, indices_TK, self.num_latents), routing, by_latent
+        return SparseLatents(values_TK, indices_TK, self.num_latents), by_latent
 
     def _decode(self, latents: SparseLatents, by_latent: Any) -> Tensor:
         recon_TD = sparse_decode(latents.values_TK, latents.indices_TK, self.W_dec_MD, by_latent, self.execution)
@@ -148,9 +193,7 @@ class TopKSAE(FusedTraining):
 
         Gradients reach the dead rows of W_enc, b_enc and W_dec and nothing else: gate, centre and residual are held fixed.
         """
-        dispatch = (
-            Dispatch.to_one_expert(x_TD.shape[0], x_TD.device) if routing is None else Dispatch.from_experts(routing.expert_TS, self.num_experts)
-        )
+        dispatch = self._dispatch(routing, len(x_TD))
         dead_latents = dead_M.nonzero()[:, 0]
         dead_per_expert = dead_M.view(self.num_experts, -1).sum(dim=1).tolist()
         x_ND = dispatch.gather(x_TD - self.b_in_D.detach())

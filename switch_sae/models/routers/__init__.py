@@ -1,8 +1,9 @@
 """Routers. Add one by adding a file and a line to `ROUTERS`."""
 
 from switch_sae.choices import Choice
-from switch_sae.models.routers.base import LinearRouter, Router, RouterKernel, Routing
+from switch_sae.models.routers.base import LinearRouter, Rivals, Router, RouterKernel, Routing
 from switch_sae.models.routers.bias_balanced import BiasBalancedRouter
+from switch_sae.models.routers.competition import CompetitionRouter
 from switch_sae.models.routers.cosine_kmeans import CosineKMeansRouter
 from switch_sae.models.routers.sigmoid import SigmoidRouter
 from switch_sae.models.routers.softmax import Gate, SoftmaxRouter
@@ -14,8 +15,9 @@ ROUTERS: Choice[Router] = Choice(
         "softmax": SoftmaxRouter,  # the paper's
         "sigmoid": SigmoidRouter,
         "bias_balanced": BiasBalancedRouter,
+        "competition": CompetitionRouter,
         "cosine_kmeans": CosineKMeansRouter,
     },
 )
 
-__all__ = ["ROUTERS", "Gate", "LinearRouter", "Router", "RouterKernel", "Routing"]
+__all__ = ["ROUTERS", "Gate", "LinearRouter", "Rivals", "Router", "RouterKernel", "Routing"]

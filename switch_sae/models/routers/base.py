@@ -38,6 +38,20 @@ class RouterKernel:
     is_trained: bool
 
 
+@dataclass(frozen=True, repr=False)
+class Rivals(Shapes):
+    """Experts that compute the first n tokens of a batch beside the chosen ones, so that a router can learn which are better."""
+
+    expert_n1: Tensor
+    """Another expert for each, int64."""
+    share_n: Tensor
+    """The chosen expert's part of both probabilities, with the router's gradient."""
+
+    def loss(self, cost_n: Tensor, rival_cost_n: Tensor) -> Tensor:
+        """mean(g * cost + (1 - g) * rival cost) of fixed costs."""
+        return (self.share_n * cost_n + (1 - self.share_n) * rival_cost_n).mean()
+
+
 class Router(nn.Module, ABC):
     """x_TD -> Routing. The nested `Config` is its part of an SAE's; what training changes beside gradients lives in buffers."""
 
@@ -61,6 +75,10 @@ class Router(nn.Module, ABC):
     def loss_terms(self, routing: Routing, unit: float) -> dict[str, Tensor]:
         """The router's own scalar losses by name, already weighted: a coefficient of 1 weighs `unit`, the size D of the target."""
         return {}
+
+    def rivals(self, routing: Routing) -> Rivals | None:
+        """Which other experts should compute some of the tokens in training, for a router that learns by competition; None for all others."""
+        return None
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Called before training step `step` (from 0)."""

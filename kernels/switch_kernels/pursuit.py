@@ -1,0 +1,263 @@
+"""Inference in the Gram domain: non-negative least squares on a given support, and matching pursuit in blocks with such refits.
+
+Shapes: N rows (T tokens in any order), D activation size, K slots, C candidate latents of a row's dictionary, P >= C columns that they are padded to,
+G dictionaries. `active` slots take part; the others name some latent and hold 0. Nothing here has gradients.
+"""
+
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from switch_kernels.decode import row_products
+
+COLUMNS = 32
+"""Candidates are padded to a multiple of it: a maximum over whole vectors, then over what it leaves, takes half of the time of `max`."""
+_CHUNK_ELEMENTS = 2**21
+"""Of the largest intermediate tensor: what fits into a CPU's caches."""
+
+
+class Support(NamedTuple):
+    """Latents of N rows and their values."""
+
+    values_NK: Tensor
+    """>= 0; exactly the slots that hold more than 0 are in use."""
+    indices_NK: Tensor
+    """int64 in [0, C), distinct within a row where in use."""
+
+
+class Problem(NamedTuple):
+    """The least squares problem min_z ||r - A^T z||^2 on each row's support, without its residual r of D numbers."""
+
+    gram_NKK: Tensor
+    """A A^T."""
+    products_NK: Tensor
+    """A r."""
+
+
+def padded_columns(candidates: int) -> int:
+    """P for C candidates."""
+    return -(-candidates // COLUMNS) * COLUMNS
+
+
+@torch.no_grad()
+def gram_matrices(rows_GCD: Tensor) -> Tensor:
+    """[G, C, P]: A_g A_g^T, its columns padded with 0."""
+    return F.pad(rows_GCD @ rows_GCD.transpose(1, 2), (0, padded_columns(rows_GCD.shape[1]) - rows_GCD.shape[1]))
+
+
+@torch.no_grad()
+def least_squares(problem: Problem, active_NK: Tensor, ridge: float) -> Tensor:
+    """z_NK = argmin ||r - A^T z||^2 + ridge ||z||^2 over the active slots; slots whose z is not above 0 are dropped and the rest solved again, until
+    none is.
+
+    What is left is the exact (unconstrained) least squares solution on its own support, and positive. It need not be the best non-negative one: a
+    dropped slot never comes back (as it could in Lawson & Hanson 1974).
+    """
+    z_NK = torch.zeros_like(problem.products_NK)
+    row_n: Tensor | None = None  # of those that are not solved yet; None while it is all of them
+    while active_NK.shape[0]:
+        solved_NK = _solve(problem, active_NK, ridge)
+        positive_NK = solved_NK > 0
+        done_N = (positive_NK | ~active_NK).all(dim=1)
+        if row_n is None:
+            z_NK, row_n = solved_NK, torch.arange(len(z_NK), device=z_NK.device)
+        else:
+            z_NK[row_n] = solved_NK
+        left = (~done_N).nonzero()[:, 0]
+        row_n, active_NK = row_n[left], (positive_NK & active_NK)[left]
+        problem = Problem(problem.gram_NKK[left], problem.products_NK[left])
+    return z_NK
+
+
+def _solve(problem: Problem, active_NK: Tensor, ridge: float) -> Tensor:
+    """Inactive slots become equations z = 0 of their own."""
+    mask_NK = active_NK.to(problem.gram_NKK.dtype)
+    system_NKK = problem.gram_NKK * mask_NK[:, :, None] * mask_NK[:, None, :]
+    system_NKK.diagonal(dim1=1, dim2=2).add_(1 - mask_NK * (1 - ridge))
+    factor_NKK = torch.linalg.cholesky_ex(system_NKK)[0]
+    return torch.cholesky_solve((problem.products_NK * mask_NK)[..., None], factor_NKK)[..., 0]
+
+
+@torch.no_grad()
+def problem_of_rows(residual_ND: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Problem:
+    """From the K rows of W themselves, some tokens at a time: K D + K^2 D multiply-adds per token, and never [N, K, D] of all of them."""
+    size = max(1, _CHUNK_ELEMENTS // max(1, indices_NK.shape[1] * W_MD.shape[1]))
+    gram, products = [], []
+    for residual_nD, indices_nK in zip(residual_ND.split(size), indices_NK.split(size), strict=True):
+        atoms_nKD = F.embedding(indices_nK, W_MD)
+        gram.append(atoms_nKD @ atoms_nKD.transpose(1, 2))
+        products.append((atoms_nKD @ residual_nD[..., None])[..., 0])
+    return Problem(torch.cat(gram), torch.cat(products))
+
+
+@torch.no_grad()
+def problem_of_gram(residual_ND: Tensor, latents_NK: Tensor, W_MD: Tensor, gram_GCP: Tensor, group_N: Tensor, local_NK: Tensor) -> Problem:
+    """From Gram matrices that are there already: K D multiply-adds per token. `latents_NK` are rows of W, `local_NK` the same in their dictionary."""
+    return Problem(_gram_at(gram_GCP, group_N, local_NK, local_NK), row_products(residual_ND, latents_NK, W_MD))
+
+
+def _gram_at(gram_GCP: Tensor, group_N: Tensor, rows_NK: Tensor, columns_NL: Tensor) -> Tensor:
+    """[N, K, L]: gram[group, rows, columns]."""
+    candidates, columns = gram_GCP.shape[1:]
+    row_NK = (group_N[:, None] * candidates + rows_NK) * columns
+    return gram_GCP.reshape(-1).index_select(0, (row_NK[:, :, None] + columns_NL[:, None, :]).flatten()).view(*rows_NK.shape, columns_NL.shape[1])
+
+
+@torch.no_grad()
+def matching_pursuit(
+    correlations_NC: Tensor,
+    gram_GCP: Tensor,
+    group_N: Tensor,
+    k: int,
+    blocks: int,
+    ridge: float,
+    threshold: Tensor | float = 0.0,
+    limit_N: Tensor | None = None,
+) -> Support:
+    """At most k latents per row (and at most limit_N), in `blocks` blocks of k / blocks, from c0 = A r of its dictionary `group_N`, with G = A A^T::
+
+        c = c0;  I = {}
+        each block:   k / blocks times: j = argmax c over those not in I; only if c_j > threshold: I += j, c -= c_j G[:, j]     matching pursuit
+                      z = least squares on I, its negatives set to 0                                                            refit
+                      c = c0 - G[:, I] z                                                                                        renew
+        a row is done after a block that it did not fill;  z = `least_squares` on I
+
+    The matching pursuit of Mallat & Zhang (1993) with the refits of orthogonal matching pursuit (Pati et al. 1993; one block per latent), in the Gram
+    domain of batch OMP (Rubinstein et al. 2008), for latents that only add. Joining a latent lowers ||r||^2 by c_j^2 at least, so the threshold theta
+    is greedy descent of ||r||^2 + theta^2 L0. The Cholesky factor grows with the blocks. `gram_GCP` is padded (`gram_matrices`).
+    """
+    if k % blocks:
+        raise ValueError(f"k={k} latents cannot join in blocks={blocks} equal blocks. Use a number of blocks that divides k.")
+    if k > gram_GCP.shape[1]:
+        raise ValueError(f"k={k} latents cannot join from a dictionary of {gram_GCP.shape[1]}. Use a smaller k, or wider experts.")
+    size = max(1, _CHUNK_ELEMENTS // max(gram_GCP.shape[2], k * k))
+    limits: Iterable[Tensor | None] = itertools.repeat(None) if limit_N is None else limit_N.split(size)
+    parts = [
+        _pursue(c_nC, gram_GCP, group_n, k, blocks, ridge, threshold, limit_n)
+        for c_nC, group_n, limit_n in zip(correlations_NC.split(size), group_N.split(size), limits, strict=False)
+    ]
+    return Support(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _pursue(
+    c0_NC: Tensor, gram_GCP: Tensor, group_N: Tensor, k: int, blocks: int, ridge: float, threshold: Tensor | float, limit_N: Tensor | None
+) -> Support:
+    candidates, columns = gram_GCP.shape[1:]
+    gram_RP = gram_GCP.view(-1, columns)
+    step = k // blocks
+    values_NK, indices_NK = c0_NC.new_zeros(len(c0_NC), k), torch.zeros(len(c0_NC), k, dtype=torch.int64, device=c0_NC.device)
+    row_n = torch.arange(len(c0_NC), device=c0_NC.device)  # of those that are not done
+    c0_nP = F.pad(c0_NC, (0, columns - candidates), value=-torch.inf)
+    first_n = group_N * candidates  # row of the dictionary's first candidate in gram_RP
+    c_nP, grown = c0_nP.clone(), _Factor.empty(c0_NC, ridge)
+    for block in range(blocks):
+        joined: list[Tensor] = []
+        joins: list[Tensor] = []
+        for left in reversed(range(step)):
+            value_n, index_n = _largest(c_nP)
+            joins_n = value_n > threshold if not joins else (value_n > threshold) & joins[-1]
+            if limit_N is not None:
+                joins_n = joins_n & (limit_N[row_n] > block * step + len(joins))
+            joined.append(index_n)
+            joins.append(joins_n)
+            if left:
+                taken_n1 = torch.where(joins_n, value_n, 0.0)[:, None]
+                c_nP -= F.embedding_bag((first_n + index_n)[:, None], gram_RP, mode="sum", per_sample_weights=taken_n1)
+                c_nP.scatter_(1, index_n[:, None], -torch.inf)
+        new_nk, is_new_nk = torch.stack(joined, dim=1), torch.stack(joins, dim=1)
+        before = slice(0, block * step)
+        index_nk = torch.cat([indices_NK[row_n, before], new_nk], dim=1)
+        cross_nkm = _gram_at(gram_GCP, first_n // candidates, new_nk, index_nk)
+        rhs_nk = torch.where(is_new_nk, c0_nP.gather(1, new_nk), 0.0)
+        z_nk = grown.add(cross_nkm, rhs_nk, is_new_nk)
+        indices_NK[row_n, : index_nk.shape[1]] = index_nk
+        values_NK[row_n, : index_nk.shape[1]] = z_nk
+        if block == blocks - 1:
+            break
+        full = is_new_nk[:, -1].nonzero()[:, 0]
+        if len(full) == 0:
+            break
+        if len(full) < len(row_n):
+            row_n, c0_nP, first_n, index_nk, z_nk = (tensor[full] for tensor in (row_n, c0_nP, first_n, index_nk, z_nk))
+            grown = grown.of(full)
+        explained_nP = F.embedding_bag(first_n[:, None] + index_nk, gram_RP, mode="sum", per_sample_weights=z_nk.clamp_min(0))
+        c_nP = (c0_nP - explained_nP).scatter_(1, index_nk, -torch.inf)
+    wrong = (values_NK < 0).any(dim=1).nonzero()[:, 0]
+    if len(wrong):
+        index_nK, active_nK = indices_NK[wrong], values_NK[wrong] > 0
+        problem = Problem(_gram_at(gram_GCP, group_N[wrong], index_nK, index_nK), c0_NC[wrong].gather(1, index_nK))
+        values_NK[wrong] = least_squares(problem, active_nK, ridge)
+    return Support(values_NK, indices_NK)
+
+
+def _largest(c_nP: Tensor) -> tuple[Tensor, Tensor]:
+    """(value, column) of every row's largest."""
+    grouped_nRC = c_nP.view(len(c_nP), c_nP.shape[1] // COLUMNS, COLUMNS)
+    column_n1 = grouped_nRC.amax(dim=1).argmax(dim=1, keepdim=True)
+    value_n, row_n = grouped_nRC.gather(2, column_n1[:, None].expand(-1, grouped_nRC.shape[1], 1))[..., 0].max(dim=1)
+    return value_n, row_n * COLUMNS + column_n1[:, 0]
+
+
+class _Factor:
+    """L L^T = A + ridge I on the slots so far, and y = L^-1 A r; slots that are not in use are rows and columns of the identity."""
+
+    def __init__(self, L_nmm: Tensor, y_nm: Tensor, in_use_nm: Tensor, ridge: float) -> None:
+        self.L_nmm, self.y_nm, self.in_use_nm, self.ridge = L_nmm, y_nm, in_use_nm, ridge
+
+    @classmethod
+    def empty(cls, like_NC: Tensor, ridge: float) -> "_Factor":
+        rows = len(like_NC)
+        return cls(like_NC.new_empty(rows, 0, 0), like_NC.new_empty(rows, 0), like_NC.new_empty(rows, 0, dtype=torch.bool), ridge)
+
+    def of(self, rows: Tensor) -> "_Factor":
+        """Of some rows alone."""
+        return _Factor(self.L_nmm[rows], self.y_nm[rows], self.in_use_nm[rows], self.ridge)
+
+    def add(self, gram_nkm: Tensor, products_nk: Tensor, in_use_nk: Tensor) -> Tensor:
+        """The solution on all slots, after k more whose Gram rows with the m slots up to and with themselves are `gram_nkm`."""
+        L_nmm, y_nm, old = self.L_nmm, self.y_nm, self.L_nmm.shape[1]
+        self.in_use_nm = torch.cat([self.in_use_nm, in_use_nk], dim=1)
+        masked_nkm = gram_nkm * (in_use_nk[:, :, None] & self.in_use_nm[:, None, :])
+        own_nkk = masked_nkm[:, :, old:]
+        own_nkk.diagonal(dim1=1, dim2=2).add_(1 - in_use_nk.to(own_nkk.dtype) * (1 - self.ridge))
+        across_nmk = torch.linalg.solve_triangular(L_nmm, masked_nkm[:, :, :old].transpose(1, 2), upper=False)
+        L_nkk = torch.linalg.cholesky_ex(own_nkk - across_nmk.transpose(1, 2) @ across_nmk)[0]
+        rhs_nk1 = products_nk[..., None] - across_nmk.transpose(1, 2) @ y_nm[..., None]
+        y_nk = torch.linalg.solve_triangular(L_nkk, rhs_nk1, upper=False)[..., 0]
+        self.L_nmm = L_nmm.new_zeros(len(L_nmm), old + y_nk.shape[1], old + y_nk.shape[1])
+        self.L_nmm[:, :old, :old], self.L_nmm[:, old:, :old], self.L_nmm[:, old:, old:] = L_nmm, across_nmk.transpose(1, 2), L_nkk
+        self.y_nm = torch.cat([y_nm, y_nk], dim=1)
+        return torch.linalg.solve_triangular(self.L_nmm.transpose(1, 2), self.y_nm[..., None], upper=True)[..., 0]
+
+
+_SPREAD = (0.3, 0.65, 0.95, 1.3, 1.9)
+"""Latents per token at the 10, 30, 50, 70 and 90 % points over their mean, of a stop rule on activations of language models (experiments/LOG.md)."""
+
+
+def solve_macs(k: int) -> float:
+    """Multiply-adds of a Cholesky factor of k rows and of solving with it."""
+    return k**3 / 6 + k * k
+
+
+def pursuit_macs(candidates: int, k: int, blocks: int, by_threshold: bool = False) -> float:
+    """Multiply-adds of `matching_pursuit` per row, beyond the correlations; with a threshold, k is the mean number of latents.
+
+    Counted are the updates of matching pursuit, a factor that grows, the solutions after each block, the renewals, and one more solve on the support
+    for rows with negative values (an upper bound). Selection and gathers are not.
+    """
+    step = k // blocks
+    if not by_threshold:
+        return _macs(candidates, k, step, renewals=blocks - 1)
+    counts = [min(2 * k, max(1, round(share * k))) for share in _SPREAD]
+    return sum(_macs(candidates, count, step, renewals=count // step) for count in counts) / len(counts)
+
+
+def _macs(candidates: int, k: int, step: int, renewals: int) -> float:
+    """For a row of exactly k latents."""
+    ends = [min(n, k) for n in range(step, k + step, step)]
+    joins = candidates * (k - len(ends))
+    return joins + sum(n * n for n in ends) + candidates * sum(ends[:renewals]) + k**3 / 6 + solve_macs(k)

@@ -1,0 +1,101 @@
+"""The dictionary that a token sees, shared latents and those of its expert, and its Gram matrix.
+
+Latents are numbered: S shared ones first, then E experts of F = (M - S) / E each. A token of expert e has C = S + F candidates, in that order.
+"""
+
+import torch
+from torch import Tensor
+
+from switch_kernels import Dispatch
+from switch_kernels.pursuit import gram_matrices
+
+REFRESH_TOKENS = 8192
+"""In training, Gram matrices are computed anew after so many tokens: older ones change no result that shows, and cost E F^2 D multiply-adds each."""
+
+
+def local_products(x_ND: Tensor, W_MD: Tensor, dispatch: Dispatch, shared: int, bias_M: Tensor | None = None) -> Tensor:
+    """[N, C] in expert order: the products of activations, in expert order, with the rows of each one's dictionary, and the bias. No gradients."""
+    experts, offsets = dispatch.num_experts, dispatch.offsets
+    latents = (len(W_MD) - shared) // experts
+    products_NC = x_ND.new_empty(len(x_ND), shared + latents)
+    parts = [(slice(0, len(x_ND)), slice(0, shared), slice(0, shared))] if shared else []
+    parts += [
+        (slice(offsets[e], offsets[e + 1]), slice(shared + e * latents, shared + (e + 1) * latents), slice(shared, shared + latents))
+        for e in range(experts)
+    ]
+    for rows, owned, columns in parts:
+        if bias_M is None:
+            torch.mm(x_ND[rows], W_MD[owned].T, out=products_NC[rows, columns])
+        else:
+            torch.addmm(bias_M[owned], x_ND[rows], W_MD[owned].T, out=products_NC[rows, columns])
+    return products_NC
+
+
+def to_global(local_NK: Tensor, expert_N: Tensor, shared: int, latents: int) -> Tensor:
+    """Latents' numbers from candidates' numbers in the dictionaries of experts of F = `latents` each."""
+    return torch.where(local_NK < shared, local_NK, local_NK + (expert_N * latents)[:, None])
+
+
+def to_local(global_NK: Tensor, expert_N: Tensor, shared: int, latents: int) -> Tensor:
+    """The inverse of `to_global`."""
+    return torch.where(global_NK < shared, global_NK, global_NK - (expert_N * latents)[:, None])
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """In float32 at least, as solves need it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class GramCache:
+    """The Gram matrices of the dictionaries of all experts, [E, C, P], for as long as the decoder stays as it is.
+
+    In training they may be older (`REFRESH_TOKENS`). A decoder that was changed through `.data`, which PyTorch does not count, needs `forget`.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Whatever is known."""
+        self._version: tuple[object, ...] | None = None
+        self._of_version: Tensor | None = None
+        self._in_training: Tensor | None = None
+        self._age = 0
+
+    def current(self, W_MD: Tensor, experts: int, shared: int) -> Tensor:
+        """Of these very weights."""
+        version = (W_MD._version, W_MD.data_ptr(), W_MD.dtype, W_MD.device)
+        if self._of_version is None or self._version != version:
+            self._of_version, self._version = _gram(W_MD, experts, shared), version
+        return self._of_version
+
+    def for_step(self, W_MD: Tensor, experts: int, shared: int, tokens: int) -> Tensor:
+        """Of these weights or of those up to `REFRESH_TOKENS` ago, for a training step on so many tokens."""
+        last = self._in_training
+        if last is None or self._age >= REFRESH_TOKENS or (last.dtype, last.device) != (precise(W_MD[:0]).dtype, W_MD.device):
+            last = self._in_training = _gram(W_MD, experts, shared)
+            self._age = 0
+        self._age += tokens
+        return last
+
+    @property
+    def last(self) -> Tensor | None:
+        """What the current training step uses; None before the first."""
+        return self._in_training
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold for steps to go on bit for bit; empty where nothing was trained with Gram matrices."""
+        return {} if self._in_training is None else {"gram": self._in_training, "gram_age": torch.tensor(self._age)}
+
+    def load(self, state: dict[str, Tensor], like: Tensor) -> None:
+        """From `state`, to the device of a weight."""
+        if state:
+            self._in_training, self._age = state["gram"].to(like.device), int(state["gram_age"])
+
+
+def _gram(W_MD: Tensor, experts: int, shared: int) -> Tensor:
+    W_MD = precise(W_MD.detach())
+    own_EFD = W_MD[shared:].view(experts, -1, W_MD.shape[1])
+    if shared:
+        own_EFD = torch.cat([W_MD[:shared].expand(experts, -1, -1), own_EFD], dim=1)
+    return gram_matrices(own_EFD)

@@ -1,0 +1,189 @@
+"""How an SAE finds the latents of a token: by its encoder, by the encoder's choice with values refitted, or by pursuit.
+
+All three share the decoder, so a trained SAE can be read by each (`with_inference`). Refits and pursuit solve least squares problems and have no
+gradients: in training their values are held fixed, which at the solution gives the decoder the exact gradient of min_z ||x - recon||^2 (the envelope
+theorem; up to the ridge), and the encoder learns to predict them (`SAEOutput.match`).
+"""
+
+import copy
+from dataclasses import replace
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from switch_kernels import Dispatch
+from switch_kernels.pursuit import gram_matrices, least_squares, matching_pursuit, problem_of_gram, problem_of_rows, pursuit_macs, solve_macs
+from switch_sae.checks import typed
+from switch_sae.models.gram import local_products, precise, to_global, to_local
+from switch_sae.models.latents import DenseLatents, Latents, SparseLatents
+
+if TYPE_CHECKING:
+    from switch_sae.models.base import SparseAutoencoder
+
+RIDGE = 1e-3
+"""Added to the diagonal of Gram matrices of unit rows: it keeps near duplicates from taking huge values of both signs."""
+BLOCKS = 4
+"""Of pursuit, where nothing else is asked for."""
+
+
+class Inference(Enum):
+    """Where the latents of a token come from."""
+
+    encoder = "encoder"
+    """The SAE's own encoder."""
+    refit = "refit"
+    """The encoder's support, with the values of non-negative least squares: argmin_{z >= 0} ||x - b - W_dec[I]^T z||^2 + ridge ||z||^2."""
+    pursuit = "pursuit"
+    """Matching pursuit in blocks with such refits (`switch_kernels.pursuit.matching_pursuit`) over the latents that the token may use."""
+
+
+def why_no_inference(sae: "SparseAutoencoder", inference: Inference | str) -> str | None:
+    """Why an SAE cannot find latents that way; None if it can."""
+    inference, name = typed("inference", Inference, inference), type(sae).__name__
+    if inference is Inference.encoder or inference is sae.inference is Inference.pursuit:
+        return None if inference is not Inference.encoder or sae.has_encoder else f"{name} has no encoder"
+    if inference is Inference.refit and not sae.has_encoder:
+        return f"{name} has no encoder whose choice could be refitted"
+    if sae.d_in != sae.d_out:
+        return f"{name} does not reconstruct its input, and the target is not known at inference"
+    if inference is Inference.pursuit and getattr(sae, "experts_per_token", 1) > 1:
+        return f"pursuit knows the Gram matrix of one expert, and this {name} has experts_per_token={sae.experts_per_token}"
+    return None
+
+
+def with_inference(sae: "SparseAutoencoder", inference: Inference | str) -> "SparseAutoencoder":
+    """The same SAE, its weights shared and not copied, with another inference. Raises ValueError where it has none (`why_no_inference`)."""
+    if why := why_no_inference(sae, inference):
+        raise ValueError(f"inference={typed('inference', Inference, inference).name} is not possible: {why}.")
+    other = copy.copy(sae)
+    other.config = replace(sae.config, inference=inference)
+    return other
+
+
+def refit(sae: "SparseAutoencoder", x_TD: Tensor, latents: Latents, expert_T: Tensor | None) -> Latents:
+    """The same support with refitted values; `x_TD` are scaled activations, `expert_T` the experts of an SAE that has one for each token.
+
+    With experts, from their Gram matrices; else from the decoder's rows. Tokens with more than D active latents keep their values: least squares has
+    no one solution there.
+    """
+    gram_ECP = None if expert_T is None else gram_now(sae, len(x_TD))
+    residual_TD = precise(x_TD - sae.b_out_D).detach()
+    if isinstance(latents, SparseLatents):
+        values_TK = _refitted(sae, residual_TD, latents.values_TK.detach(), latents.indices_TK, expert_T, gram_ECP)
+        return replace(latents, values_TK=values_TK.to(x_TD.dtype))
+    dense_TM = latents.to_dense().detach()
+    count_T = (dense_TM > 0).sum(dim=1)
+    refitted_TM = dense_TM.clone()
+    order_T = torch.argsort(count_T, stable=True)
+    for token_t in order_T.split(256) if len(order_T) else ():  # of like counts, so that padding to the largest costs little
+        most = min(int(count_T[token_t[-1]]), sae.d_in)
+        token_t = token_t[(count_T[token_t] <= sae.d_in) & (count_T[token_t] > 0)]
+        if len(token_t):
+            values_tK, indices_tK = dense_TM[token_t].topk(most, dim=1)
+            values_tK = _refitted(sae, residual_TD[token_t], values_tK, indices_tK)
+            values_tK = values_tK.to(dense_TM.dtype)
+            refitted_TM[token_t] = dense_TM.new_zeros(len(token_t), dense_TM.shape[1]).scatter_(1, indices_tK, values_tK)
+    return DenseLatents(refitted_TM)
+
+
+def _refitted(
+    sae: "SparseAutoencoder",
+    residual_TD: Tensor,
+    values_TK: Tensor,
+    indices_TK: Tensor,
+    expert_T: Tensor | None = None,
+    gram_ECP: Tensor | None = None,
+) -> Tensor:
+    W_MD = precise(sae.decoder_weight().detach())
+    if expert_T is None or gram_ECP is None:
+        problem = problem_of_rows(residual_TD, indices_TK, W_MD)
+    else:
+        local_TK = to_local(indices_TK, expert_T, sae.num_shared, (sae.num_latents - sae.num_shared) // sae.num_experts)
+        problem = problem_of_gram(residual_TD, indices_TK, W_MD, gram_ECP, expert_T, local_TK)
+    return least_squares(problem, values_TK > 0, RIDGE)
+
+
+def pursue(
+    sae: "SparseAutoencoder",
+    x_TD: Tensor,
+    dispatch: Dispatch,
+    k: int,
+    blocks: int = BLOCKS,
+    threshold: Tensor | float = 0.0,
+    limit_T: Tensor | None = None,
+    gram_ECP: Tensor | None = None,
+) -> SparseLatents:
+    """At most k latents of each token's dictionary, and at most limit_T, joining while their correlation exceeds the threshold.
+
+    `dispatch` is to one expert for a dictionary that every token may use whole.
+    """
+    W_MD, shared, unit = precise(sae.decoder_weight().detach()), sae.num_shared, sae.recipe.unit_decoder
+    if gram_ECP is None and unit:
+        gram_ECP = gram_now(sae, len(x_TD))
+    with torch.no_grad():
+        norm_M = torch.linalg.vector_norm(W_MD, dim=1).clamp_min(torch.finfo(W_MD.dtype).tiny) if not unit else W_MD.new_ones(1)
+        if gram_ECP is None:
+            gram_ECP = gram_matrices((W_MD / norm_M[:, None])[None])
+        residual_ND = dispatch.gather(precise(x_TD - sae.b_out_D))
+        products_NC = local_products(residual_ND, W_MD, dispatch, shared) / norm_M
+        expert_N = dispatch.gather_pairs(dispatch.expert_TS.flatten())
+        limit_N = None if limit_T is None else dispatch.gather(limit_T)
+        found = matching_pursuit(products_NC, gram_ECP, expert_N, k, blocks, RIDGE, threshold, limit_N)
+        indices_NK = to_global(found.indices_NK, expert_N, shared, (len(W_MD) - shared) // sae.num_experts)
+        values_NK = (found.values_NK if unit else found.values_NK / norm_M[indices_NK]).to(x_TD.dtype)
+        return SparseLatents(dispatch.scatter(values_NK), dispatch.scatter(indices_NK), sae.num_latents)
+
+
+def equal_blocks(k: int) -> int:
+    """The number of blocks, at most `BLOCKS`, that divides k."""
+    return next(blocks for blocks in range(min(BLOCKS, k), 0, -1) if k % blocks == 0)
+
+
+def pursue_with_threshold(sae: "SparseAutoencoder", x_TD: Tensor, dispatch: Dispatch, k: int, threshold: Tensor) -> SparseLatents:
+    """By the stop rule: mean L0 is whatever the threshold makes it, at most 2 k for a token, in blocks as for k."""
+    return pursue(sae, x_TD, dispatch, 2 * k, 2 * equal_blocks(k), threshold)
+
+
+def pursue_like(sae: "SparseAutoencoder", x_TD: Tensor, proposed: Latents) -> DenseLatents:
+    """As many latents for each token as the encoder chose (at most D): for SAEs whose number of latents nothing but their encoder decides."""
+    limit_T = (proposed.to_dense() > 0).sum(dim=1).clamp_max(sae.d_in)
+    most = -(-int(limit_T.max()) // BLOCKS) * BLOCKS if len(limit_T) else BLOCKS
+    most = max(BLOCKS, min(most, sae.num_latents // BLOCKS * BLOCKS))
+    dispatch = Dispatch.to_one_expert(len(x_TD), x_TD.device)
+    return DenseLatents(pursue(sae, x_TD, dispatch, most, most // BLOCKS, limit_T=limit_T).to_dense())
+
+
+def match_loss(proposed: SparseLatents, latents: SparseLatents) -> Tensor:
+    """mean_t ||v - z||^2 of values v that an encoder proposed, with their gradient, and the values z that were taken instead, held fixed."""
+    v_TK, z_TK = proposed.values_TK, latents.values_TK.detach()
+    if proposed.indices_TK is latents.indices_TK:
+        return (v_TK - z_TK).square().sum(dim=1).mean()
+    same_TKL = (proposed.indices_TK[:, :, None] == latents.indices_TK[:, None, :]).to(z_TK.dtype)
+    wanted_TK = (same_TKL * z_TK[:, None, :]).sum(dim=2)  # the value of each proposed latent, 0 where it was not taken
+    missed_T = z_TK.square().sum(dim=1) - wanted_TK.square().sum(dim=1)
+    return ((v_TK - wanted_TK).square().sum(dim=1) + missed_T).mean()
+
+
+def refit_flops(d_in: int, k: int, from_gram: bool) -> int:
+    """Per token: products of K rows with the activation and, without Gram matrices, with each other; two solves."""
+    return round(2 * (k * d_in + (0 if from_gram else k * k * d_in) + 2 * solve_macs(k)))
+
+
+def pursuit_flops(d_in: int, candidates: int, k: int, blocks: int, by_threshold: bool = False) -> int:
+    """Per token: correlations with all candidates, then `pursuit_macs`; with a threshold, k is the mean."""
+    return round(2 * (candidates * d_in + pursuit_macs(candidates, k, blocks, by_threshold)))
+
+
+def gram_flops(d_in: int, experts: int, candidates: int, every_tokens: int) -> int:
+    """Per token of training: E Gram matrices of C candidates after so many tokens."""
+    return round(2 * experts * candidates**2 * d_in / every_tokens)
+
+
+def gram_now(sae: "SparseAutoencoder", tokens: int) -> Tensor:
+    """The Gram matrices of an SAE's dictionaries, [E, C, P]: in a training step, on so many tokens, perhaps slightly older ones."""
+    W_MD = sae.decoder_weight()
+    if sae.training and torch.is_grad_enabled():
+        return sae.grams.for_step(W_MD, sae.num_experts, sae.num_shared, tokens)
+    return sae.grams.current(W_MD, sae.num_experts, sae.num_shared)

@@ -1,0 +1,126 @@
+"""`SwitchPursuitSAE`: a router sends every activation to one small dictionary, in which pursuit finds the latents."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switch_kernels import Dispatch, Group
+from switch_sae.checks import at_least
+from switch_sae.models.base import Flops, SAEOutput
+from switch_sae.models.latents import SparseLatents
+from switch_sae.models.losses import competition_loss, geometric_median
+from switch_sae.models.pursuit import PursuitSAE
+from switch_sae.models.routers import ROUTERS, Router, Routing
+from switch_sae.rows import Rows
+
+
+class SwitchPursuitSAE(PursuitSAE):
+    """e = router(x); A = [W_shared; W_dec of expert e]; z = pursuit(A (x - b), A A^T); recon = A^T z + b.
+
+    An expert is small, so its Gram matrix is, and the search costs less than the correlations. The gate is hard: no latent is scaled. With a router
+    that learns by `competition`, a rival expert computes a share of each batch, and the cost of either is its squared error + theta^2 L0. Latents: S
+    shared ones, then F = (M - S) / E of each expert.
+    """
+
+    @dataclass
+    class Config(PursuitSAE.Config):
+        num_experts: int = 32
+        """E; must divide num_latents - shared."""
+        shared: int = 0
+        """S: the first latents, which every token may use beside its expert's."""
+        router: Any = ROUTERS.field("competition")
+        """The `Config` of one of `ROUTERS`."""
+
+        def __post_init__(self) -> None:
+            at_least("num_experts", self.num_experts, 1)
+            at_least("shared", self.shared, 0)
+            check_even_experts(self.num_latents, self.num_experts, self.shared)
+            super().__post_init__()
+
+        @property
+        def candidates(self) -> int:
+            return self.shared + (self.num_latents - self.shared) // self.num_experts
+
+        @property
+        def width_step(self) -> int:
+            return self.num_experts
+
+        @property
+        def least_latents(self) -> int:
+            return self.num_experts * max(1, self.most - self.shared) + self.shared
+
+    config: "SwitchPursuitSAE.Config"
+    colour, marker = "#1B9E77", "P"
+    is_routed = True
+    experts_per_token = 1
+    router: Router
+
+    def __init__(self, config: "SwitchPursuitSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
+        super().__init__(config, d_in, generator)
+        self.num_experts, self.num_shared = config.num_experts, config.shared
+        self.router = ROUTERS.build(config.router, d_in, config.num_experts, 1, generator)
+
+    def share_batches(self, group: Group) -> None:
+        self.group = self.router.group = group
+
+    def initialize(self, rows: Rows) -> None:
+        x_TD = self._scaled(rows.x_TD)
+        median_D = geometric_median(x_TD)
+        self.b_pre_D.data.copy_(median_D)
+        self.router.initialize(x_TD, median_D)
+
+    def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
+        assert output.routing is not None
+        terms = super().loss_terms(rows, output, dead_M) | self.router.loss_terms(output.routing, self.d_out)
+        if (rivals := self.router.rivals(output.routing)) is None:
+            return terms
+        x_nD, dispatch = self._scaled(rows.x_TD[: len(rivals.expert_n1)]), Dispatch.from_experts(rivals.expert_n1, self.num_experts)
+        theirs, price = self._pursue(x_nD, dispatch, self.grams.last if self.training else None), self._theta().square()
+        recon_TD = output.recon_TD * self.target_scale
+        return terms | {"competition": competition_loss(rivals, x_nD, recon_TD, output.latents, theirs, self.W_dec_MD, self.b_out_D, price)}
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        self.router.begin_step(step, total_steps)
+
+    def end_step(self, rows: Rows, output: SAEOutput) -> None:
+        super().end_step(rows, output)
+        assert output.routing is not None
+        if type(self.router).end_step is not Router.end_step:
+            self.router.end_step(self._scaled(rows.x_TD), output.routing)
+
+    def flops(self) -> Flops:
+        """With what rivals cost in training: their pursuit, and their reconstruction."""
+        one, (router, backward) = super().flops(), self.router.flops()
+        share = getattr(self.config.router, "rivals", 0.0) if self.num_experts > 1 else 0.0
+        return replace(one, router=router, backward=one.backward + backward + round(share * (one.encode + one.decode)))
+
+    @torch.no_grad()
+    def fold_activation_scale(self) -> None:
+        self.router.fold_scale(self.activation_scale)
+        super().fold_activation_scale()
+
+    def route(self, x_TD: Tensor) -> tuple[Routing, Dispatch]:
+        """Which expert takes each raw activation: what `forward` gives as its `routing`. Raises ValueError as `encode`."""
+        routing = self.router.route(self._scaled(x_TD))
+        return routing, self._dispatch(routing, len(x_TD))
+
+    def _dispatch(self, routing: Routing | None, tokens: int) -> Dispatch:
+        assert routing is not None
+        return Dispatch.from_experts(routing.expert_TS, self.num_experts)
+
+    def _infer(self, x_TD: Tensor) -> tuple[SparseLatents, Routing]:
+        routing = self.router.route(x_TD)
+        return self._pursue(x_TD, self._dispatch(routing, len(x_TD))), routing
+
+
+def check_even_experts(num_latents: int, num_experts: int, shared: int) -> None:
+    """Raises ValueError where the latents that are not shared cannot be split evenly over the experts."""
+    left = num_latents - shared
+    if left < num_experts or left % num_experts:
+        nearest = max(1, round(left / num_experts)) * num_experts + shared
+        raise ValueError(
+            f"num_latents={num_latents} less shared={shared} is not divisible by num_experts={num_experts}: all experts have the same width. "
+            f"The nearest that fits is num_latents={nearest}."
+        )
