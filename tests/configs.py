@@ -3,7 +3,18 @@
 from dataclasses import replace
 from typing import Any
 
-from switch_sae.models import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, PursuitSAE, ReLUSAE, SwitchPursuitSAE, SwitchSAE, TopKSAE
+from switch_sae.models import (
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    PursuitSAE,
+    ReLUSAE,
+    SwitchPursuitSAE,
+    SwitchRefitSAE,
+    SwitchSAE,
+    TopKSAE,
+)
 from switch_sae.models.routers import Gate, SoftmaxRouter
 from switch_sae.models.routers.bias_balanced import BiasBalancedRouter
 from switch_sae.models.routers.competition import CompetitionRouter
@@ -15,6 +26,7 @@ ARCHITECTURES: dict[str, Any] = {
     "switch": SwitchSAE.Config(num_latents=48, k=4, num_experts=4),
     "batch_topk": BatchTopKSAE.Config(num_latents=48, k=4),
     "pursuit": PursuitSAE.Config(num_latents=48, k=4, blocks=2),
+    "switch_refit": SwitchRefitSAE.Config(num_latents=48, k=4, num_experts=4, shared=8),
     "switch_pursuit": SwitchPursuitSAE.Config(num_latents=48, k=4, blocks=2, num_experts=4),
     "matryoshka": MatryoshkaSAE.Config(num_latents=48, k=4),
     "relu": ReLUSAE.Config(num_latents=48),

@@ -52,14 +52,16 @@ def test_a_key_is_of_an_exact_class_of_an_instance_or_of_its_config():
         class Config(TopKSAE.Config): ...
 
     for stranger in (Renamed, Renamed.Config(), Renamed(Renamed.Config(), 6), 3):
-        with pytest.raises(ValueError, match=r"is no SAE architecture of the table \(switch, switch_pursuit, topk, .*\)\. Add a line for it"):
+        with pytest.raises(
+            ValueError, match=r"is no SAE architecture of the table \(switch, switch_refit, switch_pursuit, topk, .*\)\. Add a line for it"
+        ):
             SAES.key_of(stranger)
 
 
 @pytest.mark.parametrize(
     ("choice", "plain", "message"),
     [
-        (SAES, {"architecture": "vae"}, r"unknown SAE architecture 'vae'; this version knows switch, switch_pursuit, topk, "),
+        (SAES, {"architecture": "vae"}, r"unknown SAE architecture 'vae'; this version knows switch, switch_refit, switch_pursuit, topk, "),
         (SAES, {"num_latents": 48}, "unknown SAE architecture None"),
         (ROUTERS, {"kind": "hash"}, "unknown router 'hash'; this version knows softmax, sigmoid, bias_balanced, competition, cosine_kmeans"),
         (FORMATS, {"format": "tar"}, "unknown format 'tar'"),

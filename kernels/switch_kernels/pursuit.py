@@ -238,6 +238,11 @@ _SPREAD = (0.3, 0.65, 0.95, 1.3, 1.9)
 """Latents per token at the 10, 30, 50, 70 and 90 % points over their mean, of a stop rule on activations of language models (experiments/LOG.md)."""
 
 
+def spread_counts(k: int) -> list[int]:
+    """Latents of five typical tokens where a threshold gives k on average."""
+    return [min(2 * k, max(1, round(share * k))) for share in _SPREAD]
+
+
 def solve_macs(k: int) -> float:
     """Multiply-adds of a Cholesky factor of k rows and of solving with it."""
     return k**3 / 6 + k * k
@@ -246,13 +251,13 @@ def solve_macs(k: int) -> float:
 def pursuit_macs(candidates: int, k: int, blocks: int, by_threshold: bool = False) -> float:
     """Multiply-adds of `matching_pursuit` per row, beyond the correlations; with a threshold, k is the mean number of latents.
 
-    Counted are the updates of matching pursuit, a factor that grows, the solutions after each block, the renewals, and one more solve on the support
-    for rows with negative values (an upper bound). Selection and gathers are not.
+    Counted are the updates of matching pursuit, a factor that grows, the solutions after each block and the renewals. Selection and gathers are not,
+    nor the solves of rows that end with negative values: 2 in 1,000 (experiments/LOG.md).
     """
     step = k // blocks
     if not by_threshold:
         return _macs(candidates, k, step, renewals=blocks - 1)
-    counts = [min(2 * k, max(1, round(share * k))) for share in _SPREAD]
+    counts = spread_counts(k)
     return sum(_macs(candidates, count, step, renewals=count // step) for count in counts) / len(counts)
 
 
@@ -260,4 +265,4 @@ def _macs(candidates: int, k: int, step: int, renewals: int) -> float:
     """For a row of exactly k latents."""
     ends = [min(n, k) for n in range(step, k + step, step)]
     joins = candidates * (k - len(ends))
-    return joins + sum(n * n for n in ends) + candidates * sum(ends[:renewals]) + k**3 / 6 + solve_macs(k)
+    return joins + sum(n * n for n in ends) + candidates * sum(ends[:renewals]) + k**3 / 6

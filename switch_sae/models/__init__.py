@@ -13,6 +13,7 @@ from switch_sae.models.relu import ReLUSAE
 from switch_sae.models.routers import ROUTERS, Router, Routing
 from switch_sae.models.switch import SwitchSAE
 from switch_sae.models.switch_pursuit import SwitchPursuitSAE
+from switch_sae.models.switch_refit import SwitchRefitSAE
 from switch_sae.models.topk import TopKSAE
 
 SAES: Choice[SparseAutoencoder] = Choice(
@@ -20,6 +21,7 @@ SAES: Choice[SparseAutoencoder] = Choice(
     "architecture",
     {
         "switch": SwitchSAE,
+        "switch_refit": SwitchRefitSAE,
         "switch_pursuit": SwitchPursuitSAE,
         "topk": TopKSAE,
         "batch_topk": BatchTopKSAE,
@@ -51,6 +53,7 @@ __all__ = [
     "SparseAutoencoder",
     "SparseLatents",
     "SwitchPursuitSAE",
+    "SwitchRefitSAE",
     "SwitchSAE",
     "TopKSAE",
     "why_no_inference",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from switch_kernels import Dispatch
 from switch_sae.models.base import Flops, SAEOutput
-from switch_sae.models.inference import Inference, equal_blocks, pursue_with_threshold, pursuit_flops, refit
+from switch_sae.models.inference import Inference, equal_blocks, pursue_with_threshold, pursuit_flops, refit, refit_flops
 from switch_sae.models.latents import DenseLatents, Latents
 from switch_sae.models.pairs import Pairs, decode_pairs, encode_pairs, largest
 from switch_sae.models.topk import TopKSAE
@@ -89,6 +89,9 @@ class BatchTopKSAE(TopKSAE):
         return self._output(proposed, pairs, match, len(x_TD))
 
     def flops(self) -> Flops:
+        if self.inference is Inference.refit:
+            better = refit_flops(self.d_in, self.config.k, from_gram=False, by_threshold=True)
+            return replace(super().flops(), encode=2 * self.d_in * self.num_latents + better)
         if self.inference is not Inference.pursuit:
             return super().flops()
         by_pursuit = pursuit_flops(self.d_in, self.num_latents, self.config.k, equal_blocks(self.config.k), by_threshold=True)

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from switch_kernels import Dispatch
-from switch_kernels.pursuit import gram_matrices, least_squares, matching_pursuit, problem_of_gram, problem_of_rows, pursuit_macs, solve_macs
+from switch_kernels.pursuit import (
+    gram_matrices,
+    least_squares,
+    matching_pursuit,
+    problem_of_gram,
+    problem_of_rows,
+    pursuit_macs,
+    solve_macs,
+    spread_counts,
+)
 from switch_sae.checks import typed
 from switch_sae.models.gram import local_products, precise, to_global, to_local
 from switch_sae.models.latents import DenseLatents, Latents, SparseLatents
@@ -24,6 +33,8 @@ if TYPE_CHECKING:
 
 RIDGE = 1e-3
 """Added to the diagonal of Gram matrices of unit rows: it keeps near duplicates from taking huge values of both signs."""
+_TOKENS = 256
+"""That are refitted together."""
 BLOCKS = 4
 """Of pursuit, where nothing else is asked for."""
 
@@ -62,13 +73,14 @@ def with_inference(sae: "SparseAutoencoder", inference: Inference | str) -> "Spa
     return other
 
 
-def refit(sae: "SparseAutoencoder", x_TD: Tensor, latents: Latents, expert_T: Tensor | None) -> Latents:
+def refit(sae: "SparseAutoencoder", x_TD: Tensor, latents: Latents, expert_T: Tensor | None, gram_ECP: Tensor | None = None) -> Latents:
     """The same support with refitted values; `x_TD` are scaled activations, `expert_T` the experts of an SAE that has one for each token.
 
     With experts, from their Gram matrices; else from the decoder's rows. Tokens with more than D active latents keep their values: least squares has
     no one solution there.
     """
-    gram_ECP = None if expert_T is None else gram_now(sae, len(x_TD))
+    if gram_ECP is None and expert_T is not None:
+        gram_ECP = gram_now(sae, len(x_TD))
     residual_TD = precise(x_TD - sae.b_out_D).detach()
     if isinstance(latents, SparseLatents):
         values_TK = _refitted(sae, residual_TD, latents.values_TK.detach(), latents.indices_TK, expert_T, gram_ECP)
@@ -76,15 +88,11 @@ def refit(sae: "SparseAutoencoder", x_TD: Tensor, latents: Latents, expert_T: Te
     dense_TM = latents.to_dense().detach()
     count_T = (dense_TM > 0).sum(dim=1)
     refitted_TM = dense_TM.clone()
-    order_T = torch.argsort(count_T, stable=True)
-    for token_t in order_T.split(256) if len(order_T) else ():  # of like counts, so that padding to the largest costs little
-        most = min(int(count_T[token_t[-1]]), sae.d_in)
-        token_t = token_t[(count_T[token_t] <= sae.d_in) & (count_T[token_t] > 0)]
-        if len(token_t):
-            values_tK, indices_tK = dense_TM[token_t].topk(most, dim=1)
-            values_tK = _refitted(sae, residual_TD[token_t], values_tK, indices_tK)
-            values_tK = values_tK.to(dense_TM.dtype)
-            refitted_TM[token_t] = dense_TM.new_zeros(len(token_t), dense_TM.shape[1]).scatter_(1, indices_tK, values_tK)
+    token_t = (count_T <= sae.d_in).nonzero()[:, 0]
+    if len(token_t):
+        values_tK, indices_tK = dense_TM[token_t].topk(int(count_T[token_t].max()), dim=1)
+        values_tK = _refitted(sae, residual_TD[token_t], values_tK, indices_tK).to(dense_TM.dtype)
+        refitted_TM[token_t] = dense_TM.new_zeros(len(token_t), dense_TM.shape[1]).scatter_(1, indices_tK, values_tK)
     return DenseLatents(refitted_TM)
 
 
@@ -97,12 +105,21 @@ def _refitted(
     gram_ECP: Tensor | None = None,
 ) -> Tensor:
     W_MD = precise(sae.decoder_weight().detach())
-    if expert_T is None or gram_ECP is None:
-        problem = problem_of_rows(residual_TD, indices_TK, W_MD)
-    else:
-        local_TK = to_local(indices_TK, expert_T, sae.num_shared, (sae.num_latents - sae.num_shared) // sae.num_experts)
-        problem = problem_of_gram(residual_TD, indices_TK, W_MD, gram_ECP, expert_T, local_TK)
-    return least_squares(problem, values_TK > 0, RIDGE)
+    refitted_TK, active_TK = precise(torch.zeros_like(values_TK)), values_TK > 0
+    count_T = active_TK.sum(dim=1)
+    order_T = torch.argsort(count_T, stable=True)
+    for token_t in order_T.split(_TOKENS) if len(order_T) else ():  # of like counts, so that padding to the largest costs little
+        most = max(1, int(count_T[token_t[-1]]))
+        slot_tK = torch.argsort((~active_TK[token_t]).byte(), dim=1, stable=True)[:, :most]  # active ones first
+        indices_tK = indices_TK[token_t].gather(1, slot_tK)
+        if expert_T is None or gram_ECP is None:
+            problem = problem_of_rows(residual_TD[token_t], indices_tK, W_MD)
+        else:
+            local_tK = to_local(indices_tK, expert_T[token_t], sae.num_shared, (sae.num_latents - sae.num_shared) // sae.num_experts)
+            problem = problem_of_gram(residual_TD[token_t], indices_tK, W_MD, gram_ECP, expert_T[token_t], local_tK)
+        values_tK = least_squares(problem, active_TK[token_t].gather(1, slot_tK), RIDGE)
+        refitted_TK[token_t] = torch.zeros_like(refitted_TK[token_t]).scatter_(1, slot_tK, values_tK)
+    return refitted_TK
 
 
 def pursue(
@@ -166,9 +183,12 @@ def match_loss(proposed: SparseLatents, latents: SparseLatents) -> Tensor:
     return ((v_TK - wanted_TK).square().sum(dim=1) + missed_T).mean()
 
 
-def refit_flops(d_in: int, k: int, from_gram: bool) -> int:
-    """Per token: products of K rows with the activation and, without Gram matrices, with each other; two solves."""
-    return round(2 * (k * d_in + (0 if from_gram else k * k * d_in) + 2 * solve_macs(k)))
+def refit_flops(d_in: int, k: int, from_gram: bool, by_threshold: bool = False) -> int:
+    """Per token: products of k rows with the activation and, without Gram matrices, with each other; a solve (one token in ten needs two). With a
+    threshold, k is the mean.
+    """
+    counts = spread_counts(k) if by_threshold else [k]
+    return round(sum(2 * (n * d_in + (0 if from_gram else n * n * d_in) + solve_macs(n)) for n in counts) / len(counts))
 
 
 def pursuit_flops(d_in: int, candidates: int, k: int, blocks: int, by_threshold: bool = False) -> int:

@@ -3,6 +3,7 @@ squared activations summed over D.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from switch_kernels import ALONE, Dispatch, Group, sparse_decode
@@ -26,22 +27,33 @@ def normalized_auxk_loss(residual_TD: Tensor, recon_TD: Tensor, group: Group = A
     return torch.where(scale > 0, (residual_TD - recon_TD).pow(2).sum() / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
 
 
-def tied_auxk_loss(residual_TD: Tensor, W_dec_MD: Tensor, dead_M: Tensor, dispatch: Dispatch, shared: int, group: Group = ALONE) -> Tensor:
-    """AuxK for SAEs without an encoder: the residual of each token from the dead ones, at most D / 2, of its shared latents and its expert's, with
-    ReLU of their products with it as codes.
+def local_auxk_loss(
+    residual_TD: Tensor,
+    W_dec_MD: Tensor,
+    dead_M: Tensor,
+    dispatch: Dispatch,
+    shared: int,
+    group: Group = ALONE,
+    encoder: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """AuxK over dictionaries: the residual of each token from the dead ones, at most D / 2, of its shared latents and its expert's.
 
-    Gradients reach the dead rows of W_dec; codes and residual are held fixed.
+    Codes are ReLU(W_enc x + b_enc) of an `encoder` (x_TD, W_enc_MD, b_enc_M), or of the residual's products with W_dec itself, held fixed. Gradients
+    reach dead rows alone; the residual is fixed.
     """
-    experts, latents = dispatch.num_experts, (len(dead_M) - shared) // dispatch.num_experts
-    dead_shared, residual_ND, recon = dead_M[:shared].nonzero()[:, 0], dispatch.gather(residual_TD), []
-    for e in range(experts):
-        first = shared + e * latents
-        dead = torch.cat([dead_shared, dead_M[first : first + latents].nonzero()[:, 0] + first])
-        rows_ND = residual_ND[dispatch.offsets[e] : dispatch.offsets[e + 1]]
-        W_BD = W_dec_MD.index_select(0, dead)
-        products_NB = rows_ND @ W_BD.detach().T
-        values, indices = products_NB.topk(min(max(1, residual_TD.shape[1] // 2), len(dead)), dim=1, sorted=False)
-        recon.append(torch.zeros_like(products_NB).scatter(1, indices, values.relu()) @ W_BD)
+    latents = (len(dead_M) - shared) // dispatch.num_experts
+    dead_shared, residual_ND = dead_M[:shared].nonzero()[:, 0], dispatch.gather(residual_TD)
+    x_ND, recon = residual_ND if encoder is None else dispatch.gather(encoder[0]), []
+    for e in range(dispatch.num_experts):
+        rows, first = slice(dispatch.offsets[e], dispatch.offsets[e + 1]), shared + e * latents
+        dead_B = torch.cat([dead_shared, dead_M[first : first + latents].nonzero()[:, 0] + first])
+        W_BD = W_dec_MD.index_select(0, dead_B)
+        if encoder is None:
+            pre_NB = x_ND[rows] @ W_BD.detach().T
+        else:
+            pre_NB = F.linear(x_ND[rows], encoder[1].index_select(0, dead_B), encoder[2].index_select(0, dead_B))
+        values, indices = pre_NB.topk(min(max(1, residual_TD.shape[1] // 2), len(dead_B)), dim=1, sorted=False)
+        recon.append(torch.zeros_like(pre_NB).scatter(1, indices, values.relu()) @ W_BD)
     in_order_ND = torch.cat(recon)
     recon_TD = in_order_ND if dispatch.is_identity else torch.empty_like(in_order_ND).index_copy(0, dispatch.order_N, in_order_ND)
     return normalized_auxk_loss(residual_TD, recon_TD, group)

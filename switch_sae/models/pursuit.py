@@ -15,7 +15,7 @@ from switch_sae.models.base import Flops, SAEConfig, SAEOutput, SparseAutoencode
 from switch_sae.models.gram import REFRESH_TOKENS
 from switch_sae.models.inference import Inference, equal_blocks, gram_flops, pursue, pursuit_flops
 from switch_sae.models.latents import Latents, SparseLatents
-from switch_sae.models.losses import coherence_loss, geometric_median, reconstruction_loss, tied_auxk_loss
+from switch_sae.models.losses import coherence_loss, geometric_median, local_auxk_loss, reconstruction_loss
 from switch_sae.models.routers.base import Routing
 from switch_sae.rows import Rows
 
@@ -98,8 +98,8 @@ class PursuitSAE(SparseAutoencoder):
         self.W_dec_MD = nn.Parameter(F.normalize(torch.rand(config.num_latents, d_in, generator=generator) * 2 - 1, dim=1))
         self.b_pre_D = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("activation_scale", torch.tensor(1.0))
-        self.register_buffer("theta", torch.tensor(float(config.stop)))
-        self.register_buffer("threshold", torch.tensor(float(config.stop)))
+        self.register_buffer("theta", torch.tensor(float(self.by_threshold)))
+        self.register_buffer("threshold", torch.tensor(float(self.by_threshold)))
 
     @property
     def k(self) -> int:
@@ -122,16 +122,14 @@ class PursuitSAE(SparseAutoencoder):
         return (self._dense(latents) @ self.W_dec_MD + self.b_out_D) / self.target_scale
 
     def forward(self, x_TD: Tensor) -> SAEOutput:
-        latents, routing = self._infer(self._scaled(x_TD))
-        return SAEOutput(self._decode(latents.values_TK, latents.indices_TK), latents, routing)
+        latents, routing, match = self._infer(self._scaled(x_TD))
+        return SAEOutput(self._decode(latents.values_TK, latents.indices_TK), latents, routing, match)
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         residual_TD = (self._target(rows) - output.recon_TD) * self.target_scale
-        terms = {"mse": reconstruction_loss(residual_TD)}
+        terms = {"mse": reconstruction_loss(residual_TD)} | ({} if output.match is None else {"match": output.match})
         if self.config.auxk > 0 and dead_M is not None:
-            dispatch = self._dispatch(output.routing, len(rows))
-            auxk = tied_auxk_loss(residual_TD.detach(), self.W_dec_MD, dead_M, dispatch, self.num_shared, self.group)
-            terms["auxk"] = self.config.auxk * self.d_out * auxk
+            terms["auxk"] = self.config.auxk * self.d_out * self._auxk(rows, residual_TD.detach(), output, dead_M)
         if self.config.coherence > 0:
             terms["coherence"] = self.config.coherence * self.d_out * coherence_loss(self.W_dec_MD, self.num_experts, self.num_shared)
         return terms
@@ -162,13 +160,17 @@ class PursuitSAE(SparseAutoencoder):
     def _dispatch(self, routing: Routing | None, tokens: int) -> Dispatch:
         return Dispatch.to_one_expert(tokens, self.W_dec_MD.device)
 
-    def _infer(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None]:
-        """Of scaled activations."""
-        return self._pursue(x_TD, self._dispatch(None, len(x_TD))), None
+    def _infer(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None, Tensor | None]:
+        """(latents, routing, the encoder's loss against them) of scaled activations."""
+        return self._find(x_TD, self._dispatch(None, len(x_TD))), None, None
 
-    def _pursue(self, x_TD: Tensor, dispatch: Dispatch, gram_ECP: Tensor | None = None) -> SparseLatents:
+    def _find(self, x_TD: Tensor, dispatch: Dispatch, gram_ECP: Tensor | None = None) -> SparseLatents:
+        """The latents of scaled activations in the dictionaries that the dispatch names."""
         config = self.config
         return pursue(self, x_TD, dispatch, config.most, config.most // config.step, self._theta(), gram_ECP=gram_ECP)
+
+    def _auxk(self, rows: Rows, residual_TD: Tensor, output: SAEOutput, dead_M: Tensor) -> Tensor:
+        return local_auxk_loss(residual_TD, self.W_dec_MD, dead_M, self._dispatch(output.routing, len(rows)), self.num_shared, self.group)
 
     def _theta(self) -> Tensor:
         return self.theta if self.training else self.threshold

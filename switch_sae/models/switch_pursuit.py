@@ -77,7 +77,7 @@ class SwitchPursuitSAE(PursuitSAE):
         if (rivals := self.router.rivals(output.routing)) is None:
             return terms
         x_nD, dispatch = self._scaled(rows.x_TD[: len(rivals.expert_n1)]), Dispatch.from_experts(rivals.expert_n1, self.num_experts)
-        theirs, price = self._pursue(x_nD, dispatch, self.grams.last if self.training else None), self._theta().square()
+        theirs, price = self._find(x_nD, dispatch, self.grams.last if self.training else None), self._theta().square()
         recon_TD = output.recon_TD * self.target_scale
         return terms | {"competition": competition_loss(rivals, x_nD, recon_TD, output.latents, theirs, self.W_dec_MD, self.b_out_D, price)}
 
@@ -86,13 +86,19 @@ class SwitchPursuitSAE(PursuitSAE):
 
     def end_step(self, rows: Rows, output: SAEOutput) -> None:
         super().end_step(rows, output)
+        self._update_router(rows, output)
+
+    def _update_router(self, rows: Rows, output: SAEOutput) -> None:
         assert output.routing is not None
         if type(self.router).end_step is not Router.end_step:
             self.router.end_step(self._scaled(rows.x_TD), output.routing)
 
     def flops(self) -> Flops:
-        """With what rivals cost in training: their pursuit, and their reconstruction."""
-        one, (router, backward) = super().flops(), self.router.flops()
+        return self._with_router(super().flops())
+
+    def _with_router(self, one: Flops) -> Flops:
+        """With the router, and with what rivals cost in training: the inference and the reconstruction of a share of the tokens."""
+        router, backward = self.router.flops()
         share = getattr(self.config.router, "rivals", 0.0) if self.num_experts > 1 else 0.0
         return replace(one, router=router, backward=one.backward + backward + round(share * (one.encode + one.decode)))
 
@@ -110,9 +116,9 @@ class SwitchPursuitSAE(PursuitSAE):
         assert routing is not None
         return Dispatch.from_experts(routing.expert_TS, self.num_experts)
 
-    def _infer(self, x_TD: Tensor) -> tuple[SparseLatents, Routing]:
+    def _infer(self, x_TD: Tensor) -> tuple[SparseLatents, Routing, Tensor | None]:
         routing = self.router.route(x_TD)
-        return self._pursue(x_TD, self._dispatch(routing, len(x_TD))), routing
+        return self._find(x_TD, self._dispatch(routing, len(x_TD))), routing, None
 
 
 def check_even_experts(num_latents: int, num_experts: int, shared: int) -> None:

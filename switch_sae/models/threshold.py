@@ -1,6 +1,6 @@
 """Setting the threshold that decides an SAE's L0, on rows that are not those it is judged on.
 
-A threshold as trained gives more latents on held-out text than in training (5 % with the stop rule of pursuit: experiments/LOG.md). To compare SAEs at
+A threshold as trained gives more latents on held-out text than in training (by 5 % with the stop rule of pursuit). To compare SAEs at
 equal L0, it is set anew on some held-out rows, and L0 is measured on others.
 """
 
