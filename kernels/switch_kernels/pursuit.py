@@ -203,10 +203,14 @@ def _largest(c_nP: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Factor:
-    """L L^T = A + ridge I on the slots so far, and y = L^-1 A r; slots that are not in use are rows and columns of the identity."""
+    """R = L^-1 for L L^T = A + ridge I on the slots so far, and y = R A r; slots that are not in use are rows and columns of the identity.
 
-    def __init__(self, L_nmm: Tensor, y_nm: Tensor, in_use_nm: Tensor, ridge: float) -> None:
-        self.L_nmm, self.y_nm, self.in_use_nm, self.ridge = L_nmm, y_nm, in_use_nm, ridge
+    The inverse and not L itself: with it all work is products of small matrices in batches. Triangular solves with several right-hand sides take a
+    hundred times as long where a BLAS starts threads for each matrix.
+    """
+
+    def __init__(self, R_nmm: Tensor, y_nm: Tensor, in_use_nm: Tensor, ridge: float) -> None:
+        self.R_nmm, self.y_nm, self.in_use_nm, self.ridge = R_nmm, y_nm, in_use_nm, ridge
 
     @classmethod
     def empty(cls, like_NC: Tensor, ridge: float) -> "_Factor":
@@ -215,23 +219,24 @@ class _Factor:
 
     def of(self, rows: Tensor) -> "_Factor":
         """Of some rows alone."""
-        return _Factor(self.L_nmm[rows], self.y_nm[rows], self.in_use_nm[rows], self.ridge)
+        return _Factor(self.R_nmm[rows], self.y_nm[rows], self.in_use_nm[rows], self.ridge)
 
     def add(self, gram_nkm: Tensor, products_nk: Tensor, in_use_nk: Tensor) -> Tensor:
         """The solution on all slots, after k more whose Gram rows with the m slots up to and with themselves are `gram_nkm`."""
-        L_nmm, y_nm, old = self.L_nmm, self.y_nm, self.L_nmm.shape[1]
+        R_nmm, old, new = self.R_nmm, self.y_nm.shape[1], products_nk.shape[1]
         self.in_use_nm = torch.cat([self.in_use_nm, in_use_nk], dim=1)
         masked_nkm = gram_nkm * (in_use_nk[:, :, None] & self.in_use_nm[:, None, :])
         own_nkk = masked_nkm[:, :, old:]
         own_nkk.diagonal(dim1=1, dim2=2).add_(1 - in_use_nk.to(own_nkk.dtype) * (1 - self.ridge))
-        across_nmk = torch.linalg.solve_triangular(L_nmm, masked_nkm[:, :, :old].transpose(1, 2), upper=False)
-        L_nkk = torch.linalg.cholesky_ex(own_nkk - across_nmk.transpose(1, 2) @ across_nmk)[0]
-        rhs_nk1 = products_nk[..., None] - across_nmk.transpose(1, 2) @ y_nm[..., None]
-        y_nk = torch.linalg.solve_triangular(L_nkk, rhs_nk1, upper=False)[..., 0]
-        self.L_nmm = L_nmm.new_zeros(len(L_nmm), old + y_nk.shape[1], old + y_nk.shape[1])
-        self.L_nmm[:, :old, :old], self.L_nmm[:, old:, :old], self.L_nmm[:, old:, old:] = L_nmm, across_nmk.transpose(1, 2), L_nkk
-        self.y_nm = torch.cat([y_nm, y_nk], dim=1)
-        return torch.linalg.solve_triangular(self.L_nmm.transpose(1, 2), self.y_nm[..., None], upper=True)[..., 0]
+        across_nkm = masked_nkm[:, :, :old] @ R_nmm.transpose(1, 2)
+        L_nkk = torch.linalg.cholesky_ex(own_nkk - across_nkm @ across_nkm.transpose(1, 2))[0]
+        R_nkk = torch.linalg.solve_triangular(L_nkk, torch.eye(new, dtype=L_nkk.dtype, device=L_nkk.device).expand_as(L_nkk), upper=False)
+        rest_nk = products_nk - (across_nkm @ self.y_nm[..., None])[..., 0]
+        self.R_nmm = R_nmm.new_zeros(len(R_nmm), old + new, old + new)
+        self.R_nmm[:, :old, :old], self.R_nmm[:, old:, old:] = R_nmm, R_nkk
+        self.R_nmm[:, old:, :old] = -(R_nkk @ (across_nkm @ R_nmm))
+        self.y_nm = torch.cat([self.y_nm, (R_nkk @ rest_nk[..., None])[..., 0]], dim=1)
+        return (self.y_nm[:, None, :] @ self.R_nmm)[:, 0]
 
 
 _SPREAD = (0.3, 0.65, 0.95, 1.3, 1.9)
@@ -251,7 +256,7 @@ def solve_macs(k: int) -> float:
 def pursuit_macs(candidates: int, k: int, blocks: int, by_threshold: bool = False) -> float:
     """Multiply-adds of `matching_pursuit` per row, beyond the correlations; with a threshold, k is the mean number of latents.
 
-    Counted are the updates of matching pursuit, a factor that grows, the solutions after each block and the renewals. Selection and gathers are not,
+    Counted are the updates of matching pursuit, an inverse factor that grows (not its zeros), solutions and renewals. Selection and gathers are not,
     nor the solves of rows that end with negative values: 2 in 1,000 (experiments/LOG.md).
     """
     step = k // blocks
@@ -262,7 +267,11 @@ def pursuit_macs(candidates: int, k: int, blocks: int, by_threshold: bool = Fals
 
 
 def _macs(candidates: int, k: int, step: int, renewals: int) -> float:
-    """For a row of exactly k latents."""
-    ends = [min(n, k) for n in range(step, k + step, step)]
-    joins = candidates * (k - len(ends))
-    return joins + sum(n * n for n in ends) + candidates * sum(ends[:renewals]) + k**3 / 6
+    """For a row of exactly k latents: joins, then for each block of n after m others its part of the factor, the solution, the renewal."""
+    joins, solves, renewed = 0.0, 0.0, 0
+    for block, m in enumerate(range(0, k, step)):
+        n = min(step, k - m)
+        joins += candidates * (n - 1)
+        solves += n * m * m + n * n * m + n**3 / 3 + n * m + (m + n) ** 2 / 2
+        renewed += candidates * (m + n) * (block < renewals)
+    return joins + solves + renewed

@@ -43,17 +43,18 @@ def local_auxk_loss(
     """
     latents = (len(dead_M) - shared) // dispatch.num_experts
     dead_shared, residual_ND = dead_M[:shared].nonzero()[:, 0], dispatch.gather(residual_TD)
-    x_ND, recon = residual_ND if encoder is None else dispatch.gather(encoder[0]), []
+    dead = [torch.cat([dead_shared, own_F.nonzero()[:, 0] + shared + e * latents]) for e, own_F in enumerate(dead_M[shared:].split(latents))]
+    all_B, counts = torch.cat(dead), [len(dead_B) for dead_B in dead]
+    W_dec = W_dec_MD.index_select(0, all_B).split(counts)  # once: each selection has a gradient of M rows
+    if encoder is None:
+        x_ND, W_in, b_in = residual_ND, W_dec_MD.detach().index_select(0, all_B).split(counts), None
+    else:
+        x_ND, (W_in, b_in) = dispatch.gather(encoder[0]), (weight.index_select(0, all_B).split(counts) for weight in encoder[1:])
+    recon = []
     for e in range(dispatch.num_experts):
-        rows, first = slice(dispatch.offsets[e], dispatch.offsets[e + 1]), shared + e * latents
-        dead_B = torch.cat([dead_shared, dead_M[first : first + latents].nonzero()[:, 0] + first])
-        W_BD = W_dec_MD.index_select(0, dead_B)
-        if encoder is None:
-            pre_NB = x_ND[rows] @ W_BD.detach().T
-        else:
-            pre_NB = F.linear(x_ND[rows], encoder[1].index_select(0, dead_B), encoder[2].index_select(0, dead_B))
-        values, indices = pre_NB.topk(min(max(1, residual_TD.shape[1] // 2), len(dead_B)), dim=1, sorted=False)
-        recon.append(torch.zeros_like(pre_NB).scatter(1, indices, values.relu()) @ W_BD)
+        pre_NB = F.linear(x_ND[dispatch.offsets[e] : dispatch.offsets[e + 1]], W_in[e], None if b_in is None else b_in[e])
+        values, indices = pre_NB.topk(min(max(1, residual_TD.shape[1] // 2), counts[e]), dim=1, sorted=False)
+        recon.append(torch.zeros_like(pre_NB).scatter(1, indices, values.relu()) @ W_dec[e])
     in_order_ND = torch.cat(recon)
     recon_TD = in_order_ND if dispatch.is_identity else torch.empty_like(in_order_ND).index_copy(0, dispatch.order_N, in_order_ND)
     return normalized_auxk_loss(residual_TD, recon_TD, group)
