@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,37 @@ def test_downstream_equals_predicting_one_position_at_a_time():
     keep = evaluation_set.keep_CS
     assert results.predictions == int((keep[:, :-1] & keep[:, 1:]).sum())
     assert results["kl"].low <= results["kl"].value <= results["kl"].high
+
+
+def test_halves_keep_documents_whole_and_are_evaluation_sets_of_their_own():
+    model = ToyModel()
+    whole = text_set(model)
+    keep = whole.keep_CS
+    whole = replace(whole, dropped_TD=model.activations(whole.tokens_CS)[~keep], target_TD=whole.x_TD * 2)
+    halves = whole.halves()
+    sizes = dict(zip(*(part.tolist() for part in whole.document_T.unique(return_counts=True)), strict=True))
+    expected, rows = ([], []), [0, 0]
+    for document in sorted(sizes, key=lambda document: (-sizes[document], document)):
+        place = 0 if rows[0] <= rows[1] else 1
+        expected[place].append(document)
+        rows[place] += sizes[document]
+    for half, documents in zip(halves, expected, strict=True):
+        chosen = torch.isin(whole.document_T, torch.tensor(documents))
+        assert torch.equal(half.x_TD, whole.x_TD[chosen]) and torch.equal(half.target_TD, whole.target_TD[chosen])
+        assert torch.equal(half.document_T, whole.document_T[chosen]) and half.document_names == whole.document_names
+        tokens, kept = half.text()
+        assert len(tokens) < C and torch.equal(tokens[kept], whole.tokens_CS[keep][chosen])
+        assert torch.equal(half.at_hook(), model.activations(tokens))
+        half = replace(half, target_TD=None)
+        results = evaluate(Elementwise(lambda x: 0.7 * x + 0.1), half, Downstream(model, half), bootstrap=5)
+        clean, spliced, kl = by_hand(model, half, lambda x: 0.7 * x + 0.1)
+        assert [results[name].value for name in ("ce_clean", "ce_spliced", "kl")] == pytest.approx([clean, spliced, kl], rel=1e-4)
+    assert replace(whole, dropped_TD=None).halves()[0].at_hook() is None
+    plain = plain_set(documents=4)
+    a, b = plain.halves()
+    assert len(a.x_TD) + len(b.x_TD) == 300 and not set(a.document_T.tolist()) & set(b.document_T.tolist()) and a.tokens_CS is None
+    with pytest.raises(ValueError, match="1 document cannot be split"):
+        plain_set(documents=1).halves()
 
 
 def test_identity_changes_nothing_and_zero_is_zero_ablation():

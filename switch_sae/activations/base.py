@@ -1,9 +1,10 @@
 """The contract of every source of activations, and the fixed rows that everything is evaluated on."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from switch_sae.rows import Rows
@@ -55,6 +56,36 @@ class EvaluationSet:
         x_CSD = self.x_TD.new_empty(*self.tokens_CS.shape, self.x_TD.shape[1])
         x_CSD[self.keep_CS], x_CSD[~self.keep_CS] = self.x_TD, self.dropped_TD
         return x_CSD
+
+    def subset(self, documents: Tensor) -> Self:
+        """The rows of these documents, as an evaluation set of its own: document numbers and names stay, contexts without a row are left out, and
+        positions of other documents are no longer kept."""
+        chosen_T = torch.isin(self.document_T, documents.to(self.document_T))
+        target_TD = None if self.target_TD is None else self.target_TD[chosen_T]
+        part = replace(self, x_TD=self.x_TD[chosen_T], document_T=self.document_T[chosen_T], target_TD=target_TD)
+        if self.tokens_CS is None or self.keep_CS is None:
+            return part
+        keep_CS = torch.zeros_like(self.keep_CS)
+        keep_CS[self.keep_CS] = chosen_T.to(keep_CS.device)
+        context_C = keep_CS.any(dim=1)
+        dropped_TD = None
+        if (x_CSD := self.at_hook()) is not None:
+            dropped_TD = x_CSD[context_C][~keep_CS[context_C]]
+        return replace(part, tokens_CS=self.tokens_CS[context_C], keep_CS=keep_CS[context_C], dropped_TD=dropped_TD)
+
+    def halves(self) -> tuple[Self, Self]:
+        """(A, B): the documents from the largest to the smallest, each to the half that has fewer rows so far, to A where both have as many.
+
+        Documents are never cut: rows of one are alike, and what is chosen on A must not know B. Raises ValueError for a single document.
+        """
+        documents, size_N = self.document_T.cpu().unique(return_counts=True)
+        if len(documents) < 2:
+            raise ValueError(f"{len(documents)} document cannot be split into two halves by document. Evaluate on more rows.")
+        rows, halves = [0, 0], torch.empty(len(documents), dtype=torch.int64)
+        for n in size_N.argsort(descending=True, stable=True).tolist():
+            halves[n] = half = int(rows[1] < rows[0])
+            rows[half] += int(size_N[n])
+        return self.subset(documents[halves == 0]), self.subset(documents[halves == 1])
 
 
 class ActivationSource(ABC):
