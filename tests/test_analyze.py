@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_report import tiny_run
 
 from experiments import analyze as command
-from switch_sae.activations import build_source
-from switch_sae.analysis import ANALYSES, Analysis, analyze
+from switch_sae.activations import SyntheticSource, build_source
+from switch_sae.analysis import ANALYSES, Analysis, analyze, build_analysis
 from switch_sae.analysis.geometry import decoder_geometry
+from switch_sae.analysis.recurrence import _rotation
 from switch_sae.config import config_from_plain
 from switch_sae.models import TopKSAE
 from switch_sae.results import collect
@@ -88,7 +90,7 @@ def test_an_analysis_of_several_saes_gets_its_rows_and_keeps_what_it_found(rows,
 
 
 def test_mistakes_are_named(rows, monkeypatch):
-    with pytest.raises(ValueError, match=r"unknown analysis 'dup'; this version knows duplication\."):
+    with pytest.raises(ValueError, match=r"unknown analysis 'dup'; this version knows duplication, recurrence\."):
         analyze("dup", rows)
     with pytest.raises(ValueError, match=r"unknown settings \['thresh'\].*it has \['threshold'\]"):
         analyze("duplication", rows, {"thresh": 0.5})
@@ -105,6 +107,37 @@ def test_mistakes_are_named(rows, monkeypatch):
     rows[0].model_file.unlink()
     with pytest.raises(ValueError, match="have no weights"):
         analyze("duplication", rows)
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    """Two seeds of one SAE on the same activations."""
+    folder = tmp_path_factory.mktemp("seeds")
+    source = SyntheticSource.Config(d_in=16, common=4, topics=4, per_topic=6, common_active=1.0, topic_active=2.0)
+    return [tiny_run(folder, TopKSAE.Config(num_latents=32, k=4), seed, source=source).path for seed in (0, 1)]
+
+
+def test_recurrence_equals_brute_force_and_its_null_is_a_rotation(seeds):
+    rows = collect(seeds)
+    analysis = build_analysis("recurrence", {"close": 0.8, "near": 0.5})
+    table = analysis.compute(rows, None)
+    assert [(record["seed"], record["other_seed"]) for record in table] == [(0, 1), (1, 0)]
+    live = [F.normalize(row.load().decoder_weight().detach()[row.firing_counts > 0].double(), dim=1) for row in rows]
+    for record, mine, other in zip(table, live, live[::-1], strict=True):
+        nearest = [max(float(a @ b) for b in other) for a in mine]
+        assert (record["live"], record["other_live"]) == (len(mine), len(other))
+        assert record["close"] == sum(cosine >= 0.8 for cosine in nearest) / len(mine)
+        assert record["near"] == sum(cosine >= 0.5 for cosine in nearest) / len(mine)
+        assert record["cosine"] == pytest.approx(sum(nearest) / len(mine), rel=1e-5)
+        assert 0 < record["null_cosine"] < 1 and record["null_cosine"] != record["cosine"]
+    assert table == analysis.compute(rows[::-1], None)
+    rotation = _rotation(16)
+    assert torch.allclose(rotation @ rotation.T, torch.eye(16), atol=1e-5)
+    assert len(analysis.draw(table).axes) == 3
+    with pytest.raises(ValueError, match="no two of these SAEs differ only in their seed"):
+        analysis.compute(rows[:1], None)
+    with pytest.raises(ValueError, match=r"near=0.0 must lie between 0 and 1"):
+        build_analysis("recurrence", {"near": 0})
 
 
 def test_a_folder_that_cannot_be_written_costs_only_time(rows):

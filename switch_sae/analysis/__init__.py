@@ -6,10 +6,11 @@ from typing import Any
 
 from switch_sae.analysis.base import Analysis, OpenSource, Table, kept_table
 from switch_sae.analysis.duplication import Duplication
+from switch_sae.analysis.recurrence import Recurrence
 from switch_sae.choices import Choice
 from switch_sae.results.rows import ResultRow
 
-ANALYSES: Choice[Analysis] = Choice("analysis", "name", {"duplication": Duplication})
+ANALYSES: Choice[Analysis] = Choice("analysis", "name", {"duplication": Duplication, "recurrence": Recurrence})
 
 __all__ = ["ANALYSES", "Analysis", "Table", "analyze", "build_analysis"]
 
