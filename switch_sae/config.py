@@ -26,6 +26,8 @@ class EvaluationConfig(Settings):
     """Contexts on which the language model runs with reconstructions spliced in; 0 leaves out delta CE and KL."""
     bootstrap: int = 1000
     """Resamples of documents for the 95 % intervals."""
+    probes: bool = True
+    """Whether trained SAEs are also run again for stability, meaning and other measures of `PROBES`: some seconds to a minute each."""
 
     def __post_init__(self) -> None:
         all_at_least(self, "evaluation.", rows=1, downstream_contexts=0, bootstrap=0)

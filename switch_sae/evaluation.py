@@ -1,7 +1,7 @@
 """Scoring an SAE on the fixed evaluation rows: every metric that applies, with intervals over documents."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -11,15 +11,17 @@ from torch import Tensor
 from switch_sae.activations.base import EvaluationSet
 from switch_sae.countdown import Countdown
 from switch_sae.files import Say
-from switch_sae.metrics import FVU, METRICS, Downstream, DownstreamLoss, Firing, Metric, MetricBatch, MetricSetup
+from switch_sae.metrics import FVU, METRICS, PROBES, Downstream, DownstreamLoss, Firing, Halves, Metric, MetricBatch, MetricSetup
 from switch_sae.metrics.bootstrap import bootstrap_intervals, effective_documents, intervals
+from switch_sae.metrics.error_spread import occurrences
 from switch_sae.metrics.forward import Evaluable, chunks, outputs
+from switch_sae.models.base import SparseAutoencoder
 from switch_sae.rows import NormLimit
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number on the evaluation rows with its 95 % interval over documents; None where no interval is defined."""
+    """A number on the evaluation rows with its 95 % interval over documents (the judge's: over latents); None where no interval is defined."""
 
     value: float
     low: float | None = None
@@ -72,9 +74,32 @@ class Results:
         return cls(**{**data, "metrics": metrics, "firing_counts": torch.tensor(data["firing_counts"], dtype=torch.int64)})
 
 
-def evaluate(sae: Evaluable, evaluation_set: EvaluationSet, downstream: Downstream | None = None, bootstrap: int = 1000) -> Results:
+class Probes:
+    """The `PROBES` that apply to an evaluation set: what does not depend on the SAE (noise, clusters, words) is made once, shared by all SAEs.
+
+    What a probe chooses on some documents and scores on others it chooses and scores on `halves`: those of the evaluation set unless they are given,
+    as they must be where the set itself is half of what is held out.
+    """
+
+    def __init__(self, evaluation_set: EvaluationSet, halves: Halves | None = None) -> None:
+        self.evaluation_set = evaluation_set
+        self.probes = {name: probe(evaluation_set, halves) for name, probe in PROBES.items() if probe.applies(evaluation_set, halves)}
+
+    def measure(self, sae: SparseAutoencoder, bootstrap: int = 1000) -> dict[str, Estimate]:
+        """All numbers of one SAE, which is left as it was."""
+        found: dict[str, Estimate] = {}
+        for probe in self.probes.values():
+            numbers = probe.measure(sae)
+            spans = intervals(numbers.replicates, numbers.units, bootstrap, effective=numbers.effective)
+            found |= {name: Estimate(value, *spans.get(name, (None, None))) for name, value in numbers.values().items()}
+        return found
+
+
+def evaluate(
+    sae: Evaluable, evaluation_set: EvaluationSet, downstream: Downstream | None = None, bootstrap: int = 1000, probes: Probes | None = None
+) -> Results:
     """Scores one SAE, or a control such as `PCABaseline`: a group of one, see `evaluate_group`."""
-    return evaluate_group({"sae": sae}, evaluation_set, downstream, bootstrap).results["sae"]
+    return evaluate_group({"sae": sae}, evaluation_set, downstream, bootstrap, probes=probes).results["sae"]
 
 
 def evaluate_group(
@@ -84,24 +109,30 @@ def evaluate_group(
     bootstrap: int = 1000,
     failed: Callable[[str, Exception], None] | None = None,
     say: Say | None = None,
+    probes: Probes | None = None,
+    probed: Collection[str] | None = None,
 ) -> "GroupResults":
     """Scores SAEs and controls on all rows of an evaluation set, in one pass over the language model; each SAE is left exactly as it was.
 
     `bootstrap` is the number of resamples behind each 95 % interval over documents (0: no intervals; a single document has none either). Rows are
     run in chunks of a fixed size, so the result is the same to the last bit for every caller and in every company. `say` hears how long it will take.
+    `probes` run on the SAEs that `probed` names, None for all; controls that are no SAEs have no codes to probe.
 
-    Raises ValueError for rows or outputs that are not finite, and for a downstream made from another evaluation set; with `failed`, an SAE that
-    cannot be scored is left out and `failed` is told (name, error).
+    Raises ValueError for rows or outputs that are not finite, and for downstream or probes made from another evaluation set; with `failed`, an SAE
+    that cannot be scored is left out and `failed` is told (name, error).
     """
-    if downstream is not None and downstream.evaluation_set is not evaluation_set:
-        raise ValueError("downstream was prepared from another evaluation set: its numbers would not belong to these rows. Make it from this one.")
+    for name, prepared in (("downstream", downstream), ("probes", probes)):
+        if prepared is not None and prepared.evaluation_set is not evaluation_set:
+            raise ValueError(f"{name}: prepared from another evaluation set; its numbers would not belong to these rows. Make it from this one.")
     rows = evaluation_set.rows
     documents, document_T = evaluation_set.document_T.cpu().unique(return_inverse=True)
     if len(document_T) != len(rows):
         raise ValueError(f"the evaluation set has {len(rows)} rows but {len(document_T)} document numbers; it needs one per row.")
     shared = MetricSetup.of(rows.target_TD, len(documents), num_latents=0, num_experts=0)
-    scores = {name: _Scores.of(replace(shared, num_latents=sae.num_latents, num_experts=sae.num_experts)) for name, sae in saes.items()}
+    scores = {name: _Scores.of(_setup(shared, sae)) for name, sae in saes.items()}
+    occurrences_T = None if evaluation_set.tokens_CS is None else occurrences(*evaluation_set.text())
     losses: dict[str, DownstreamLoss] = {}
+    probings: dict[str, dict[str, Estimate]] = {}
     saes = dict(saes)
 
     def out(name: str, error: Exception) -> None:
@@ -116,7 +147,8 @@ def evaluate_group(
         for name, sae in list(saes.items()):
             try:
                 target_TD, output = outputs(sae, rows[chosen])
-                scores[name].update(MetricBatch.of(target_TD, output, document_T[chosen]))
+                counts_T = None if occurrences_T is None else occurrences_T[chosen]
+                scores[name].update(MetricBatch.of(target_TD, output, document_T[chosen], counts_T))
             except Exception as error:  # one SAE that cannot be run must not stop the others
                 out(name, error)
         progress(chosen.stop)
@@ -127,6 +159,15 @@ def evaluate_group(
             for name, batch in batches.items():
                 losses[name].update(batch)
             progress(done)
+    if probes is not None:
+        asked = {name: sae for name, sae in saes.items() if isinstance(sae, SparseAutoencoder) and (probed is None or name in probed)}
+        progress = Countdown("probing", len(asked), "SAEs", say or (lambda _: None))
+        for done, (name, asked_sae) in enumerate(asked.items(), start=1):
+            try:
+                probings[name] = probes.measure(asked_sae, bootstrap)
+            except Exception as error:  # as above
+                out(name, error)
+            progress(done)
     effective = effective_documents(document_T.bincount())
     outliers = len(rows) - int(NormLimit.of(rows).inlier_T(rows).sum())
     results = {}
@@ -135,6 +176,7 @@ def evaluate_group(
         estimates = _estimates(metrics, bootstrap, effective)
         if downstream is not None:
             estimates |= _estimates([losses[name]], bootstrap, downstream.effective_documents)
+        estimates |= probings.get(name, {})
         results[name] = Results(
             metrics=estimates,
             vectors={key: values for metric in metrics for key, values in metric.vectors().items()},
@@ -202,6 +244,11 @@ class _Scores:
 def _estimates(metrics: Sequence[Metric[Any]], replicates: int, effective: float) -> dict[str, Estimate]:
     spans = bootstrap_intervals(metrics, metrics[0].setup.num_documents, replicates, effective=effective)
     return {name: Estimate(value, *spans.get(name, (None, None))) for metric in metrics for name, value in metric.compute().items()}
+
+
+def _setup(shared: MetricSetup, sae: Evaluable) -> MetricSetup:
+    num_shared = sae.num_shared if isinstance(sae, SparseAutoencoder) else 0  # a control has none
+    return replace(shared, num_latents=sae.num_latents, num_experts=sae.num_experts, num_shared=num_shared)
 
 
 def _finite_or_none(value: float | None) -> float | None:

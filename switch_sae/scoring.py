@@ -8,7 +8,7 @@ from switch_sae.activations import ActivationSource, EvaluationSet, SyntheticSou
 from switch_sae.analysis.pca import PCABaseline, participation_ratio
 from switch_sae.analysis.recovery import recovery_scores
 from switch_sae.config import EvaluationConfig
-from switch_sae.evaluation import GroupResults, evaluate, evaluate_group
+from switch_sae.evaluation import GroupResults, Probes, evaluate, evaluate_group
 from switch_sae.files import Say, tell
 from switch_sae.memory import peak_bytes, state_bytes
 from switch_sae.metrics import Downstream
@@ -40,6 +40,7 @@ class Scorer:
         self.config, self.source, self.say = config, source, say
         self.evaluation_set = source.evaluation_set(config.rows)
         self.downstream, self.left_out = prepare_downstream(config, source, self.evaluation_set)
+        self.probes = Probes(self.evaluation_set) if config.probes else None
         rows = self.evaluation_set.rows
         self.about = {
             "participation_ratio": participation_ratio(NormLimit.of(rows).inliers(rows).target_TD),
@@ -51,7 +52,9 @@ class Scorer:
     def group(self, asked: Sequence[Asked], failed: Callable[[str, Exception], None] | None = None) -> "Scored":
         """Scores all of them in one pass. With `failed`, one that cannot be scored is left out, and told (name, error)."""
         saes = {each.name: each.sae for each in asked}
-        scores = evaluate_group(saes, self.evaluation_set, self.downstream, self.config.bootstrap, failed, self.say)
+        # Untrained controls are not probed: how stable or readable random latents are answers no question that is worth several more passes.
+        probed = [each.name for each in asked if "role" in each.about]
+        scores = evaluate_group(saes, self.evaluation_set, self.downstream, self.config.bootstrap, failed, self.say, self.probes, probed)
         entries = {each.name: scores.results[each.name].to_json() | each.about for each in asked if each.name in scores.results}
         if isinstance(self.source, SyntheticSource):
             for each in asked:

@@ -1,6 +1,7 @@
 """Every metric against explicit loops over rows, exactness over splits, and what the bootstrap promises."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from switch_sae.metrics import METRICS, DownstreamLoss, Experts, Firing, MetricBatch, MetricSetup, PredictionBatch
 from switch_sae.metrics.base import add_by_document
 from switch_sae.metrics.bootstrap import bootstrap_intervals, document_weights
+from switch_sae.metrics.error_spread import occurrences
 from switch_sae.models import Routing, SAEOutput, SparseLatents
 
 T, D, E, M, K, DOCUMENTS = 60, 5, 3, 12, 4, 7
@@ -109,6 +111,50 @@ def test_every_number_equals_explicit_loops():
     assert found["router_entropy"] == pytest.approx(mean(-sum(q * math.log(q) for q in p) for p in probs) / math.log(E), rel=1e-12)
     assert found["gate"] == pytest.approx(mean(probs[t][experts[t]] for t in range(T)), rel=1e-12)
     assert found["load_balance"] == pytest.approx(E * sum(load[e] * mean(p[e] for p in probs) for e in range(E)), rel=1e-12)
+
+
+def test_the_spread_of_the_error_equals_explicit_loops():
+    x, output, document = example()
+    seen = torch.tensor([1, 9, 10, 49, 50, 1000])[torch.arange(T) % 6]
+    setup = MetricSetup.of(x, DOCUMENTS, M, E)
+    metric = METRICS["error_spread"](setup)
+    metric.update(MetricBatch.of(x, output, document, seen))
+    found = metric.compute()
+    inliers = [t for t in range(T) if t != 11]
+    error = [float((x[t].double() - output.recon_TD[t].double()).square().sum()) for t in range(T)]
+    mean = sum(error[t] for t in inliers) / len(inliers)
+    assert found["error_cv"] == pytest.approx(math.sqrt(sum((error[t] - mean) ** 2 for t in inliers) / len(inliers)) / mean, rel=1e-12)
+    centre = x[inliers].double().mean(0)
+    for name, counts in {"lt10": (1, 9), "10_50": (10, 49), "50_200": (50,), "ge1000": (1000,)}.items():
+        chosen = [t for t in inliers if int(seen[t]) in counts]
+        variance = sum(float((x[t].double() - centre).square().sum()) for t in chosen)
+        assert found[f"fvu_seen_{name}"] == pytest.approx(sum(error[t] for t in chosen) / variance, rel=1e-12)
+    assert found.keys() == {"error_cv", *(f"fvu_seen_{name}" for name in ("lt10", "10_50", "50_200", "ge1000"))}  # no token stands on 200 to 999 rows
+    assert bootstrap_intervals([metric], DOCUMENTS, 50).keys() == found.keys()
+    even = METRICS["error_spread"](setup)
+    even.update(MetricBatch.of(x, SAEOutput(x + 1, output.latents), document))
+    assert even.compute() == {"error_cv": pytest.approx(0, abs=1e-6)}
+
+
+def test_a_number_that_some_resamples_lack_has_no_interval():
+    x, output, document = example()
+    metric = METRICS["error_spread"](MetricSetup.of(x, DOCUMENTS, M, E))
+    metric.update(MetricBatch.of(x, output, document, torch.where(document == 2, 5, 20)))
+    assert metric.compute().keys() == {"error_cv", "fvu_seen_lt10", "fvu_seen_10_50"}
+    assert bootstrap_intervals([metric], DOCUMENTS, 50).keys() == {"error_cv", "fvu_seen_10_50"}
+
+
+def test_occurrences_count_kept_positions():
+    tokens, keep = torch.tensor([[7, 5, 5], [7, 5, 9]]), torch.tensor([[False, True, True], [True, True, False]])
+    assert occurrences(tokens, keep).tolist() == [3, 3, 1, 3]
+
+
+def test_shared_latents_belong_to_no_expert():
+    x, output, document = example()
+    metric = METRICS["firing"](replace(MetricSetup.of(x, DOCUMENTS, M, 2), num_shared=4))
+    metric.update(MetricBatch.of(x, output, document))
+    dead = (output.latents.to_dense() == 0).all(0).double()
+    assert metric.vectors()["expert_dead_latents"] == [float(dead[4:8].mean()), float(dead[8:].mean())] and dead[4:8].any()
 
 
 def test_vectors_per_expert():

@@ -30,6 +30,8 @@ class MetricSetup:
     """Mean of the rows that are not outliers, float64."""
     norm_limit: float
     """Rows of a larger norm are outliers (`NormLimit`)."""
+    num_shared: int = 0
+    """The first so many latents belong to no expert: every token may use them."""
 
     @classmethod
     def of(cls, x_TD: Tensor, num_documents: int, num_latents: int, num_experts: int) -> Self:
@@ -59,9 +61,11 @@ class MetricBatch:
     output: SAEOutput
     document_T: Tensor
     """int64 in [0, num_documents)."""
+    occurrences_T: Tensor | None = None
+    """How many evaluation rows have the same token; None where there is no text."""
 
     @classmethod
-    def of(cls, target_TD: Tensor, output: SAEOutput, document_T: Tensor) -> Self:
+    def of(cls, target_TD: Tensor, output: SAEOutput, document_T: Tensor, occurrences_T: Tensor | None = None) -> Self:
         """Checks a batch and moves it to the CPU. Raises ValueError for outputs that are not finite or not of the target's shape."""
         if output.recon_TD.shape != target_TD.shape:
             raise ValueError(f"the reconstruction has shape {tuple(output.recon_TD.shape)}; it must be that of the target, {tuple(target_TD.shape)}.")
@@ -71,7 +75,7 @@ class MetricBatch:
         if routing is not None:
             check_finite("router probabilities", routing.probs_TE)
             routing = Routing(routing.expert_TS.cpu(), routing.gate_TS.cpu(), routing.probs_TE.cpu())
-        return cls(target_TD.cpu(), SAEOutput(output.recon_TD.cpu(), latents.cpu(), routing), document_T.cpu())
+        return cls(target_TD.cpu(), SAEOutput(output.recon_TD.cpu(), latents.cpu(), routing), document_T.cpu(), occurrences_T)
 
     @cached_property
     def residual_sq_T(self) -> Tensor:

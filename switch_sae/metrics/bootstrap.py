@@ -47,7 +47,8 @@ def intervals(
 
     Plain percentile intervals are too narrow by sqrt((n - 1) / n), take the normal's quantile for t, and know nothing of documents of unequal size:
     "95 %" of FVU covered 91 to 93 % at 34 documents and 87 % at 10. These cover 94 to 97 % (`python -m experiments.benchmarks.coverage`). Empty where
-    there is one document or none: nothing can be said about others then.
+    there is one document or none: nothing can be said about others then. Nor is there an interval where some resample has no value, such as the FVU
+    of rows that few documents have.
     """
     if not 0 < coverage < 1:
         raise ValueError(f"coverage={coverage} must lie between 0 and 1, such as 0.95.")
@@ -61,7 +62,8 @@ def intervals(
             values.setdefault(name, []).append(value_R)
     tail = expanded_tail(coverage, num_documents if effective is None else effective)
     tails = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    quantiles = {name: torch.cat(blocks).quantile(tails) for name, blocks in values.items()}
+    replicated = {name: torch.cat(blocks) for name, blocks in values.items()}
+    quantiles = {name: value_R.quantile(tails) for name, value_R in replicated.items() if bool(value_R.isfinite().all())}
     return {name: (float(low), float(high)) for name, (low, high) in quantiles.items()}
 
 

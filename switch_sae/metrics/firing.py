@@ -34,5 +34,6 @@ class Firing(Metric[MetricBatch]):
         }
 
     def vectors(self) -> dict[str, list[float]]:
-        """The share of dead latents within each expert."""
-        return {"expert_dead_latents": (self.firing_counts.view(self.setup.num_experts, -1) == 0).double().mean(1).tolist()}
+        """The share of dead latents among each expert's own; shared ones come first and belong to none."""
+        own_EF = self.firing_counts[self.setup.num_shared :].view(self.setup.num_experts, -1)
+        return {"expert_dead_latents": (own_EF == 0).double().mean(1).tolist()}

@@ -38,12 +38,12 @@ def device_of(sae: Evaluable) -> torch.device:
 def run(sae: Evaluable, x_TD: Tensor) -> SAEOutput:
     """The SAE's output in evaluation mode, without gradients; the SAE is left as it was."""
     # Held only during the call: a context left open across a generator's yield would leak into the caller.
-    with _untouched(sae):
+    with untouched(sae):
         return sae(x_TD)
 
 
 @contextmanager
-def _untouched(sae: Evaluable) -> Iterator[None]:
+def untouched(sae: Evaluable) -> Iterator[None]:
     """Evaluation mode and no gradients inside; train/eval mode of every submodule, buffers and torch's random state afterwards as they were."""
     modes = [(module, module.training) for module in sae.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in sae.buffers()]

@@ -27,7 +27,7 @@ BOOKKEEPING = ("name", "runs", "wandb", "device", "threads", "log_every", "check
 """Settings that change no number, or that say what trains beside."""
 SIZES = ("sae.architecture", "sae.num_latents", "sae.num_experts", "sae.k")
 """Settings that rows hold as values of their own."""
-NEUTRAL = ("source.device", "source.prefetch", "evaluation.bootstrap")
+NEUTRAL = ("source.device", "source.prefetch", "evaluation.bootstrap", "evaluation.probes")
 """Further settings that change no number, or only an interval's last digits."""
 ROLES = ("main", "baseline", "control")
 """In the order of tables; a control or a baseline never stands for the SAE that a run is about."""
