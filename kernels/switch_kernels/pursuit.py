@@ -4,8 +4,6 @@ Shapes: N rows (T tokens in any order), D activation size, K slots, C candidate 
 G dictionaries. `active` slots take part; the others name some latent and hold 0. Nothing here has gradients.
 """
 
-import itertools
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switch_kernels.decode import row_products
+from switch_kernels.threads import over_rows
 
 COLUMNS = 32
 """Candidates are padded to a multiple of it: a maximum over whole vectors, then over what it leaves, takes half of the time of `max`."""
@@ -135,11 +134,12 @@ def matching_pursuit(
     if k > gram_GCP.shape[1]:
         raise ValueError(f"k={k} latents cannot join from a dictionary of {gram_GCP.shape[1]}. Use a smaller k, or wider experts.")
     size = max(1, _CHUNK_ELEMENTS // max(gram_GCP.shape[2], k * k))
-    limits: Iterable[Tensor | None] = itertools.repeat(None) if limit_N is None else limit_N.split(size)
-    parts = [
-        _pursue(c_nC, gram_GCP, group_n, k, blocks, ridge, threshold, limit_n)
-        for c_nC, group_n, limit_n in zip(correlations_NC.split(size), group_N.split(size), limits, strict=False)
-    ]
+
+    def pursue(rows: slice) -> Support:
+        limit_n = None if limit_N is None else limit_N[rows]
+        return _pursue(correlations_NC[rows], gram_GCP, group_N[rows], k, blocks, ridge, threshold, limit_n)
+
+    parts = over_rows(pursue, len(correlations_NC), size, correlations_NC.device)
     return Support(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
@@ -153,6 +153,7 @@ def _pursue(
     row_n = torch.arange(len(c0_NC), device=c0_NC.device)  # of those that are not done
     c0_nP = F.pad(c0_NC, (0, columns - candidates), value=-torch.inf)
     first_n = group_N * candidates  # row of the dictionary's first candidate in gram_RP
+    buffer_NP = torch.empty_like(c0_nP)
     c_nP, grown = c0_nP.clone(), _Factor.empty(c0_NC, ridge)
     for block in range(blocks):
         joined: list[Tensor] = []
@@ -166,7 +167,8 @@ def _pursue(
             joins.append(joins_n)
             if left:
                 taken_n1 = torch.where(joins_n, value_n, 0.0)[:, None]
-                c_nP -= F.embedding_bag((first_n + index_n)[:, None], gram_RP, mode="sum", per_sample_weights=taken_n1)
+                rows_nP = torch.index_select(gram_RP, 0, first_n + index_n, out=buffer_NP[: len(row_n)])
+                c_nP.addcmul_(rows_nP, taken_n1, value=-1)
                 c_nP.scatter_(1, index_n[:, None], -torch.inf)
         new_nk, is_new_nk = torch.stack(joined, dim=1), torch.stack(joins, dim=1)
         before = slice(0, block * step)

@@ -24,6 +24,7 @@ from switch_kernels.pursuit import (
     solve_macs,
     spread_counts,
 )
+from switch_kernels.threads import over_rows
 from switch_sae.checks import typed
 from switch_sae.models.gram import local_products, precise, to_global, to_local
 from switch_sae.models.latents import DenseLatents, Latents, SparseLatents
@@ -108,7 +109,11 @@ def _refitted(
     refitted_TK, active_TK = precise(torch.zeros_like(values_TK)), values_TK > 0
     count_T = active_TK.sum(dim=1)
     order_T = torch.argsort(count_T, stable=True)
-    for token_t in order_T.split(_TOKENS) if len(order_T) else ():  # of like counts, so that padding to the largest costs little
+
+    def solve(part: slice) -> None:
+        token_t = order_T[part]  # of like counts, so that padding to the largest costs little
+        if not len(token_t):
+            return
         most = max(1, int(count_T[token_t[-1]]))
         slot_tK = torch.argsort((~active_TK[token_t]).byte(), dim=1, stable=True)[:, :most]  # active ones first
         indices_tK = indices_TK[token_t].gather(1, slot_tK)
@@ -119,6 +124,8 @@ def _refitted(
             problem = problem_of_gram(residual_TD[token_t], indices_tK, W_MD, gram_ECP, expert_T[token_t], local_tK)
         values_tK = least_squares(problem, active_TK[token_t].gather(1, slot_tK), RIDGE)
         refitted_TK[token_t] = torch.zeros_like(refitted_TK[token_t]).scatter_(1, slot_tK, values_tK)
+
+    over_rows(solve, len(order_T), _TOKENS, residual_TD.device)
     return refitted_TK
 
 

@@ -105,7 +105,7 @@ class _EncodePairs(torch.autograd.Function):
         token_P, latent_P = position_P // len(W_enc_MD), position_P % len(W_enc_MD)
         column_sums_M = torch.zeros_like(W_enc_MD[:, 0]).index_add_(0, latent_P, grad_P)
         grad_x_TD = _bag_sums(grad_P, latent_P, token_P, len(centred_TD), W_enc_MD) if ctx.needs_input_grad[0] else None
-        grad_W_MD = _row_sums(grad_P, latent_P, token_P, centred_TD, len(W_enc_MD))
+        grad_W_MD = row_sums(grad_P, latent_P, token_P, centred_TD, len(W_enc_MD))
         return grad_x_TD, -(column_sums_M @ W_enc_MD), grad_W_MD, column_sums_M if ctx.needs_input_grad[3] else None, None
 
 
@@ -129,7 +129,7 @@ class _DecodePairs(torch.autograd.Function):
         values_P, latent_P, bag_P, W_dec_MD = ctx.saved_tensors
         start_B = _starts(bag_P, len(grad_BD))
         grad_values_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad_BD, W_dec_MD.contiguous(), latent_P, start_B, bag_P, 0, -1)
-        return grad_values_P, None, None, None, _row_sums(values_P, latent_P, bag_P, grad_BD, len(W_dec_MD))
+        return grad_values_P, None, None, None, row_sums(values_P, latent_P, bag_P, grad_BD, len(W_dec_MD))
 
 
 def _starts(bag_P: Tensor, bags: int) -> Tensor:
@@ -142,7 +142,7 @@ def _bag_sums(weights_P: Tensor, latent_P: Tensor, bag_P: Tensor, bags: int, row
     return F.embedding_bag(latent_P, rows_MD, _starts(bag_P, bags), mode="sum", per_sample_weights=weights_P)
 
 
-def _row_sums(weights_P: Tensor, latent_P: Tensor, bag_P: Tensor, rows_BD: Tensor, num_latents: int) -> Tensor:
+def row_sums(weights_P: Tensor, latent_P: Tensor, bag_P: Tensor, rows_BD: Tensor, num_latents: int) -> Tensor:
     """[M, D]: sum of weights[p] * rows[bag[p]] over the pairs of each latent."""
     order = LatentOrder.from_indices(latent_P[:, None], num_latents)
     return F.embedding_bag(bag_P[order.pair_P], rows_BD, order.start_M, mode="sum", per_sample_weights=weights_P[order.pair_P])

@@ -16,6 +16,7 @@ from switch_sae.models.gram import REFRESH_TOKENS
 from switch_sae.models.inference import Inference, equal_blocks, gram_flops, pursue, pursuit_flops
 from switch_sae.models.latents import Latents, SparseLatents
 from switch_sae.models.losses import coherence_loss, geometric_median, local_auxk_loss, reconstruction_loss
+from switch_sae.models.pairs import decode_pairs
 from switch_sae.models.routers.base import Routing
 from switch_sae.rows import Rows
 
@@ -176,4 +177,9 @@ class PursuitSAE(SparseAutoencoder):
         return self.theta if self.training else self.threshold
 
     def _decode(self, values_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        return (sparse_decode(values_TK, indices_TK, self.W_dec_MD, None, self.execution) + self.b_out_D) / self.target_scale
+        if self.by_threshold:  # about half of the slots are not in use
+            token_P, slot_P = (values_TK > 0).nonzero(as_tuple=True)
+            recon_TD = decode_pairs(values_TK[token_P, slot_P], indices_TK[token_P, slot_P], token_P, len(values_TK), self.W_dec_MD)
+        else:
+            recon_TD = sparse_decode(values_TK, indices_TK, self.W_dec_MD, None, self.execution)
+        return (recon_TD + self.b_out_D) / self.target_scale

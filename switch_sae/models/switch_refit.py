@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switch_kernels import Dispatch, LatentOrder
+from switch_kernels import Dispatch
 from switch_sae.checks import all_at_least
 from switch_sae.models.base import Flops, SAEConfig, SAEOutput
 from switch_sae.models.gram import REFRESH_TOKENS, local_products, to_global
-from switch_sae.models.inference import Inference, equal_blocks, gram_flops, gram_now, match_loss, pursue, pursuit_flops, refit, refit_flops
+from switch_sae.models.inference import Inference, equal_blocks, gram_flops, gram_now, pursue, pursuit_flops, refit, refit_flops
 from switch_sae.models.latents import SparseLatents
 from switch_sae.models.losses import local_auxk_loss
-from switch_sae.models.pairs import largest
+from switch_sae.models.pairs import largest, row_sums
 from switch_sae.models.routers import ROUTERS, Routing
 from switch_sae.models.switch_pursuit import SwitchPursuitSAE, check_even_experts
 from switch_sae.rows import Rows
@@ -135,13 +135,15 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         with torch.no_grad():
             kept = largest(values_TK, len(values_TK) * self.config.k, self.group)
             chosen_TK = torch.zeros_like(values_TK).flatten().index_put_((kept,), values_TK.flatten()[kept]).view_as(values_TK)
-            smallest = chosen_TK[chosen_TK > 0].min() if len(kept) else self.theta
+            smallest = values_TK.flatten()[kept].min() if len(kept) else self.theta
             self.theta.copy_(torch.cat(self.group.gather(smallest[None])).min())
-        chosen_TK = _Proposed.apply(chosen_TK, indices_TK, (x_TD - self.b_in_D).detach(), self.W_enc_MD, self.b_enc_M)
-        proposed = SparseLatents(chosen_TK, indices_TK, self.num_latents)
-        latents = refit(self, x_TD, proposed, dispatch.expert_TS[:, 0], gram_now(self, len(x_TD)))
+        latents = refit(self, x_TD, SparseLatents(chosen_TK, indices_TK, self.num_latents), dispatch.expert_TS[:, 0], gram_now(self, len(x_TD)))
         assert isinstance(latents, SparseLatents)
-        return latents, routing, match_loss(proposed, latents)
+        token_P, latent_P = kept // values_TK.shape[1], indices_TK.flatten()[kept]
+        centred_TD = (x_TD - self.b_in_D).detach()
+        proposed_P = _Proposed.apply(values_TK.flatten()[kept], token_P, latent_P, centred_TD, self.W_enc_MD, self.b_enc_M)
+        match = (proposed_P - latents.values_TK.flatten()[kept]).square().sum() / len(x_TD)
+        return latents, routing, match
 
     @torch.no_grad()
     def _find(self, x_TD: Tensor, dispatch: Dispatch, gram_ECP: Tensor | None = None) -> SparseLatents:
@@ -159,9 +161,9 @@ class SwitchRefitSAE(SwitchPursuitSAE):
 
     @torch.no_grad()
     def _candidates(self, x_TD: Tensor, dispatch: Dispatch) -> tuple[Tensor, Tensor]:
-        """(values, latents) of the `most` largest ReLU(W_enc (x - b) + b_enc) that each token may use, values falling."""
+        """(values, latents) of the `most` largest ReLU(W_enc (x - b) + b_enc) that each token may use."""
         pre_NC = local_products(dispatch.gather(x_TD - self.b_in_D), self.W_enc_MD, dispatch, self.num_shared, self.b_enc_M)
-        values_NK, local_NK = pre_NC.topk(self.config.most, dim=1)
+        values_NK, local_NK = pre_NC.topk(self.config.most, dim=1, sorted=False)
         expert_N = dispatch.gather_pairs(dispatch.expert_TS.flatten())
         indices_NK = to_global(local_NK, expert_N, self.num_shared, (self.num_latents - self.num_shared) // self.num_experts)
         return dispatch.scatter(values_NK.clamp_min(0)), dispatch.scatter(indices_NK)
@@ -173,17 +175,16 @@ class SwitchRefitSAE(SwitchPursuitSAE):
 
 
 class _Proposed(torch.autograd.Function):
-    """Values that are known already, ReLU(W_enc[indices] x + b_enc[indices]), with the gradients of those rows where they are above 0."""
+    """Values above 0 that are known already, W_enc[latent] x[token] + b_enc[latent], with the gradients of those rows."""
 
     @staticmethod
-    def forward(ctx: Any, values_TK: Tensor, indices_TK: Tensor, x_TD: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor) -> Tensor:
-        ctx.save_for_backward(values_TK, indices_TK, x_TD)
+    def forward(ctx: Any, values_P: Tensor, token_P: Tensor, latent_P: Tensor, x_TD: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor) -> Tensor:
+        ctx.save_for_backward(token_P, latent_P, x_TD)
         ctx.num_latents = len(W_enc_MD)
-        return values_TK.clone()
+        return values_P.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        values_TK, indices_TK, x_TD = ctx.saved_tensors
-        grad_TK = torch.where(values_TK > 0, grads[0], 0.0)
-        grad_b_M = grad_TK.new_zeros(ctx.num_latents).index_add_(0, indices_TK.flatten(), grad_TK.flatten())
-        return None, None, None, LatentOrder.from_indices(indices_TK, ctx.num_latents).weighted_row_sums(x_TD, grad_TK), grad_b_M
+        token_P, latent_P, x_TD = ctx.saved_tensors
+        grad_b_M = grads[0].new_zeros(ctx.num_latents).index_add_(0, latent_P, grads[0])
+        return None, None, None, None, row_sums(grads[0], latent_P, token_P, x_TD, ctx.num_latents), grad_b_M
