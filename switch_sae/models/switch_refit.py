@@ -1,5 +1,6 @@
 """`SwitchRefitSAE`: one expert per token, whose encoder chooses latents, a threshold for the whole batch, and values by least squares."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,10 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         """Coefficient of AuxK, which revives dead latents; 0 switches it off."""
         coherence: float = 0.0
         """Coefficient of a penalty on close pairs in a dictionary: coherence * D * mean_i sum_{j != i} ReLU(cos_ij - 0.3)^2."""
+        missed: float = 0.3
+        """Coefficient of the loss that teaches the encoder what it left out; 0 switches it off."""
+        missed_share: float = 0.25
+        """Share of a batch's tokens that are searched for it."""
         threshold_beta: float = 0.999
         """Decay per step of the threshold's running mean; at first less, (1 + step) / (10 + step)."""
 
@@ -167,6 +172,33 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         expert_N = dispatch.gather_pairs(dispatch.expert_TS.flatten())
         indices_NK = to_global(local_NK, expert_N, self.num_shared, (self.num_latents - self.num_shared) // self.num_experts)
         return dispatch.scatter(values_NK.clamp_min(0)), dispatch.scatter(indices_NK)
+
+    def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
+        terms = super().loss_terms(rows, output, dead_M)
+        count = math.ceil(self.config.missed_share * len(rows))
+        return terms if not (self.config.missed and count) else terms | {"missed": self.config.missed * self._missed(rows, output, count)}
+
+    def _missed(self, rows: Rows, output: SAEOutput, count: int) -> Tensor:
+        """Over the first tokens, mean (v_j - c_j)^2 of the latent j that was left out and would help most, c_j = W_dec[j] (x - recon), where
+        c_j is above theta; v_j without ReLU.
+        """
+        assert output.routing is not None and isinstance(output.latents, SparseLatents)
+        with torch.no_grad():
+            x_nD = self._scaled(rows.x_TD[:count])
+            dispatch = Dispatch.from_experts(output.routing.expert_TS[:count], self.num_experts)
+            residual_nD = x_nD - output.recon_TD[:count] * self.target_scale
+            left_nC = local_products(dispatch.gather(residual_nD), self.W_dec_MD, dispatch, self.num_shared)
+            expert_n = dispatch.gather_pairs(dispatch.expert_TS.flatten())
+            # What is in use has next to no correlation left (least squares), so the largest is of a latent that is not.
+            best_n, local_n = left_nC.max(dim=1)
+            latent_n = dispatch.scatter(
+                to_global(local_n[:, None], expert_n, self.num_shared, (self.num_latents - self.num_shared) // self.num_experts)
+            )
+            wanted_n1 = dispatch.scatter(best_n[:, None])
+            token_P = (wanted_n1[:, 0] > self.theta).nonzero()[:, 0]
+            latent_P, wanted_P, centred_nD = latent_n[token_P, 0], wanted_n1[token_P, 0], x_nD - self.b_in_D
+            value_P = (centred_nD[token_P] * self.W_enc_MD[latent_P]).sum(dim=1) + self.b_enc_M[latent_P]
+        return (_Proposed.apply(value_P, token_P, latent_P, centred_nD, self.W_enc_MD, self.b_enc_M) - wanted_P).square().sum() / count
 
     def _auxk(self, rows: Rows, residual_TD: Tensor, output: SAEOutput, dead_M: Tensor) -> Tensor:
         dispatch = self._dispatch(output.routing, len(rows))
