@@ -203,11 +203,11 @@ class GroupResults:
     _effective: tuple[float, float]
     """Documents of rows and of predictions (`effective_documents`)."""
 
-    def ratios(self, main: str) -> dict[str, dict[str, Estimate]]:
-        """By the name of every other SAE: FVU (outliers left out) and delta CE of `main` divided by its own, with the interval that resampling the
-        same documents for both gives. A number that is not above 0 has no ratio."""
+    def ratios(self, main: str, others: Collection[str] | None = None) -> dict[str, dict[str, Estimate]]:
+        """By the name of every other SAE, or of those among `others`: FVU (outliers left out) and delta CE of `main` divided by its own, with the
+        interval that resampling the same documents for both gives. A number that is not above 0 has no ratio."""
         ratios: dict[str, dict[str, Estimate]] = {}
-        for other in [name for name in self.results if name != main]:
+        for other in [name for name in self.results if name != main and (others is None or name in others)]:
             for name, kind, n in zip(("fvu_inliers", "delta_ce"), (FVU, DownstreamLoss), self._effective, strict=True):
                 pair = [metric for sae in (main, other) for metric in self.metrics[sae] if isinstance(metric, kind)]
                 if not pair or not (below := self.results[other].metrics[name].value) > 0:

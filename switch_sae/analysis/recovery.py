@@ -60,8 +60,8 @@ def recovery(decoder_MD: Tensor, truth_GD: Tensor, threshold: float = THRESHOLD,
 
 
 @torch.no_grad()
-def recovery_scores(sae: SparseAutoencoder, source: SyntheticSource, rows: Rows) -> dict[str, float | None]:
-    """How well an SAE found the world behind its activations; `rows` are those of `source.evaluation_set(len(rows))`.
+def recovery_scores(sae: SparseAutoencoder, source: SyntheticSource, rows: Rows, row_T: Tensor | None = None) -> dict[str, float | None]:
+    """How well an SAE found the world behind its activations; `rows` are those of `source.evaluation_set(len(rows))`, or `row_T` of a longer one.
 
     `mcc` and `recall` of `recovery` over latents that fire on these rows; `recall_common` and `recall_topic`, of the directions that all topics share
     and of single topics', where there are both; `nmi` of the (likeliest) expert and the true topic, None without experts. `mcc` is None where the
@@ -78,7 +78,8 @@ def recovery_scores(sae: SparseAutoencoder, source: SyntheticSource, rows: Rows)
     if len(decoder_MD) == 0:
         return dict.fromkeys(("mcc", *parts, "nmi"), 0.0) | ({} if experts else {"nmi": None})
     cosine_MG = cosines(decoder_MD, truth_GD)
-    nmi = normalized_mutual_information(torch.cat(experts), source.evaluation_truth(len(rows)).topic_T.cpu()) if experts else None
+    row_T = torch.arange(len(rows)) if row_T is None else row_T.cpu()
+    nmi = normalized_mutual_information(torch.cat(experts), source.evaluation_truth(int(row_T.max()) + 1).topic_T.cpu()[row_T]) if experts else None
     can_match = min(cosine_MG.shape) <= LARGEST_MATCHING and importlib.util.find_spec("scipy") is not None
     recalls = {name: float((cosine_MG[:, chosen].amax(0) > THRESHOLD).double().mean()) for name, chosen in parts.items()}
     return {"mcc": mean_best_match(cosine_MG) if can_match else None, **recalls, "nmi": nmi}
