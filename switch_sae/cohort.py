@@ -265,6 +265,9 @@ class Cohort:
             trained(member.name, self.trainers[member.name].sae, member.role) for member in self.members.values() if member.name in self.trainers
         ]
         owner = {each.name: each.name for each in asked}
+        for further in [each for trained_sae in asked for each in score.under_inferences(trained_sae)]:
+            asked.append(further)
+            owner[further.name] = further.name.rpartition("+")[0]
         for run, members in folders.items() if self.keeper.with_controls else ():
             main = members[0]
             for control in untrained_controls(score, main, self.trainers[main.name].sae, stream, f"{run.path} "):
@@ -272,7 +275,8 @@ class Cohort:
                 owner[control.name] = main.name
 
         def failed(name: str, error: Exception) -> None:
-            self._failed(owner[name], self.trainers[owner[name]].steps_done, error)  # as in training: the others must not suffer
+            if owner[name] in self.trainers:  # under another inference it may have failed already
+                self._failed(owner[name], self.trainers[owner[name]].steps_done, error)  # as in training: the others must not suffer
 
         scored = score.group(asked, failed)
         for run, members in folders.items():
@@ -280,13 +284,10 @@ class Cohort:
             if not members:
                 continue
             before = run.read_json(TRAINING_FILE)
-            entries = {m.key: scored.entries[m.name] | before["members"][m.key] for m in members if m.name in scored.entries}
-            prefix = f"{run.path} "
-            controls = {name.removeprefix(prefix): entry for name, entry in scored.entries.items() if name.startswith(prefix)}
-            others = {m.name: m.key for m in members[1:]} | {f"{prefix}{name}": name for name in controls}
+            parts = scored.of_folder(_keys(members), before["members"], f"{run.path} ")
             more = {key: before[key] for key in ("mixing", "outliers")} | {"seconds": time.perf_counter() - self.began}
-            score.write(run, "results.json", entries, controls, ratios=scored.ratios(members[0].name, others), **more)
-            self.wandb.pop(run.path).finish({f"final/{name}": e["value"] for name, e in entries[members[0].key]["metrics"].items()})
+            score.write(run, "results.json", **parts, **more)
+            self.wandb.pop(run.path).finish({f"final/{name}": e["value"] for name, e in parts["members"][members[0].key]["metrics"].items()})
             run.finish()
             self.keeper.saved()
 
@@ -305,7 +306,8 @@ def _keys(members: Iterable[Member]) -> dict[str, str]:
 def plan_line(trainer: Trainer) -> str:
     """What an SAE is and how it will train, before it does."""
     sae, schedule = trainer.sae, trainer.schedule
-    experts = f"{sae.num_experts} experts x {sae.num_latents // sae.num_experts}" if sae.num_experts > 1 else "dense"
+    each = (sae.num_latents - sae.num_shared) // sae.num_experts
+    experts = f"{sae.num_experts} experts x {each}" + (f" + {sae.num_shared} shared" if sae.num_shared else "") if sae.num_experts > 1 else "dense"
     return (
         f"{sae.num_latents} latents ({experts}){f', k={sae.k}' if sae.k else ''}, {sae.flops().total:,} FLOPs per token; lr {schedule.peak:.2e}, "
         f"warm-up {schedule.warmup_steps} steps, decay over the last {schedule.decay_steps}, dead after {trainer.dead_after_tokens:,} tokens"

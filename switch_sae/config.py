@@ -8,6 +8,7 @@ from switch_sae.activations import SOURCES
 from switch_sae.checks import Settings, all_at_least
 from switch_sae.models import SAES
 from switch_sae.models.baselines import Baseline, why_no_baseline
+from switch_sae.models.inference import Inference
 from switch_sae.plain import from_plain, to_plain
 from switch_sae.rows import OUTLIER_FACTOR
 from switch_sae.training import TrainerConfig
@@ -15,6 +16,9 @@ from switch_sae.wandb_logger import WandbConfig
 
 BEFORE: dict[str, Any] = {"outlier_factor": None}
 """What settings meant in runs that were saved before they existed."""
+
+HALF = "half of the documents"
+"""Where results say which half of the held-out documents they are from; absent where they are from all of them."""
 
 
 @dataclass
@@ -28,9 +32,16 @@ class EvaluationConfig(Settings):
     """Resamples of documents for the 95 % intervals."""
     probes: bool = True
     """Whether trained SAEs are also run again for stability, meaning and other measures of `PROBES`: some seconds to a minute each."""
+    inferences: list[Inference] = field(default_factory=list)
+    """Further ways of inference under which every trained SAE is scored, with the same weights, beside its own."""
+    calibrate: bool = False
+    """One half of the held-out documents sets the thresholds of SAEs that have one, to a mean L0 of k under the inference that they are scored with,
+    and everything is reported on the other half, of every SAE. Otherwise thresholds are as trained, and all held-out rows are reported."""
 
     def __post_init__(self) -> None:
         all_at_least(self, "evaluation.", rows=1, downstream_contexts=0, bootstrap=0)
+        if len(set(self.inferences)) != len(self.inferences):
+            raise ValueError(f"evaluation.inferences={[i.name for i in self.inferences]} names one twice. Name each once.")
 
 
 @dataclass

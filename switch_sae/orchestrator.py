@@ -13,7 +13,7 @@ from switch_sae.models import SAES
 from switch_sae.models.baselines import Baseline, baseline_config, usual_baselines
 from switch_sae.plain import to_plain
 from switch_sae.runs import TRAINING_FILE, RunDir, environment, load_sae
-from switch_sae.scoring import trained
+from switch_sae.scoring import INFERENCE, trained
 from switch_sae.wandb_logger import check_wandb
 
 
@@ -130,19 +130,13 @@ def score_again(run: RunDir, config: RunConfig, file: str, say: Say = tell) -> N
         if changed:
             say(f"note: these are not the activations of training; {', '.join(changed)} changed (another language model, text or Python version).")
         main = main_member(run, config)
-        roles = {key: (MAIN if key == main.key else BASELINE) for key in before["members"]}
+        roles = {key: (MAIN if key == main.key else BASELINE) for key, entry in before["members"].items() if entry.get("role") != INFERENCE}
         saes = {key: load_sae((run if role == MAIN else run.member(key)).path).to(stream.device) for key, role in roles.items()}
         asked = [trained(key, saes[key], role) for key, role in roles.items()]
-        controls = untrained_controls(score, main, saes[main.key], stream, " ")
-        scored = score.group([*asked, *controls])
-        entries = {
-            key: scored.entries[key] | {name: kept for name, kept in before["members"][key].items() if name not in scored.entries[key]}
-            for key in saes
-        }
-        shown = {control.name.strip(): scored.entries[control.name] for control in controls}
-        others = {key: key for key in saes if key != main.key} | {control.name: control.name.strip() for control in controls}
+        further = [each for trained_sae in asked for each in score.under_inferences(trained_sae)]
+        scored = score.group([*asked, *further, *untrained_controls(score, main, saes[main.key], stream, " ")])
         kept = ("mixing", "outliers", "seconds") if file == "results.json" else ("outliers",)
         more = {key: before[key] for key in kept if key in before}
-        score.write(run, file, entries, shown, ratios=scored.ratios(main.key, others), **more)
+        score.write(run, file, **scored.of_folder({key: key for key in saes}, before["members"], " "), **more)
     if file == "results.json":
         run.finish()

@@ -1,19 +1,22 @@
 """Scoring SAEs and controls on shared held-out rows, and the one place that writes their results."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from switch_sae.activations import ActivationSource, EvaluationSet, SyntheticSource
 from switch_sae.analysis.pca import PCABaseline, participation_ratio
 from switch_sae.analysis.recovery import recovery_scores
-from switch_sae.config import EvaluationConfig
+from switch_sae.config import HALF, EvaluationConfig
 from switch_sae.evaluation import GroupResults, Probes, evaluate, evaluate_group
 from switch_sae.files import Say, tell
 from switch_sae.memory import peak_bytes, state_bytes
 from switch_sae.metrics import Downstream
 from switch_sae.metrics.forward import Evaluable
 from switch_sae.models import SAES, SparseAutoencoder
+from switch_sae.models.inference import Inference, why_no_inference, with_inference
+from switch_sae.models.threshold import calibrate, has_threshold
 from switch_sae.plain import to_plain
 from switch_sae.rows import NormLimit, Rows
 from switch_sae.runs import RunDir
@@ -21,6 +24,8 @@ from switch_sae.training import Trainer
 
 Entry = dict[str, Any]
 """What results.json says of one SAE or control."""
+INFERENCE = "inference"
+"""The role of a trained SAE that is scored once more, under another inference than its own: the same weights, so that it cost the same training."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +44,26 @@ class Scorer:
     def __init__(self, config: EvaluationConfig, source: ActivationSource, say: Say = tell) -> None:
         self.config, self.source, self.say = config, source, say
         self.evaluation_set = source.evaluation_set(config.rows)
+        halves = self.evaluation_set.halves() if config.calibrate else None
+        self.calibration_rows: Rows | None = None
+        """Held-out rows that set thresholds and of which nothing is reported; None where thresholds stay as trained."""
+        if halves is not None:
+            self.calibration_rows, self.evaluation_set = halves[0].rows, halves[1]
         self.downstream, self.left_out = prepare_downstream(config, source, self.evaluation_set)
-        self.probes = Probes(self.evaluation_set) if config.probes else None
+        self.probes = Probes(self.evaluation_set, halves) if config.probes else None
         rows = self.evaluation_set.rows
         self.about = {
             "participation_ratio": participation_ratio(NormLimit.of(rows).inliers(rows).target_TD),
             "participation_ratio_all_rows": participation_ratio(rows.target_TD),
             "source": source.describe(),
             "left_out": self.left_out,
+            **({} if self.calibration_rows is None else {HALF: "B"}),
         }
+        self._told: set[str] = set()
 
     def group(self, asked: Sequence[Asked], failed: Callable[[str, Exception], None] | None = None) -> "Scored":
         """Scores all of them in one pass. With `failed`, one that cannot be scored is left out, and told (name, error)."""
+        asked = self._calibrated(asked, failed)
         saes = {each.name: each.sae for each in asked}
         # Untrained controls are not probed: how stable or readable random latents are answers no question that is worth several more passes.
         probed = [each.name for each in asked if "role" in each.about]
@@ -59,8 +72,40 @@ class Scorer:
         if isinstance(self.source, SyntheticSource):
             for each in asked:
                 if each.name in entries and isinstance(each.sae, SparseAutoencoder):
-                    entries[each.name]["recovery"] = recovery_scores(each.sae, self.source, self.evaluation_set.rows)
+                    row_T = self.evaluation_set.document_T  # every synthetic row is a document
+                    entries[each.name]["recovery"] = recovery_scores(each.sae, self.source, self.evaluation_set.rows, row_T)
         return Scored(entries, scores)
+
+    def under_inferences(self, of: Asked) -> list[Asked]:
+        """A trained SAE under each of `config.inferences` that is not its own, as NAME+INFERENCE; says, once each, why one is left out."""
+        asked = []
+        assert isinstance(of.sae, SparseAutoencoder)
+        for inference in self.config.inferences:
+            if inference is of.sae.inference:
+                continue
+            if reason := why_no_inference(of.sae, inference):
+                line = f"no scores of {of.about['architecture']} under {inference.name}: {reason}"
+                if line not in self._told:
+                    self.say(line)
+                self._told.add(line)
+                continue
+            about = of.about | {"role": INFERENCE, "inference": inference.name}
+            asked.append(Asked(f"{of.name}+{inference.name}", with_inference(of.sae, inference), about))
+        return asked
+
+    def _calibrated(self, asked: Sequence[Asked], failed: Callable[[str, Exception], None] | None) -> list[Asked]:
+        """Those that have a threshold with one of their own, set on the rows for it; the SAEs that were given keep theirs."""
+        if (rows := self.calibration_rows) is None:
+            return list(asked)
+        ready = []
+        for each in asked:
+            try:
+                ready.append(_at_k(each, rows))
+            except ValueError as error:  # no threshold gives that L0
+                if failed is None:
+                    raise
+                failed(each.name, error)
+        return ready
 
     def controls(self, main: SparseAutoencoder, untrained_main: SparseAutoencoder, calibration: Rows, prefix: str) -> list[Asked]:
         """PCA of rank k, and the main SAE as it was before training; their names begin with `prefix`.
@@ -70,9 +115,9 @@ class Scorer:
         k = main.k or max(1, round(evaluate(main, self.evaluation_set, bootstrap=0)["l0"].value))
         return [*pca(calibration, k, prefix), Asked(f"{prefix}untrained", untrained_main, _sizes(untrained_main, SAES.key_of(main), main.k))]
 
-    def write(self, run: RunDir, file: str, members: Mapping[str, Entry], controls: Mapping[str, Entry], **more: Any) -> None:
-        """The results of one folder, whole or not at all; `more` is what else is known of its training."""
-        run.write_json(file, {"evaluation": self.about, "members": members, "controls": controls, **more})
+    def write(self, run: RunDir, file: str, **parts: Any) -> None:
+        """The results of one folder, whole or not at all: those of `Scored.of_folder`, and what else is known of its training."""
+        run.write_json(file, {"evaluation": self.about, **parts})
 
 
 @dataclass(frozen=True)
@@ -83,17 +128,43 @@ class Scored:
     """By the names that were asked for."""
     _scores: GroupResults
 
-    def ratios(self, main: str, others: Mapping[str, str]) -> dict[str, Any]:
-        """Of `main` to the others, each under the name that `others` gives it (`GroupResults.ratios`)."""
+    def of_folder(self, keys: Mapping[str, str], training: Mapping[str, Entry], prefix: str) -> dict[str, dict[str, Any]]:
+        """`members`, `controls` and `ratios` of one folder's results.json. `keys` are those in the folder by names in the group, the main SAE first;
+        `training` says by key what it cost; names of its controls begin with `prefix`.
+        """
+        keys = {f"{name}{end}": f"{key}{end}" for end in ("", *(f"+{i.name}" for i in Inference)) for name, key in keys.items()}
+        members = {}
+        for name, key in keys.items():
+            if name in self.entries:
+                entry, of = self.entries[name], key.partition("+")[0]
+                known = {what: value for what, value in training[of].items() if what not in entry and what != "threshold"}
+                members[key] = entry | ({"of": of} if key != of else {}) | known
+        controls = {name.removeprefix(prefix): entry for name, entry in self.entries.items() if name.startswith(prefix)}
+        return {"members": members, "controls": controls, "ratios": self._ratios(next(iter(keys)), keys | {prefix + name: name for name in controls})}
+
+    def _ratios(self, main: str, names: Mapping[str, str]) -> dict[str, Any]:
+        """Of `main` to all others of the folder, each under the name that it has there (`GroupResults.ratios`)."""
         if main not in self.entries:
             return {}
-        ratios = self._scores.ratios(main)
-        return to_plain({key: {name: asdict(e) for name, e in ratios[other].items()} for other, key in others.items() if other in ratios})
+        ratios = self._scores.ratios(main, names)
+        return to_plain({key: {name: asdict(e) for name, e in ratios[other].items()} for other, key in names.items() if other in ratios})
 
 
 def trained(name: str, sae: SparseAutoencoder, role: str) -> Asked:
     """A trained SAE, by what it is in its folder: `main` or `baseline`."""
-    return Asked(name, sae, _sizes(sae, SAES.key_of(sae), sae.k) | {"role": role, "parameters": sum(p.numel() for p in sae.parameters())})
+    parameters, inference = sum(p.numel() for p in sae.parameters()), sae.inference.name
+    return Asked(name, sae, _sizes(sae, SAES.key_of(sae), sae.k) | {"role": role, "parameters": parameters, "inference": inference})
+
+
+def _at_k(asked: Asked, rows: Rows) -> Asked:
+    """With a threshold, if it has one, at which the mean L0 of these rows is k, in a shallow copy. Raises ValueError as `calibrate` does."""
+    if not isinstance(asked.sae, SparseAutoencoder) or not has_threshold(asked.sae):
+        return asked
+    sae = copy.copy(asked.sae)  # weights and caches are shared, buffers are not: calibration writes into one
+    sae._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in asked.sae._buffers.items()}
+    trained, l0 = sae.get_buffer("threshold").item(), calibrate(sae, rows)
+    told = {"trained": trained, "calibrated": sae.get_buffer("threshold").item(), "l0": l0}
+    return replace(asked, sae=sae, about=asked.about | {"threshold": told})
 
 
 def pca(calibration: Rows, k: int, prefix: str = "") -> list[Asked]:

@@ -10,8 +10,11 @@ from typing import Any
 from switch_sae.files import write_atomically
 from switch_sae.results.rows import ResultRow
 
-IDENTITY = ("name", "sae", "role", "status", "step", "architecture", "num_latents", "num_experts", "k", "seed", "parameters", "tokens")
-COSTS = ("flops_forward", "flops_total", "tokens_per_second", "train_seconds", "wall_seconds", "group_size", "state_mb", "peak_mb")
+IDENTITY = ("name", "sae", "role", "inference", "status", "step", "architecture", "num_latents", "num_experts", "k", "seed", "parameters", "tokens")
+COSTS = (
+    "flops_forward", "flops_encode", "flops_total", "flops_train", "tokens_per_second", "train_seconds", "wall_seconds", "group_size", "state_mb",
+    "peak_mb",
+)  # fmt: skip
 
 
 def write_results(rows: Sequence[ResultRow], path: str | Path) -> None:

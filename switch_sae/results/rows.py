@@ -12,25 +12,33 @@ from safetensors import safe_open
 from torch import Tensor
 
 from switch_sae.activations.base import both_known
+from switch_sae.config import HALF
 from switch_sae.evaluation import Estimate, Results
-from switch_sae.files import Say, tell
+from switch_sae.files import Say, make_variable, tell
 from switch_sae.models import SAES, SparseAutoencoder
+from switch_sae.models.inference import Inference, with_inference
+from switch_sae.results.folders import is_run, runs_below
 from switch_sae.results.kind import Kind
 from switch_sae.runs import MODEL_FILE, RunDir, load_sae
 
 T = TypeVar("T")
 K = TypeVar("K")
-Role = Literal["main", "baseline", "control"]
+Role = Literal["main", "baseline", "inference", "control"]
+RESULTS = "results.json"
 SEEDS = ("seed", "source.seed")
 """Settings in which repetitions of one experiment differ."""
 BOOKKEEPING = ("name", "runs", "wandb", "device", "threads", "log_every", "checkpoint_every", "baselines")
 """Settings that change no number, or that say what trains beside."""
 SIZES = ("sae.architecture", "sae.num_latents", "sae.num_experts", "sae.k")
 """Settings that rows hold as values of their own."""
-NEUTRAL = ("source.device", "source.prefetch", "evaluation.bootstrap", "evaluation.probes")
-"""Further settings that change no number, or only an interval's last digits."""
-ROLES = ("main", "baseline", "control")
-"""In the order of tables; a control or a baseline never stands for the SAE that a run is about."""
+NEUTRAL = (
+    "source.device", "source.prefetch", "evaluation.bootstrap", "evaluation.probes", "evaluation.inferences", "evaluation.calibrate",
+)  # fmt: skip
+"""Further settings that change no number, only an interval's last digits, or what `evaluated_on` says."""
+ROLES = ("main", "baseline", "inference", "control")
+"""In the order of tables; none of the others ever stands for the SAE that a run is about."""
+TRAINED = ("main", "baseline")
+"""Roles of SAEs that were trained, each by itself."""
 _STREAM_ONLY = {"seed", "buffer_rows", "device", "prefetch", "cache"}
 """Settings of a source that change the order of training rows but not which rows are evaluated."""
 _MEASURED = {known.name for known in fields(Results)}
@@ -58,7 +66,16 @@ class ResultRow:
     config: dict[str, Any]
     """Of this SAE, flat: `sae.num_latents`, `trainer.lr`, `tokens`."""
     role: Role = "main"
-    """Baselines trained beside the main SAE; controls (PCA, the untrained SAE) were fitted or made, not trained."""
+    """Baselines trained beside the main SAE; `inference` is one of these once more, its weights under another inference than its own; controls (PCA,
+    the untrained SAE) were fitted or made, not trained."""
+    inference: str = Inference.encoder.name
+    """How its latents were found when it was scored."""
+    of: str | None = None
+    """For the role `inference`: the key of the SAE whose weights these are."""
+    threshold: dict[str, float] | None = None
+    """Where it was set on held-out rows that were not reported: `trained`, `calibrated` (the one it was scored with), and the `l0` there."""
+    flops_train: int | None = None
+    """Per token of training, in FLOPs: `flops_total` under the inference that it was trained with."""
     label: str = ""
     """What tables of a few runs call it (`scored`)."""
     step: int | None = None
@@ -95,6 +112,16 @@ class ResultRow:
         return Kind(self.architecture, self.num_experts, self.config.get("sae.experts_per_token", 1))
 
     @property
+    def num_shared(self) -> int:
+        """Its first latents, which every token may use, whatever its expert."""
+        return int(self.config.get("sae.shared") or 0)
+
+    @property
+    def latents_per_expert(self) -> int:
+        """Without the shared ones."""
+        return (self.num_latents - self.num_shared) // self.num_experts
+
+    @property
     def metrics(self) -> Mapping[str, Estimate]:
         """Everything measured, by name."""
         known = {name: Estimate(value) for name, value in self.recovery.items() if value is not None}
@@ -109,6 +136,11 @@ class ResultRow:
     def flops_forward(self) -> int | None:
         """Per token of training, in FLOPs (a multiply-add is two)."""
         return None if self.results is None else self.results.flops["forward"]
+
+    @property
+    def flops_encode(self) -> int | None:
+        """Per token, to find its latents: router and encoder or pursuit, without the decoder."""
+        return None if self.results is None else self.results.flops["router"] + self.results.flops["encode"]
 
     @property
     def flops_total(self) -> int | None:
@@ -134,8 +166,13 @@ class ResultRow:
         return settings | ({"source.cache": settings["source.cache"] is not None} if "source.cache" in settings else {})
 
     @property
+    def is_the_runs(self) -> bool:
+        """Whether its weights are those of the SAE that the run is about, which is called by its architecture; those beside it never are."""
+        return self.role == "main" or self.of == self.architecture
+
+    @property
     def model_file(self) -> Path:
-        return (self.path if self.role == "main" else RunDir(self.path).member(self.sae).path) / MODEL_FILE
+        return (self.path if self.is_the_runs else RunDir(self.path).member(self.of or self.sae).path) / MODEL_FILE
 
     @property
     def has_weights(self) -> bool:
@@ -149,33 +186,39 @@ class ResultRow:
         return self.results.firing_counts
 
     def load(self) -> SparseAutoencoder:
-        """The trained SAE. Raises as `load_sae`."""
-        return load_sae(self.model_file)
+        """The trained SAE, with its threshold as trained, under this row's inference. Raises as `load_sae`."""
+        sae = load_sae(self.model_file)
+        return with_inference(sae, self.inference) if self.of else sae
 
 
-def collect(paths: Sequence[str | Path], controls: bool = False, say: Say = tell) -> list[ResultRow]:
+def collect(paths: Sequence[str | Path], controls: bool = False, say: Say = tell, inferences: bool = False, file: str = RESULTS) -> list[ResultRow]:
     """One row per trained SAE of run folders, sweep folders, or folders of them, sorted by architecture and size; each folder counts once.
 
-    Controls are rows only if asked for. Of an unfinished run only the main SAE is one. Folders whose config.json is somebody else's are passed over,
-    and named. Raises ValueError for no paths, FileNotFoundError for a path that holds no run.
+    Controls, and SAEs once more under other inferences, are rows only if asked for. Of an unfinished run only the main SAE is one. Folders whose
+    config.json is somebody else's are passed over, and named. `file` is another evaluation in the same folders; runs without it are passed over.
+    Raises ValueError for no paths, FileNotFoundError for a path that holds no run.
     """
+    left_out = {role for role, asked in (("control", controls), ("inference", inferences)) if not asked}
     if not paths:
         raise ValueError("no folders were given. Give run folders, sweep folders or folders that hold them, such as runs/.")
     rows: dict[tuple[Path, str], ResultRow] = {}
     foreign: dict[Path, None] = {}
     for given in (Path(path).expanduser() for path in paths):
-        found = _rows_below(given, foreign)
+        found = [row for path, name, config in runs_below(given, foreign) for row in _run_rows(path, name, config, file)]
         if foreign:
             say(f"left out, as their config.json or sweep.json is not of this library: {', '.join(map(str, foreign))}")
             foreign.clear()
         if not found:
+            if file != RESULTS:
+                raise FileNotFoundError(f"{given} holds no run that has {file}. Make it: make evaluate {make_variable('RUN', given)}")
             raise FileNotFoundError(f"{given} holds no run: neither it nor a folder in it has config.json or sweep.json. Give what training printed.")
-        rows |= {(row.path.resolve(), row.sae): row for row in found if controls or row.role != "control"}
+        rows |= {(row.path.resolve(), row.sae): row for row in found if row.role not in left_out}
     return in_order(rows.values())
 
 
-def scored(runs: Sequence[RunDir], file: str = "results.json") -> list[ResultRow]:
-    """Every SAE and control of finished runs, run by run: the main SAE, its baselines, then the controls, labelled by run where there are several.
+def scored(runs: Sequence[RunDir], file: str = RESULTS) -> list[ResultRow]:
+    """Every SAE and control of finished runs, run by run: the main SAE, its baselines, these under further inferences, then the controls; labelled by
+    run where there are several.
 
     `file` is another evaluation in the same folders, such as results-500000.json. Raises ValueError for no runs, FileNotFoundError for an
     unfinished one.
@@ -191,15 +234,15 @@ def scored(runs: Sequence[RunDir], file: str = "results.json") -> list[ResultRow
 
 def load_members(run: RunDir) -> dict[str, SparseAutoencoder]:
     """The trained SAEs of a finished run by name, the main one first."""
-    return {row.sae: row.load() for row in scored([run]) if row.role != "control"}
+    return {row.sae: row.load() for row in scored([run]) if row.role in TRAINED}
 
 
 def finished_runs(parent: str | Path) -> list[RunDir]:
     """The run folders in `parent` that have results, newest first; empty where there are none."""
-    return [RunDir(file.parent) for file in sorted(Path(parent).expanduser().glob("*/results.json"), reverse=True) if _is_run(file.parent)]
+    return [RunDir(file.parent) for file in sorted(Path(parent).expanduser().glob("*/results.json"), reverse=True) if is_run(file.parent)]
 
 
-def read_results(run: RunDir, file: str = "results.json") -> dict[str, Any]:
+def read_results(run: RunDir, file: str = RESULTS) -> dict[str, Any]:
     """Its results with everything measured as `Results` under "results"; parsed once for as long as the file stays as it is. Not to be changed.
 
     Raises as `RunDir.read_json`.
@@ -248,58 +291,17 @@ def flat_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _rows_below(path: Path, foreign: dict[Path, None]) -> list[ResultRow]:
-    """Those of every run and sweep at or below `path`; what looks like one and is somebody else's is added to `foreign`."""
-    if (path / "sweep.json").is_file() or (path / "config.json").is_file():
-        name = "sweep.json" if (path / "sweep.json").is_file() else "config.json"
-        plain = _ours(path, name)
-        if plain is None:
-            foreign[path] = None
-        elif name == "sweep.json":
-            return [row for name, config in plain["members"].items() for row in _run_rows(path / "members" / name, name, config)]
-        else:
-            return _run_rows(path, path.name, plain)
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")) if path.is_dir() else []
-    return [row for folder in folders for row in _rows_below(folder, foreign)]
-
-
-def _ours(path: Path, name: str) -> dict[str, Any] | None:
-    """The plain config of a run or plan of a sweep; None for a file of another kind. Raises ValueError for a damaged one of ours."""
-    try:
-        plain: dict[str, Any] = RunDir(path).read_json(name)
-    except ValueError:
-        if _has_results(path):
-            raise
-        return None
-    configs = plain.get("members") if name == "sweep.json" else {"run": plain}
-    if isinstance(configs, dict) and all(isinstance(c, dict) and isinstance(c.get("sae"), dict) and "seed" in c for c in configs.values()):
-        return plain
-    if _has_results(path):
-        raise ValueError(f"{path / name} is not the one that made the results.json beside it: no SAE is described in it. Restore it, or train again.")
-    return None
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "config.json").is_file() and _ours(path, "config.json") is not None
-
-
-def _has_results(path: Path) -> bool:
-    """Whether a folder's results.json is one of ours."""
-    try:
-        saved = RunDir(path).read_json("results.json")
-    except (ValueError, FileNotFoundError):
-        return False
-    return isinstance(saved.get("members"), dict) and "evaluation" in saved
-
-
-def _run_rows(path: Path, name: str, config: dict[str, Any]) -> list[ResultRow]:
+def _run_rows(path: Path, name: str, config: dict[str, Any], file: str) -> list[ResultRow]:
     run = RunDir(path)
-    return _finished(run, name, read_results(run), config) if (path / "results.json").is_file() else [_unfinished(run, name, config)]
+    if (path / file).is_file():
+        return _finished(run, name, read_results(run, file), config)
+    return [_unfinished(run, name, config)] if file == RESULTS else []
 
 
 def _finished(run: RunDir, name: str, saved: dict[str, Any], config: dict[str, Any]) -> list[ResultRow]:
     rows = []
     where = {key: value for key, value in saved["evaluation"]["source"].items() if key not in _STREAM_ONLY}
+    where |= {HALF: saved["evaluation"][HALF]} if HALF in saved["evaluation"] else {}
     entries = [(sae, entry, group) for group in ("members", "controls") for sae, entry in saved.get(group, {}).items()]
     for place, (sae, entry, group) in enumerate(entries):
         role: Role = entry.get("role") or ("control" if group == "controls" else "baseline" if place else "main")  # a file of version 1 has no roles
@@ -312,10 +314,12 @@ def _finished(run: RunDir, name: str, saved: dict[str, Any], config: dict[str, A
             prediction_documents=entry.get("prediction_documents", getattr(entry["results"], "prediction_documents", None)),
             not_measured=saved["evaluation"].get("left_out") or {}, training_outliers=saved.get("outliers"),
             evaluated_on=where | {"evaluation rows": entry["results"].rows, "predictions": entry["results"].predictions},
+            inference=entry.get("inference", Inference.encoder.name), of=entry.get("of"), threshold=entry.get("threshold"),
+            flops_train=(saved["members"][entry["of"]] if "of" in entry else entry)["results"].flops["total"],
             **sizes, **costs,
         )  # fmt: skip
         shared = {key: value for key, value in config.items() if key != "sae"}
-        rows.append(replace(row, config=_settings(config if role == "main" else shared | {"sae": _saved_config(row)})))
+        rows.append(replace(row, config=_settings(config if row.is_the_runs else shared | {"sae": _saved_config(row)})))
     return sorted(rows, key=lambda row: ROLES.index(row.role))
 
 
@@ -336,7 +340,11 @@ def _unfinished(run: RunDir, name: str, config: dict[str, Any]) -> ResultRow:
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """The flat settings of one SAE: those of its run with its own under "sae"; the one place that reads what earlier versions saved."""
-    return flat_settings(config | {"sae": SAES.upgrade(config["sae"])} if config["sae"].get("architecture") in SAES else config)
+    if config["sae"].get("architecture") not in SAES:
+        return flat_settings(config)
+    sae = SAES.upgrade(config["sae"])
+    own = SAES[sae["architecture"]].own_inference.name  # null says the same, and so does a config of an earlier version, which has no such setting
+    return flat_settings(config | {"sae": sae | {"inference": None if sae.get("inference") == own else sae.get("inference")}})
 
 
 def _saved_config(row: ResultRow) -> dict[str, Any]:
@@ -349,11 +357,19 @@ def _saved_config(row: ResultRow) -> dict[str, Any]:
 
 
 def in_order(rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """By architecture and size, then main SAEs before baselines before controls, then by name and seed: the same for rows that come in any order."""
+    """By architecture and size, then in the order of `ROLES`, then by name, inference and seed: the same for rows that come in any order."""
 
     def place(row: ResultRow) -> tuple[Any, ...]:
         sizes = row.architecture, row.num_latents, row.num_experts, row.k or 0
         name = row.name.removesuffix(f"/{row.sae}")
-        return (*sizes, ROLES.index(row.role), row.sae, name.rpartition("-s")[0] or name, row.seed, str(row.path))
+        return (
+            *sizes,
+            ROLES.index(row.role),
+            row.of or row.sae,
+            list(Inference.__members__).index(row.inference),
+            name.rpartition("-s")[0] or name,
+            row.seed,
+            str(row.path),
+        )
 
     return sorted(rows, key=place)

@@ -11,7 +11,10 @@ from switch_sae.results.export import write_csv
 from switch_sae.results.rows import ROLES, SIZES, ResultRow, grouped, hashable, in_order
 from switch_sae.results.settings import config_columns
 
-COSTS = ("flops_forward", "flops_total", "parameters", "tokens", "tokens_per_second", "train_seconds", "wall_seconds", "state_mb", "peak_mb")
+COSTS = (
+    "flops_forward", "flops_encode", "flops_total", "flops_train", "parameters", "tokens", "tokens_per_second", "train_seconds", "wall_seconds",
+    "state_mb", "peak_mb",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,11 @@ class Summary:
 
     @property
     def name(self) -> str:
-        """The architecture of main SAEs; baselines, which stand beside them, by their own names."""
+        """The architecture of main SAEs; baselines, which stand beside them, by their own names; `NAME + INFERENCE` under another than their own."""
         rows = self.rows or self.unfinished
-        main = any(row.role == "main" for row in rows)
-        return self.first.architecture if main else ", ".join(sorted({row.sae for row in rows}))
+        main = any(row.is_the_runs for row in rows)
+        name = self.first.architecture if main else ", ".join(sorted({row.of or row.sae for row in rows}))
+        return name + (f" + {self.first.inference}" if self.first.of else "")
 
     @property
     def outlier_rows(self) -> int:
@@ -75,9 +79,14 @@ class Summary:
 
 
 def summary(rows: Sequence[ResultRow]) -> list[Summary]:
-    """Groups rows that differ only in seed, in the order of `in_order`; rows scored on other activations are other groups."""
+    """Groups rows that differ only in seed, in the order of `in_order`; rows scored on other activations, or under another inference than their own,
+    are other groups."""
     groups = []
-    for alike in grouped(in_order(rows), lambda row: _json([row.architecture, row.num_latents, row.num_experts, row.k, row.settings])).values():
+
+    def same(row: ResultRow) -> str:
+        return _json([row.architecture, row.num_latents, row.num_experts, row.k, row.inference if row.of else None, row.settings])
+
+    for alike in grouped(in_order(rows), same).values():
         finished = [row for row in alike if row.status == "finished"]
         first, *others = list(grouped(finished, activations_key).values()) or [[]]
         unfinished = [row for row in alike if row.status != "finished"]  # what they will be scored on is not known yet: they join the first
@@ -96,7 +105,8 @@ def write_summary(rows: Sequence[ResultRow], path: str | Path) -> None:
     records = []
     for group in summary(rows):
         first = group.first
-        record: dict[str, Any] = {"sae": group.name} | {name: getattr(first, name) for name in ("architecture", "num_latents", "num_experts", "k")}
+        sizes = ("architecture", "inference", "num_latents", "num_experts", "k")
+        record: dict[str, Any] = {"sae": group.name} | {name: getattr(first, name) for name in sizes}
         record |= {"seeds": len(group.rows), "unfinished": len(group.unfinished), "outlier_rows": group.outlier_rows}
         record |= {key: hashable(first.settings.get(key)) for key in differing}
         for name, spread in group.spreads.items():

@@ -133,7 +133,7 @@ class SweepFolder:
     def write_tables(self) -> None:
         """results.csv and summary.csv as things stand."""
         with lock(self.path / "locks" / "tables.lock"):
-            rows = collect([self.path])
+            rows = collect([self.path], inferences=True)
             write_results(rows, self.path / "results.csv")
             write_summary(rows, self.path / "summary.csv")
 
@@ -141,7 +141,7 @@ class SweepFolder:
         """Mean and spread over seeds, and what PCA reaches with as many components as members have active latents."""
         pca = sorted((entry["k"], entry["metrics"][HEADLINE]["value"]) for entry in self.controls().values())
         told = ", ".join(f"{fvu:.4f} of rank {k}" for k, fvu in pca)
-        return summary_table(collect([self.path])) + (f"\nFVU of PCA on the same rows: {told}." if pca else "")
+        return summary_table(collect([self.path], inferences=True)) + (f"\nFVU of PCA on the same rows: {told}." if pca else "")
 
 
 def _refuse_other_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
