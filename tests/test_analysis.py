@@ -260,6 +260,16 @@ def test_sample_latents_draws_live_latents_of_every_expert():
     assert {tuple(sample_latents(counts, 1, 1, seed=seed)[0]) for seed in range(30)} == {(1,), (3,), (4,), (5,), (11,)}
     with pytest.raises(ValueError, match="split evenly"):
         sample_latents(counts, 5, 1)
+    shared = sample_latents(torch.cat((torch.tensor([99, 99]), counts)), 3, 2, num_shared=2)
+    assert shared == [[latent + 2 for latent in latents] for latents in chosen]
+
+
+def test_shared_latents_are_no_experts_in_the_geometry():
+    weight, counts = torch.randn(14, 5), torch.ones(14)
+    whole, own = decoder_geometry(weight, 3, counts, num_shared=2), decoder_geometry(weight[2:], 3, counts[2:])
+    assert torch.equal(whole.cosine_ME, own.cosine_ME) and torch.equal(whole.expert_M, own.expert_M) and len(whole.expert_M) == 12
+    with pytest.raises(ValueError, match="one count for each of the 14 latents"):
+        decoder_geometry(weight, 3, counts[2:], num_shared=2)
 
 
 @pytest.mark.parametrize("kind", [TopKSAE, SwitchSAE])

@@ -115,13 +115,13 @@ else:
 members = {run.path: load_members(run) for run in RUNS}
 geometries, cut = {run.path: {} for run in RUNS}, {run.path: [] for run in RUNS}
 for row in rows:
-    if row.role == "control":
+    if row.role not in ("main", "baseline"):
         continue
     main_experts = next(r for r in rows if r.path == row.path and r.role == "main").num_experts
     blocks = row.num_experts if row.num_experts > 1 or row.num_latents % main_experts else main_experts
     label = row.label if blocks == row.num_experts else f"{row.label}, cut into {blocks} blocks"
     cut[row.path] += [label] if blocks != row.num_experts else []
-    geometries[row.path][label] = decoder_geometry(members[row.path][row.sae].decoder_weight(), blocks, row.firing_counts)
+    geometries[row.path][label] = decoder_geometry(members[row.path][row.sae].decoder_weight(), blocks, row.firing_counts, row.num_shared)
 
 for run in RUNS:
     show(geometry_figure(geometries[run.path], cut[run.path]))
@@ -193,7 +193,7 @@ else:
 # %%
 if has_text:
     decode = source.language_model.tokenizer.decode
-    chosen = sample_latents(firing_counts, sae.num_experts, LATENTS_PER_EXPERT if sae.num_experts > 1 else 16)
+    chosen = sample_latents(firing_counts, sae.num_experts, LATENTS_PER_EXPERT if sae.num_experts > 1 else 16, num_shared=sae.num_shared)
     found = top_examples(sae, evaluation, [latent for latents in chosen for latent in latents], decode, EXAMPLES_PER_LATENT)
     for expert, latents in enumerate(chosen):
         for latent in latents:

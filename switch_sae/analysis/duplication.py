@@ -35,7 +35,7 @@ class Duplication(Analysis):
         """One record per SAE; M^2 D work each. Shares are None where no latent fired."""
         table = []
         for row in saes:
-            geometry = decoder_geometry(row.load().decoder_weight(), row.num_experts, row.firing_counts)
+            geometry = decoder_geometry(row.load().decoder_weight(), row.num_experts, row.firing_counts, row.num_shared)
             live = int(geometry.alive_M.sum())
             shares = geometry.duplicate_shares(self.config.threshold) if live else dict.fromkeys(("any", "within", "across"), math.nan)
             sizes = {"sae": row.name, **row.kind._asdict(), "latents": row.num_latents, "k": row.k, "seed": row.seed, "live": live}

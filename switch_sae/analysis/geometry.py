@@ -69,17 +69,19 @@ class DecoderGeometry:
 
 
 @torch.no_grad()
-def decoder_geometry(weight_MD: Tensor, num_experts: int, firing_counts: Tensor | None = None) -> DecoderGeometry:
+def decoder_geometry(weight_MD: Tensor, num_experts: int, firing_counts: Tensor | None = None, num_shared: int = 0) -> DecoderGeometry:
     """Compares all rows of a decoder (or an encoder) block by block: M^2 D work, but never an M x M matrix.
 
     Latents are expert-major, M / E each; a dense SAE cut into arbitrary blocks is the control. With `firing_counts` [M] (see `Results`) only latents
-    that fired take part. Raises ValueError for rows of norm 0, an M that E does not divide, or counts of another length.
+    that fired take part; the first `num_shared`, which are no expert's, do not. Raises ValueError for rows of norm 0, an M that E does not divide, or
+    counts of another length.
     """
+    if firing_counts is not None and firing_counts.shape != weight_MD.shape[:1]:
+        raise ValueError(f"firing_counts has shape {tuple(firing_counts.shape)}; it must hold one count for each of the {len(weight_MD)} latents.")
+    weight_MD, firing_counts = weight_MD[num_shared:], None if firing_counts is None else firing_counts[num_shared:]
     num_latents = weight_MD.shape[0]
     if num_experts < 1 or num_latents % num_experts:
         raise ValueError(f"{num_latents} latents cannot be split evenly over {num_experts} experts. Give the number of experts that the SAE has.")
-    if firing_counts is not None and firing_counts.shape != (num_latents,):
-        raise ValueError(f"firing_counts has shape {tuple(firing_counts.shape)}; it must hold one count for each of the {num_latents} latents.")
     device = weight_MD.device
     alive_M = torch.ones(num_latents, dtype=torch.bool, device=device) if firing_counts is None else firing_counts.to(device) > 0
     if bool((weight_MD[alive_M].norm(dim=1) == 0).any()):

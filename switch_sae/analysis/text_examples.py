@@ -45,20 +45,22 @@ class TokenLift:
     """P(expert | token) / P(expert)."""
 
 
-def sample_latents(firing_counts: Tensor, num_experts: int, per_expert: int, min_count: int = 10, seed: int = 0) -> list[list[int]]:
-    """Up to `per_expert` latents of each expert, drawn at random from those that fired on at least `min_count` rows.
+def sample_latents(
+    firing_counts: Tensor, num_experts: int, per_expert: int, min_count: int = 10, seed: int = 0, num_shared: int = 0
+) -> list[list[int]]:
+    """Up to `per_expert` latents of each expert, drawn at random from those that fired on at least `min_count` rows; the first `num_shared` are no
+    expert's.
 
     At random, because a choice of the nicest ones says little about the others.
     """
-    if num_experts < 1 or len(firing_counts) % num_experts:
-        raise ValueError(
-            f"{len(firing_counts)} latents cannot be split evenly over {num_experts} experts. Give the number of experts that the SAE has."
-        )
-    width = len(firing_counts) // num_experts
+    own_counts = firing_counts.cpu()[num_shared:]
+    if num_experts < 1 or len(own_counts) % num_experts:
+        raise ValueError(f"{len(own_counts)} latents cannot be split evenly over {num_experts} experts. Give the number of experts that the SAE has.")
+    width = len(own_counts) // num_experts
     generator = torch.Generator().manual_seed(seed)
     chosen = []
-    for expert, counts in enumerate(firing_counts.cpu().split(width)):
-        candidates = (counts >= min_count).nonzero()[:, 0] + expert * width
+    for expert, counts in enumerate(own_counts.split(width)):
+        candidates = (counts >= min_count).nonzero()[:, 0] + expert * width + num_shared
         drawn = torch.randperm(len(candidates), generator=generator)[:per_expert]
         chosen.append(sorted(candidates[drawn].tolist()))
     return chosen

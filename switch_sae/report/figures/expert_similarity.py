@@ -43,7 +43,11 @@ def _pair(material: Material) -> tuple[ResultRow, ResultRow]:
         (row, group)
         for group in standard
         for row in group.rows
-        if row.num_experts > 1 and row.kind.experts_per_token == 1 and row.has_weights and (row.num_latents, row.k, row.seed) in dense
+        if row.num_experts > 1
+        and not row.num_shared
+        and row.kind.experts_per_token == 1
+        and row.has_weights
+        and (row.num_latents, row.k, row.seed) in dense
     ]
     if not pairs:
         raise NotEnough("no Switch SAE has a dense TopK SAE of the same num_latents, k and seed beside it.")

@@ -37,12 +37,13 @@ def draw(material: Material) -> Drawing:
     row = _chosen(material)
     sae, counts = row.load(), row.firing_counts
     live = (counts > 0).nonzero()[:, 0]
+    live = live[live >= row.num_shared]
     if len(live) < 8:
         raise NotEnough(f"only {len(live)} latents of {row.name} fired on the evaluation rows.")
     weights: dict[str, Tensor] = {"encoder": sae.get_parameter("W_enc_MD").detach(), "decoder": sae.decoder_weight().detach()}
-    shares = {name: decoder_geometry(weight, row.num_experts, counts).same_expert_share() for name, weight in weights.items()}
+    shares = {name: decoder_geometry(weight, row.num_experts, counts, row.num_shared).same_expert_share() for name, weight in weights.items()}
     shown = live[torch.linspace(0, len(live) - 1, min(SHOWN, len(live))).round().long().unique()]
-    expert = shown // (row.num_latents // row.num_experts)
+    expert = (shown - row.num_shared) // row.latents_per_expert
     places = {name: embed(F.normalize(weight[shown].float(), dim=1)) for name, weight in weights.items()}
     table = [
         {"rows": name, "latent": int(latent), "expert": int(of), "x": float(x), "y": float(y), "same_expert_share": shares[name]}
@@ -66,7 +67,7 @@ def embed(rows: Tensor) -> Tensor:
 
 def _chosen(material: Material) -> ResultRow:
     groups = [group for group in material.standard() if group.first.num_experts > 1 and group.first.kind.experts_per_token == 1]
-    rows = [row for group in groups for row in group.rows if row.has_weights]
+    rows = [row for group in groups for row in group.rows if row.has_weights and row.kind.family.has_encoder]
     if not rows:
         raise NotEnough(f"there is no finished Switch SAE with its {MODEL_FILE}.")
     k = common_k(groups)
