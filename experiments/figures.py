@@ -9,6 +9,7 @@ import argparse
 from experiments.errors import clear_errors
 from switch_sae.files import user_path
 from switch_sae.report import FIGURES, draw_figures
+from switch_sae.results import RESULTS
 
 
 def main() -> None:
@@ -16,9 +17,10 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help="run folders, sweep folders or folders that hold them")
     parser.add_argument("--out", required=True, type=user_path, metavar="FOLDER", help="where the figures go")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help=f"some of {', '.join(FIGURES)}; default: all")
+    parser.add_argument("--file", default=RESULTS, metavar="NAME", help=f"another evaluation in the folders; default: {RESULTS}")
     arguments = parser.parse_args()
     with clear_errors():
-        drawn, missing = draw_figures(arguments.paths, arguments.out, arguments.only)
+        drawn, missing = draw_figures(arguments.paths, arguments.out, arguments.only, file=arguments.file)
         print(f"\n{len(drawn)} figures drawn, {len(missing)} not")
 
 

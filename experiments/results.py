@@ -2,14 +2,15 @@
 
 python -m experiments.results runs/                                            # summary for the terminal
 python -m experiments.results runs/sweep --out results.csv --summary summary.csv  # all numbers and settings; .parquet works too
+python -m experiments.results runs/frontier --markdown                           # the frontier of inference, and each SAE against dense TopK by seed
 """
 
 import argparse
 
 from experiments.errors import clear_errors
 from switch_sae.files import user_path, write_atomically
-from switch_sae.report import summary_table
-from switch_sae.results import collect, write_results, write_summary
+from switch_sae.report import headline_markdown, summary_table
+from switch_sae.results import RESULTS, collect, write_results, write_summary
 from switch_sae.results.settings import config_columns
 
 
@@ -18,10 +19,12 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help="run folders, sweep folders or folders that hold them")
     parser.add_argument("--out", type=user_path, metavar="FILE", help="one row per SAE: FILE.csv, or FILE.parquet")
     parser.add_argument("--summary", type=user_path, metavar="FILE", help="mean and spread over seeds: FILE.csv, or the table above as text")
+    parser.add_argument("--markdown", action="store_true", help="the frontier of inference as Markdown: measures, prices, and seed by seed")
+    parser.add_argument("--file", default=RESULTS, metavar="NAME", help=f"another evaluation in the folders; default: {RESULTS}")
     arguments = parser.parse_args()
     with clear_errors():
-        rows = collect(arguments.paths)
-        text = summary_table(rows)
+        rows = collect(arguments.paths, inferences=True, file=arguments.file)
+        text = headline_markdown(rows) if arguments.markdown else summary_table(rows)
         print(text)
         print(f"\n{len(rows)} SAEs; they differ in {', '.join(config_columns(rows)) or 'nothing but seeds'}")
         if arguments.out:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from switch_sae.files import write_atomically
 from switch_sae.models import SAES, SparseAutoencoder
+from switch_sae.models.inference import Inference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +27,7 @@ R = TypeVar("R")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe & Ito's, without the yellow that white paper swallows."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+VARIANT_MARKERS = ("D", "P", "X", "v")
 HOLLOW: dict[str, Any] = {"linestyle": ":", "markerfacecolor": "white"}
 """Another author's points."""
 _MEMBERS = ("flop_matched", "width_matched", "frozen_router", "parameter_matched", "pca", "untrained")
@@ -76,6 +78,31 @@ def look(architecture: str, experts: int = 1, experts_per_token: int = 1) -> Loo
     label += f" {experts}" + (f", top {experts_per_token}" if experts_per_token > 1 else "")
     marker = (family.is_routed and family.marker) or EXPERT_MARKERS[slot]
     return Look(EXPERT_COLOURS[slot], marker, "-" if experts_per_token == 1 else DASHES[2], label)
+
+
+def family_style(architecture: str, variant: int = 0) -> dict[str, Any]:
+    """Keywords of `Axes.plot` for an architecture, whatever its number of experts, where inferences are compared: its class's colour and marker, or
+    ones of its own by its place in `SAES`. Its variants (from 1) differ by their markers.
+    """
+    family = SAES.get(architecture, SparseAutoencoder)
+    plain = [key for key, cls in SAES.items() if cls.colour == SparseAutoencoder.colour]
+    place = plain.index(architecture) if architecture in plain else 0
+    colour = COLOURS[place % len(COLOURS)] if family.colour == SparseAutoencoder.colour else family.colour
+    first = family.marker or MARKERS[place % len(MARKERS)]
+    marker = [first, *(other for other in (*VARIANT_MARKERS, *MARKERS) if other != first)][variant]
+    return {"color": colour, "marker": marker}
+
+
+def inference_style(colour: str, inference: str) -> dict[str, Any]:
+    """Keywords of `Axes.plot` that tell inferences apart: full for the SAE's own (""), hollow for refit, half full for pursuit, with their dashes."""
+    if not inference:
+        return {"linestyle": DASHES[0], "markeredgecolor": colour, "markerfacecolor": colour}
+    fills: dict[str, Any] = {
+        Inference.encoder.name: {"fillstyle": "left", "linestyle": DASHES[3]},
+        Inference.refit.name: {"markerfacecolor": "white", "linestyle": DASHES[1]},
+        Inference.pursuit.name: {"fillstyle": "bottom", "linestyle": DASHES[2]},
+    }
+    return {"markeredgecolor": colour, "markerfacecolor": colour, "markerfacecoloralt": "white", **fills[inference]}
 
 
 @dataclass(frozen=True)
@@ -222,12 +249,17 @@ def power_of_two_ticks(axis: "Axis", values: Sequence[float]) -> None:
 
 
 def legends(figure: "Figure", text: str, handles: Sequence[Any] = (), columns: int = 6, **more: Any) -> None:
-    """A legend for all panels above them, and below them, small, what the marks mean, in lines of the figure's width."""
-    characters = int(figure.get_figwidth() * 72 / 3.5)
-    figure.supxlabel("\n".join(textwrap.wrap(text, characters)), fontsize=7, color="0.25")
+    """A legend for all panels above them, and below them, small, what the marks mean (`note`)."""
+    note(figure, text)
     if handles:
         layout = {"ncols": min(columns, len(handles)), "handlelength": 2.2, "columnspacing": 1.4} | more
         figure.legend(handles=handles, loc="outside upper center", **layout)
+
+
+def note(figure: "Figure", text: str) -> None:
+    """A small text below all panels, in lines of the figure's width."""
+    characters = int(figure.get_figwidth() * 72 / 3.5)
+    figure.supxlabel("\n".join(textwrap.wrap(text, characters)), fontsize=7, color="0.25")
 
 
 def member(name: str) -> dict[str, Any]:

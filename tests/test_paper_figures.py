@@ -245,6 +245,7 @@ def test_one_call_draws_what_it_can_and_says_what_is_missing(sweep, tmp_path):
         "duplication: not drawn. fewer than two numbers of experts at 32 latents have their model.safetensors.",
         "expert_similarity: not drawn. no Switch SAE has a dense TopK SAE",
         "projection: not drawn. there is no finished Switch SAE with its model.safetensors.",
+        "frontier_compute: not drawn. neither stability (jaccard_3pct) nor meaning (judge_hard) of these SAEs was measured",
     ):
         assert line in text
     content = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}

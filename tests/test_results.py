@@ -198,7 +198,7 @@ def test_the_table_fits_150_columns_and_shows_an_absent_k_as_a_dash(sweep):
     text = summary_table(collect([sweep.path]))
     assert max(map(len, text.splitlines())) <= 150 and "6 seeds waiting" in text
     dense = next(line for line in text.splitlines() if line.startswith("topk")).split()
-    assert dense[:6] == ["topk", "32", "1", "-", "1", "0.5000"]
+    assert dense[:7] == ["topk", "32", "1", "-", "1", "1", "0.5000"]
     assert " - " in next(line for line in table([run]).splitlines() if line.startswith("topk"))
     assert "n = 0 to 1" in text and "standard deviation (n - 1) over seeds" in text
 

@@ -6,12 +6,13 @@ from switch_sae.analysis.geometry import decoder_geometry
 from switch_sae.files import Say, make_variable, tell
 from switch_sae.report.figures import FIGURES, draw_figures
 from switch_sae.report.figures.single_runs import curves_figure, geometry_figure, has_load, load_figure, scores_figure
+from switch_sae.report.headline import headline_markdown
 from switch_sae.report.tables import margins, summary_table, table
 from switch_sae.results.rows import scored
 from switch_sae.runs import RunDir
 from switch_sae.style import render, save_figure
 
-__all__ = ["FIGURES", "draw_figures", "margins", "render", "report", "summary_table", "table"]
+__all__ = ["FIGURES", "draw_figures", "headline_markdown", "margins", "render", "report", "summary_table", "table"]
 
 
 def report(run: RunDir, say: Say = tell) -> None:
@@ -33,7 +34,7 @@ def report(run: RunDir, say: Say = tell) -> None:
 def _draw(run: RunDir) -> list[str]:
     rows = scored([run])
     main = rows[0]
-    geometry = decoder_geometry(main.load().decoder_weight(), main.num_experts, main.firing_counts)
+    geometry = decoder_geometry(main.load().decoder_weight(), main.num_experts, main.firing_counts, main.num_shared)
     figures = {"scores": scores_figure(rows), "geometry": geometry_figure({main.sae: geometry})}
     if run.metrics():
         figures["training"] = curves_figure([run])

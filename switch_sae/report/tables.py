@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from switch_sae.analysis.text_examples import TokenLift
 from switch_sae.models import SAES
+from switch_sae.models.inference import Inference
+from switch_sae.results.contenders import encode_shares
 from switch_sae.results.rows import ResultRow, grouped, hashable, other_activations, read_results, scored
 from switch_sae.results.settings import EXACT, HEADLINE, share, unusual, usual_settings, without_outliers
 from switch_sae.results.summary import Summary, summary
@@ -23,11 +25,13 @@ def table(runs: Sequence[RunDir], file: str = "results.json") -> str:
     `file` is another evaluation in the same folders. Raises ValueError for no runs, FileNotFoundError for an unfinished one.
     """
     rows = scored(runs, file)
-    columns, (header, *texts) = _filled(_COLUMNS, rows, ("SAE", "k", "FVU"), any(row.outlier_rows for row in rows))
+    share = encode_shares(rows)
+    priced = _COLUMNS | {"enc": _sparse_only(_shown(lambda row: share(row.num_latents, row.flops_encode)))}
+    columns, dropped, (header, *texts) = _filled(priced, rows, ("SAE", "k", "FVU"), _hidden(rows))
     parts = [header]
     for _, group in groupby(zip(rows, texts, strict=True), key=lambda pair: (pair[0].label.removesuffix(pair[0].sae), pair[0].role == "control")):
         parts += ["-" * len(header), *(text for _, text in group)]
-    return "\n".join([*parts, "", *_runs_key(rows), *_legend(rows, columns)])
+    return "\n".join([*parts, "", *_runs_key(rows), *_legend(rows, columns), *dropped])
 
 
 def margins(run: RunDir, file: str = "results.json") -> str:
@@ -78,7 +82,10 @@ def summary_table(rows: Sequence[ResultRow]) -> str:
     for group in groups:
         others = other_activations(first, group.first.evaluated_on) if group.rows else ""
         notes.append([*([f"NOT COMPARABLE, other activations: {others}"] if others else []), *_words(unusual(group.first, usual)), *_status(group)])
-    columns, (header, *texts) = _filled(_SUMMARY_COLUMNS, groups, ("SAE", "k", "n"), any(group.outlier_rows for group in groups))
+    share = encode_shares(rows)
+    encode: Callable[[Summary], str] = _shown(lambda group: share(group.first.num_latents, group.mean("flops_encode")))
+    priced = _SUMMARY_COLUMNS | {"enc": encode}
+    columns, dropped, (header, *texts) = _filled(priced, groups, ("SAE", "k", "n"), _hidden([group.first for group in groups]))
     room = WIDTH - len(header) - 2
     beside = max([10, *(len(word) for words in notes for word in " ".join(words).split())]) <= room  # else below: no word is cut
     shown = [header + "  differs in" * beside, "-" * (len(header) + (2 + min(room, 40)) * beside)]
@@ -89,7 +96,7 @@ def summary_table(rows: Sequence[ResultRow]) -> str:
         shown += [" " * indent + line for line in wrapped]
     differing = {key: value for key, value in usual.items() if any(key in unusual(row, usual) for row in rows)}
     usually = [f"Where nothing is said: {', '.join(_words(differing))}."] if differing else []
-    return "\n".join([*shown, "", *_wrapped([*_summary_legend(groups, columns), *usually])])
+    return "\n".join([*shown, "", *_wrapped([*_summary_legend(groups, columns), *dropped, *usually])])
 
 
 def records_table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -129,11 +136,25 @@ def short(number: float | None, unit: float = 1.0) -> str:
     return f"{number:.3g}"
 
 
-def _filled(columns: Mapping[str, Callable[[T], str]], rows: Sequence[T], always: Sequence[str], outliers: bool) -> tuple[list[str], list[str]]:
-    """(names, aligned lines) of the columns in which something is known; those in `_WITH_OUTLIERS` only where there are outlier rows."""
-    cells = {name: [cell(row) for row in rows] for name, cell in columns.items() if outliers or name not in _WITH_OUTLIERS}
+def _filled(
+    columns: Mapping[str, Callable[[T], str]], rows: Sequence[T], always: Sequence[str], hidden: Sequence[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """(names, a sentence about those for which there is no room, aligned lines) of the columns in which something is known."""
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items() if name not in hidden}
     kept = [name for name, found in cells.items() if name in always or any(cell != UNKNOWN for cell in found)]
-    return kept, aligned([kept, *([cells[name][place] for name in kept] for place in range(len(rows)))])
+    dropped: list[str] = []
+    while True:
+        lines = aligned([kept, *([cells[name][place] for name in kept] for place in range(len(rows)))])
+        if len(lines[0]) <= WIDTH or not (spared := [name for name in _DROPPED_FIRST if name in kept]):
+            return kept, [f"No room for {', '.join(dropped)}: make results ARGS='--out FILE.csv' has all."] if dropped else [], lines
+        kept.remove(spared[0])
+        dropped.append(spared[0])
+
+
+def _hidden(rows: Sequence[ResultRow]) -> list[str]:
+    """Columns that would say nothing new: with outlier rows where there are none, the inference where all have the usual one."""
+    own = {row.inference for row in rows} <= {Inference.encoder.name}
+    return [*(_WITH_OUTLIERS if not any(row.outlier_rows for row in rows) else ()), *(["inference"] if own else [])]
 
 
 def _shown(of: Callable[[T], Any], spec: str = "") -> Callable[[T], str]:
@@ -150,23 +171,29 @@ def _bytes(megabytes: float | None) -> str:
     return UNKNOWN if megabytes is None else short(megabytes, 1e6) + "B"
 
 
+_PRICES = {"J3%": ("jaccard_3pct", ".3f"), "judge": ("judge_hard", ".3f"), "err CV": ("error_cv", ".2f")}
 _RECOVERY = {"MCC": "mcc", "recall": "recall", "NMI": "nmi"}
 _WITH_OUTLIERS = ("FVU all", "delta CE in.")
+_DROPPED_FIRST = ("peak mem", "own mem", "tok/s", "load CV", "FLOPs", "cosine", "inference", "err CV", "FVU all", "delta CE in.")
+"""What a table that is too wide goes without, in this order."""
 _COLUMNS: dict[str, Callable[[ResultRow], str]] = {
     "SAE": lambda row: row.label,
     "latents": _sparse_only(lambda row: str(row.num_latents)),
     "experts": _sparse_only(lambda row: str(row.num_experts)),
     "k": _shown(lambda row: row.k),
+    "inference": _sparse_only(lambda row: row.inference),
+    "enc": lambda row: UNKNOWN,
     "FVU": _shown(lambda row: row.estimate(HEADLINE), "z.4f"),
     "FVU all": _shown(lambda row: row.value("fvu"), "z.4f"),
     "delta CE": _shown(lambda row: row.estimate("delta_ce"), "z.3f"),
     "KL": _shown(lambda row: row.value("kl"), "z.3f"),
+    **{name: _shown(lambda row, metric=metric: row.value(metric), spec) for name, (metric, spec) in _PRICES.items()},  # type: ignore[misc]
     "L0": _shown(lambda row: row.value("l0"), ".1f"),
     "dead": _sparse_only(_shown(lambda row: row.value("dead_latents"), ".1%")),
     "load CV": _shown(lambda row: row.value("load_cv"), ".2f"),
     "cosine": _shown(lambda row: row.value("cosine"), "z.3f"),
     **{name: _shown(lambda row, metric=metric: row.value(metric), "z.3f") for name, metric in _RECOVERY.items()},  # type: ignore[misc]
-    "FLOPs": lambda row: short(row.flops_total),
+    "FLOPs": lambda row: short(row.flops_train),
     "tok/s": lambda row: short(row.tokens_per_second),
 }
 _SUMMARY_COLUMNS: dict[str, Callable[[Summary], str]] = {
@@ -175,15 +202,19 @@ _SUMMARY_COLUMNS: dict[str, Callable[[Summary], str]] = {
     "experts": lambda group: str(group.first.num_experts),
     "k": _shown(lambda group: group.first.k),
     "n": lambda group: str(len(group.rows)),
+    "inference": lambda group: group.first.inference,
+    "enc": lambda group: UNKNOWN,
     "FVU": _shown(lambda group: group.rows[0].estimate(HEADLINE) if len(group.rows) == 1 else group.spreads.get(HEADLINE), "z.4f"),
     "FVU all": _shown(lambda group: group.spreads.get("fvu"), "z.4f"),
     "delta CE": _shown(lambda group: group.spreads.get("delta_ce"), "z.3f"),
     "delta CE in.": _shown(lambda group: group.spreads.get("delta_ce_inliers"), "z.3f"),
+    "KL": _shown(lambda group: group.mean("kl"), "z.3f"),
+    **{name: _shown(lambda group, metric=metric: group.mean(metric), spec) for name, (metric, spec) in _PRICES.items()},  # type: ignore[misc]
     "L0": _shown(lambda group: group.mean("l0"), ".1f"),
     "dead": _shown(lambda group: group.mean("dead_latents"), ".1%"),
     "load CV": _shown(lambda group: group.mean("load_cv"), ".2f"),
     **{name: _shown(lambda group, metric=metric: group.spreads.get(metric), "z.3f") for name, metric in _RECOVERY.items()},  # type: ignore[misc]
-    "FLOPs": lambda group: short(group.mean("flops_total")),
+    "FLOPs": lambda group: short(group.mean("flops_train")),
     "tok/s": lambda group: short(group.mean("tokens_per_second")),
     "own mem": lambda group: _bytes(group.mean("state_mb")),
     "peak mem": lambda group: _bytes(group.mean("peak_mb")),
@@ -192,6 +223,11 @@ _MEANING = {
     "delta CE": "nats per prediction with reconstructions spliced in",
     "delta CE in.": "with outlier rows left as they are",
     "KL": "nats per prediction, between predictions with and without reconstructions",
+    "inference": "how latents are found",
+    "enc": "FLOPs to find them, router included, as a share of those of the dense TopK encoder",
+    "J3%": "overlap (Jaccard) of a token's latents with those of its activation and 3 % noise",
+    "judge": "balanced accuracy of guessing from tokens whether a latent fires, among alike tokens",
+    "err CV": "std / mean of the tokens' errors",
     "dead": "never fired on these rows",
     "load CV": "std / mean of experts' shares",
     "MCC": "mean |cosine| of latents and true directions, matched one to one",

@@ -29,9 +29,11 @@ class Material:
     """Finished SAEs that can be compared, over seeds."""
 
     groups: list[Summary]
-    """All of them, ablations included."""
+    """All of them, ablations included, under their own inference."""
     usual: dict[str, dict[str, Any]]
     """By architecture: `usual_settings`, of `RECIPE` settings among that architecture's SAEs, of all others among all."""
+    further: list[Summary]
+    """The same SAEs once more, under other inferences: only what compares inferences draws them."""
 
     @classmethod
     def of(cls, rows: Sequence[ResultRow], say: Say = tell) -> "Material":
@@ -50,24 +52,25 @@ class Material:
             say(f"left out: {len(rows) - len(finished)} SAEs that are not finished")
         everywhere, usual = usual_settings(chosen), {}
         for architecture, rows_of in grouped(chosen, lambda row: row.architecture).items():
-            own = usual_settings(rows_of)
-            usual[architecture] = {key: (own if key.startswith(RECIPE) else everywhere)[key] for key in own}
-        return cls(summary(chosen), usual)
+            mine = usual_settings(rows_of)
+            usual[architecture] = {key: (mine if key.startswith(RECIPE) else everywhere)[key] for key in mine}
+        own, further = (summary([row for row in chosen if (row.of is None) is is_own]) for is_own in (True, False))
+        return cls(own, usual, further)
 
     def standard(self) -> list[Summary]:
         """Groups whose settings are the usual ones, apart from `VARIANTS`; for architectures without k, whose sparsity some coefficient sets, apart
         from all of the SAE's own.
         """
-        return [group for group in self.groups if not self._unusual(group)]
+        return [group for group in self.groups if not self.deviations(group)]
 
     def left_out(self) -> list[str]:
         """What `standard` leaves out: one line per deviation, with the usual value and the SAEs that it concerns."""
 
         def deviation(group: Summary) -> tuple[tuple[str, Any], ...]:
-            return tuple((key, self.usual[group.first.architecture].get(key)) for key in self._unusual(group))
+            return tuple((key, self.usual[group.first.architecture].get(key)) for key in self.deviations(group))
 
         lines = []
-        for usual, groups in grouped((group for group in self.groups if self._unusual(group)), deviation).items():
+        for usual, groups in grouped((group for group in self.groups if self.deviations(group)), deviation).items():
             values = {key: dict.fromkeys(str(hashable(group.first.settings[key])) for group in groups) for key, _ in usual}
             words = [f"{key}={' or '.join(values[key])} (usual: {value})" for key, value in usual]
             names = list(dict.fromkeys(map(_title, groups)))
@@ -75,7 +78,8 @@ class Material:
             lines.append(f"left out of all figures but ablations, {', '.join(words)}: {'; '.join(names[:_NAMED])}{more}")
         return lines
 
-    def _unusual(self, group: Summary) -> list[str]:
+    def deviations(self, group: Summary) -> list[str]:
+        """The settings of a group that are not the usual ones of its architecture, apart from those in which SAEs of one figure may differ."""
         keys = unusual(group.first, self.usual[group.first.architecture])
         return [key for key in keys if key not in VARIANTS and not (group.first.k is None and key.startswith("sae."))]
 
@@ -178,7 +182,7 @@ def outliers(groups: Sequence[Summary]) -> str:
 
 def _title(group: Summary) -> str:
     row = group.first
-    experts = f"{row.num_experts} x {row.num_latents // row.num_experts:,}" if row.num_experts > 1 else f"{row.num_latents:,}"
+    experts = f"{row.num_experts} x {row.latents_per_expert:,}" if row.num_experts > 1 else f"{row.num_latents:,}"
     return f"{group.name} of {experts} latents" + (f", k={row.k}" if row.k else "")
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from switch_sae.files import Say, tell
-from switch_sae.report.figures import ablations, duplication, expert_similarity, frontier, projection, scaling, training_curves
+from switch_sae.report.figures import ablations, duplication, expert_similarity, frontier, frontier_compute, projection, scaling, training_curves
 from switch_sae.results.export import write_csv
-from switch_sae.results.rows import collect
+from switch_sae.results.rows import RESULTS, collect
 from switch_sae.results.selection import Material, NotEnough
 from switch_sae.style import Drawing, save_figure
 
@@ -18,19 +18,23 @@ FIGURES: dict[str, Callable[[Material], Drawing]] = {
     "duplication": duplication.draw,
     "expert_similarity": expert_similarity.draw,
     "projection": projection.draw,
+    "frontier_compute": frontier_compute.draw,
 }
 
 
-def draw_figures(paths: Sequence[str | Path], out: str | Path, only: Sequence[str] = (), say: Say = tell) -> tuple[list[str], dict[str, str]]:
+def draw_figures(
+    paths: Sequence[str | Path], out: str | Path, only: Sequence[str] = (), say: Say = tell, file: str = RESULTS
+) -> tuple[list[str], dict[str, str]]:
     """Draws each of `FIGURES` (or those named in `only`) that the runs suffice for into `out`: NAME.png, NAME.pdf, and NAME.csv with its numbers.
 
-    Returns the names drawn, and for the others what is missing. Raises ValueError for an unknown name and as `collect` does.
+    `file` is another evaluation in the runs' folders. Returns the names drawn, and for the others what is missing. Raises ValueError for an unknown
+    name and as `collect` does.
     """
     unknown = sorted(set(only) - set(FIGURES))
     if unknown:
         raise ValueError(f"there is no figure {', '.join(unknown)}. Choose from {', '.join(FIGURES)}.")
     out = Path(out)
-    material = Material.of(collect(paths), say=say)
+    material = Material.of(collect(paths, inferences=True, file=file), say=say)
     for line in material.left_out():
         say(line)
     drawn, missing = [], {}

@@ -10,10 +10,25 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from switch_sae.analysis.geometry import DecoderGeometry
-from switch_sae.results.rows import ResultRow, grouped
+from switch_sae.results.rows import TRAINED, ResultRow, grouped
 from switch_sae.results.settings import EXACT, HEADLINE, without_outliers
 from switch_sae.runs import RunDir
-from switch_sae.style import COLOURS, DASHES, MARKERS, canvas, engineering, legends, log_if_wide, log_ticks, matrix, member, panels, percent, styled
+from switch_sae.style import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    canvas,
+    engineering,
+    inference_style,
+    legends,
+    log_if_wide,
+    log_ticks,
+    matrix,
+    member,
+    panels,
+    percent,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,9 +71,10 @@ def scores_figure(rows: Sequence[ResultRow]) -> "Figure":
             value, low, high = (estimate.value if end is None else end for end in (estimate.value, estimate.low, estimate.high))
             if value < EXACT and axis.get_xscale() == "log":
                 value = low = high = min(ends) / 1.5  # further left than all others: it is no number of this axis
-            style = member(row.sae)
+            style = member(row.of or row.sae)
             axis.hlines(place, low, high, color=style["color"], linewidth=1.6)
-            axis.plot(value, place, markerfacecolor="white" if row.role == "control" else style["color"], **style)
+            fill = inference_style(style["color"], row.inference if row.of else "")
+            axis.plot(value, place, **style | fill | ({"markerfacecolor": "white"} if row.role == "control" else {}))
             axis.annotate(f"{estimate.value:z.3f}", (high, place), (6, 0), textcoords="offset points", va="center", fontsize=8, color="0.25")
         axis.set_xlabel(metrics[metric] + (", log scale" if axis.get_xscale() == "log" else ""))
         axis.grid(axis="x", linewidth=0.4, color="0.88")
@@ -67,7 +83,8 @@ def scores_figure(rows: Sequence[ResultRow]) -> "Figure":
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle(_about(rows), fontsize=8.5)
     outliers = without_outliers(rows)
-    legends(figure, "Bars: 95 % intervals over documents. Hollow: controls, not trained." + f" FVU {outliers}." * bool(outliers))
+    told = [" Under refit hollow as well, under pursuit half full: no other weights."] if any(row.of for row in rows) else []
+    legends(figure, "Bars: 95 % intervals over documents. Hollow: controls, not trained." + "".join(told) + f" FVU {outliers}." * bool(outliers))
     return figure
 
 
@@ -110,7 +127,7 @@ def load_figure(rows: Sequence[ResultRow]) -> "Figure":
 
 def has_load(row: ResultRow) -> bool:
     """Whether it was trained and has experts."""
-    return row.role != "control" and row.results is not None and "expert_load" in row.results.vectors
+    return row.role in TRAINED and row.results is not None and "expert_load" in row.results.vectors
 
 
 @styled
