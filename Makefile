@@ -41,7 +41,7 @@ $(foreach name,RUN RESUME RUNS OUT,$(if $(findstring command,$(origin $(name))),
 	is a variable of your shell unset? Give a folder, $(name)=runs/..., or leave $(name) out))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare sweep results figures analyze evaluate notebook real real-model real-text benchmark test kernels check clean
+.PHONY: help setup train compare sweep frontier results figures analyze evaluate notebook real real-model real-text benchmark test kernels check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -66,6 +66,13 @@ compare: $(VENV)/.installed  ## Switch against dense TopK SAEs, width-matched an
 
 sweep: $(VENV)/.installed  ## many SAEs from one pass: EXPERTS=1,2,4,8 K=16,32 SEEDS=3, EXPERIMENT=small/frontier, RESUME=runs/...
 	$(if $(RESUME),$(PY) -m experiments.sweep --resume $(call quote,$(RESUME)) $(ARGS),$(PY) -m experiments.sweep $(sweep_overrides))
+
+# Hours on 2 cores, and it goes on where it was stopped: the same command again. FRONTIER=real/frontier_compute for another sweep of the kind.
+FRONTIER ?= small/frontier_compute
+frontier: $(VENV)/.installed  ## better inference and its price: sweep, table and figure into OUT=runs/frontier; hours, may be stopped
+	$(PY) -m experiments.sweep experiment=sweep/$(FRONTIER) sweep.folder=$(call quote,$(or $(OUT),runs/frontier)) $(ARGS)
+	$(PY) -m experiments.results $(call quote,$(or $(OUT),runs/frontier)) --markdown
+	$(PY) -m experiments.figures $(call quote,$(or $(OUT),runs/frontier)) --out $(call quote,$(or $(OUT),runs/frontier)/figures) --only frontier_compute
 
 results: $(VENV)/.installed  ## the table of any run folders and sweeps, over seeds: make results RUNS=runs ARGS='--out table.csv'
 	$(PY) -m experiments.results $(call paths,$(or $(RUNS),runs)) $(ARGS)

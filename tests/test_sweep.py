@@ -533,7 +533,9 @@ def experiments() -> list[str]:
 
 def shrunk(member: RunConfig) -> RunConfig:
     """The same member, small enough for a test: what is particular to it stays."""
-    sae = replace(member.sae, num_latents=32 * getattr(member.sae, "num_experts", 1), **({"k": 2} if hasattr(member.sae, "k") else {}))
+    smaller = {"k": 2} | ({"shared": 4} if getattr(member.sae, "shared", 0) else {})
+    latents = 32 * getattr(member.sae, "num_experts", 1) + smaller.get("shared", 0)
+    sae = replace(member.sae, num_latents=latents, **{name: value for name, value in smaller.items() if hasattr(member.sae, name)})
     tiny = config(steps=4).base
     return replace(tiny, sae=sae, trainer=replace(member.trainer, lr=1e-3), normalize_activations=member.normalize_activations)
 
