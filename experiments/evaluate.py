@@ -43,7 +43,10 @@ def main() -> None:
     arguments = parser.parse_args()
     asked = {name: getattr(arguments, name) for name in ("rows", "inferences", "calibrate")} | {"downstream_contexts": arguments.contexts}
     with clear_errors():
-        runs = finished_runs(arguments.run / "members") if (arguments.run / "sweep.json").is_file() else [RunDir.open(arguments.run)]
+        is_sweep = (arguments.run / "sweep.json").is_file()
+        runs = finished_runs(arguments.run / "members") if is_sweep else [RunDir.open(arguments.run)]
+        if not runs:
+            raise FileNotFoundError(f"{arguments.run} is a sweep without a finished run of this library. Give one that `make sweep` printed.")
         for run in runs:
             file = evaluate_again(run, **asked)
             print("\n" + table([run], file), margins(run, file), f"\nwritten: {run.path / file}", sep="\n")

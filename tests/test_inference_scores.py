@@ -3,11 +3,13 @@ half of the documents calibrates thresholds, the other is reported."""
 
 import csv
 import json
+import sys
 
 import pytest
 import torch
 from test_report import tiny_run
 
+from experiments import evaluate as evaluate_command
 from experiments.evaluate import evaluate_again
 from switch_sae import load_sae
 from switch_sae.activations import SyntheticSource
@@ -166,7 +168,7 @@ def sweep_config(path, **changes):
     )  # fmt: skip
 
 
-def test_a_sweep_has_a_line_for_each_inference_over_seeds(tmp_path):
+def test_a_sweep_has_a_line_for_each_inference_over_seeds_and_can_be_scored_again(tmp_path, monkeypatch, capsys):
     folder = run_sweep(sweep_config(tmp_path), lambda line: None)
     rows = collect([folder.path], inferences=True)
     names = [f"{name}{how}" for name in ("batch_topk", "switch", "topk") for how in ("", " + refit", " + pursuit")]
@@ -179,6 +181,11 @@ def test_a_sweep_has_a_line_for_each_inference_over_seeds(tmp_path):
     with (folder.path / "summary.csv").open(newline="") as file:
         assert {(record["sae"], record["inference"]) for record in csv.DictReader(file)} >= {("topk", "encoder"), ("topk + refit", "refit")}
     assert len(collect([folder.path])) == 6
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder.path), "--rows", "300", "--inferences", "refit", "--calibrate"])
+    evaluate_command.main()
+    again = collect([folder.path], inferences=True, file="results-300-calibrated.json")
+    assert {(row.inference, row.evaluated_on["half of the documents"]) for row in again} == {("encoder", "B"), ("refit", "B")} and len(again) == 12
+    assert capsys.readouterr().out.count("switch + refit") == 1  # one table over seeds, at the end
 
 
 def test_a_member_that_fails_under_every_inference_is_out_and_the_others_are_scored(tmp_path, monkeypatch):
