@@ -46,7 +46,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         """Coefficient of AuxK, which revives dead latents; 0 switches it off."""
         coherence: float = 0.0
         """Coefficient of a penalty on close pairs in a dictionary: coherence * D * mean_i sum_{j != i} ReLU(cos_ij - 0.3)^2."""
-        missed: float = 0.3
+        missed: float = 1.0
         """Coefficient of the loss that teaches the encoder what it left out; 0 switches it off."""
         missed_share: float = 0.25
         """Share of a batch's tokens that are searched for it."""
