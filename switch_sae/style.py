@@ -28,6 +28,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe & Ito's, without the yellow that white paper swallows."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 VARIANT_MARKERS = ("D", "P", "X", "v")
+SHADES = (0.0, 0.45, -0.35, -0.7)
+"""Towards white (above 0) or black."""
 HOLLOW: dict[str, Any] = {"linestyle": ":", "markerfacecolor": "white"}
 """Another author's points."""
 _MEMBERS = ("flop_matched", "width_matched", "frozen_router", "parameter_matched", "pca", "untrained")
@@ -82,15 +84,19 @@ def look(architecture: str, experts: int = 1, experts_per_token: int = 1) -> Loo
 
 def family_style(architecture: str, variant: int = 0) -> dict[str, Any]:
     """Keywords of `Axes.plot` for an architecture, whatever its number of experts, where inferences are compared: its class's colour and marker, or
-    ones of its own by its place in `SAES`. Its variants (from 1) differ by their markers.
+    ones of its own by its place in `SAES`. Its variants (from 1) differ by their markers and by how light they are.
     """
+    from matplotlib.colors import to_hex, to_rgb
+
     family = SAES.get(architecture, SparseAutoencoder)
     plain = [key for key, cls in SAES.items() if cls.colour == SparseAutoencoder.colour]
     place = plain.index(architecture) if architecture in plain else 0
     colour = COLOURS[place % len(COLOURS)] if family.colour == SparseAutoencoder.colour else family.colour
     first = family.marker or MARKERS[place % len(MARKERS)]
     marker = [first, *(other for other in (*VARIANT_MARKERS, *MARKERS) if other != first)][variant]
-    return {"color": colour, "marker": marker}
+    shade = SHADES[variant % len(SHADES)]
+    red, green, blue = (part + abs(shade) * (float(shade > 0) - part) for part in to_rgb(colour))
+    return {"color": to_hex((red, green, blue)), "marker": marker}
 
 
 def inference_style(colour: str, inference: str) -> dict[str, Any]:

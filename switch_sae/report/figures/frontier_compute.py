@@ -34,7 +34,7 @@ def _figure(found: Frontier) -> "Figure":
     lines = grouped(found.standings, lambda standing: standing.contender)
     styles = {contender: _style(contender, list(lines)) for contender in lines}
     rows = -(-(len(found.known) + 1) // COLUMNS)
-    figure = canvas(9.6, 2.75 * rows + 0.3)
+    figure = canvas(9.6, 2.95 * rows + 0.3)
     axes = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for axis, name in zip(axes, found.known, strict=False):
         for contender, standings in lines.items():
@@ -43,8 +43,9 @@ def _figure(found: Frontier) -> "Figure":
     for axis in axes[len(found.known) :]:
         axis.set_axis_off()
     handles = [mark(contender.label, **style, **SIZE) for contender, style in styles.items()]
-    columns = 1 if len(handles) <= 16 else 2
-    axes[len(found.known)].legend(handles=handles, loc="upper left", ncols=columns, fontsize=7.5, handlelength=2.6, borderaxespad=0)
+    small = {"fontsize": 7.5, "handlelength": 2.6, "labelspacing": 0.3, "borderaxespad": 0.0}
+    legend = axes[len(found.known)].legend(handles=handles, loc="upper left", **small)
+    legend.set_in_layout(False)  # it may hang over its cell: below is room, and panels keep their width
     groups = [standing.group for standing in found.standings]
     first = found.reference.first
     words = [
@@ -90,6 +91,7 @@ def _share_ticks(axis: "Axis", values: Sequence[float]) -> None:
 
     axis.axes.set_xscale("log", base=2)
     axis.axes.set_xlim(min(values) / 1.25, max(values) * 1.25)
-    axis.set_major_locator(FixedLocator([2.0**power for power in range(-12, 6)]))
+    step = 1 if max(values) < 2**6 * min(values) else 2
+    axis.set_major_locator(FixedLocator([2.0**power for power in range(-12, 7, step)]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: share_of(value)))
