@@ -1,7 +1,7 @@
 """A choice has one home: a table of classes by name, each with a nested `Config`, and the key that names them in files and on the command line."""
 
 from collections.abc import Mapping
-from dataclasses import field, fields
+from dataclasses import field, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
 from switch_sae.plain import from_plain, to_plain
@@ -54,7 +54,8 @@ class Choice(dict[str, type[T]], Generic[T]):
     def derive(self, base: Any, chosen: Mapping[str, Any], usual: Mapping[str, Any]) -> Any:
         """A config that has the fields `chosen` (plain; nested for choices inside; the tag chooses the entry), else `base`'s, else the usual ones.
 
-        `base` may belong to another entry: what both have is shared. Raises ValueError as `from_plain` does.
+        `base` may belong to another entry: what both have is shared, but an inner choice that is base's default becomes the entry's own default.
+        Raises ValueError as `from_plain` does.
         """
         return self._typed(self._derived(base, self.key_of(base), chosen, usual))
 
@@ -64,8 +65,9 @@ class Choice(dict[str, type[T]], Generic[T]):
         for f in fields(self.config_of(values[self.tag])):
             if "choice" in f.metadata:
                 choice, inner = f.metadata["choice"], getattr(base, f.name, None)
-                key = choice.key_of(f.default_factory() if inner is None else inner)  # type: ignore[operator]
-                values[f.name] = choice._derived(inner, key, values.get(f.name, {}), usual)
+                own, theirs = (default_of(config, f.name, choice) for config in (self.config_of(values[self.tag]), type(base)))
+                inner_key = own if inner is None or choice.key_of(inner) == theirs else choice.key_of(inner)
+                values[f.name] = choice._derived(inner, inner_key, values.get(f.name, {}), usual)
             elif f.name not in values and (f.name in plain or f.name in usual):
                 values[f.name] = plain.get(f.name, usual.get(f.name))
         return values
@@ -98,3 +100,9 @@ class Choice(dict[str, type[T]], Generic[T]):
     def field(self, key: str) -> Any:
         """A dataclass field that holds a config of this choice, by default `key`'s."""
         return field(default_factory=lambda: self.config_of(key)(), metadata={"choice": self})
+
+
+def default_of(config: type[Any], name: str, choice: "Choice[Any]") -> str | None:
+    """The key that a config's field of a choice has by default; None where it has no such field."""
+    found = next((f for f in fields(config) if f.name == name), None) if is_dataclass(config) else None
+    return None if found is None else choice.key_of(found.default_factory())  # type: ignore[operator]

@@ -37,6 +37,7 @@ class SwitchPursuitSAE(PursuitSAE):
             at_least("num_experts", self.num_experts, 1)
             at_least("shared", self.shared, 0)
             check_even_experts(self.num_latents, self.num_experts, self.shared)
+            check_router(self.router)
             super().__post_init__()
 
         @property
@@ -119,6 +120,15 @@ class SwitchPursuitSAE(PursuitSAE):
     def _infer(self, x_TD: Tensor) -> tuple[SparseLatents, Routing, Tensor | None]:
         routing = self.router.route(x_TD)
         return self._find(x_TD, self._dispatch(routing, len(x_TD))), routing, None
+
+
+def check_router(router: Any) -> None:
+    """Raises ValueError for a router that learns through gates: least squares values undo them."""
+    if getattr(router, "learns_by_gate", False):
+        raise ValueError(
+            f"router={ROUTERS.key_of(router)} learns through its gate, which no latent is multiplied by where values are those of least squares. "
+            "Use router=competition, cosine_kmeans, or softmax with gate=hard."
+        )
 
 
 def check_even_experts(num_latents: int, num_experts: int, shared: int) -> None:

@@ -16,7 +16,7 @@ from switch_sae.models.latents import SparseLatents
 from switch_sae.models.losses import local_auxk_loss
 from switch_sae.models.pairs import largest, row_sums
 from switch_sae.models.routers import ROUTERS, Routing
-from switch_sae.models.switch_pursuit import SwitchPursuitSAE, check_even_experts
+from switch_sae.models.switch_pursuit import SwitchPursuitSAE, check_even_experts, check_router
 from switch_sae.rows import Rows
 
 
@@ -56,6 +56,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         def __post_init__(self) -> None:
             all_at_least(self, num_latents=1, k=1, num_experts=1, shared=0, max_latents=1, auxk=0, coherence=0)
             check_even_experts(self.num_latents, self.num_experts, self.shared)
+            check_router(self.router)
             if not 0 <= self.threshold_beta < 1:
                 raise ValueError(f"threshold_beta={self.threshold_beta} must lie in [0, 1): at 1 the threshold would never move. Use 0.999.")
             if self.max_latents is not None and self.max_latents < self.k:

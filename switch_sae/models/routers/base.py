@@ -110,6 +110,11 @@ class LinearRouter(Router):
         train: bool = True
         """False freezes the router at its random start: the control that shows what learned routing is worth."""
 
+        @property
+        def learns_by_gate(self) -> bool:
+            """Whether it learns from the reconstruction through gates, as it cannot where values are refitted."""
+            return self.train
+
     def __init__(self, config: Any, d_in: int, num_experts: int, experts_per_token: int, generator: torch.Generator | None = None) -> None:
         super().__init__(config, d_in, num_experts, experts_per_token, generator)
         init_ED = (torch.rand(num_experts, d_in, generator=generator) * 2 - 1) / d_in**0.5

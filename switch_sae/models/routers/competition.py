@@ -25,6 +25,10 @@ class CompetitionRouter(LinearRouter):
         rivals: float = 0.25
         """Share of a batch's tokens that a second expert computes in training; 0 leaves balance as the only thing that trains the router."""
 
+        @property
+        def learns_by_gate(self) -> bool:
+            return False
+
         def __post_init__(self) -> None:
             at_least("load_balance", self.load_balance, 0, "Use 0 to switch it off.")
             if not 0 <= self.rivals <= 1:

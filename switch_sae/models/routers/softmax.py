@@ -31,6 +31,10 @@ class SoftmaxRouter(LinearRouter):
         """Coefficient alpha of the load-balance loss, which adds alpha * D * E * sum_i f_i P_i. With scaled activations (mean squared norm D)
         it does not depend on the model; the paper's alpha=3 on unscaled activations equals 3 * activation_scale^2 here."""
 
+        @property
+        def learns_by_gate(self) -> bool:
+            return self.train and self.gate is not Gate.hard
+
         def __post_init__(self) -> None:
             at_least("load_balance", self.load_balance, 0, "Use 0 to switch it off.")
             if self.gate is Gate.hard and self.train and self.load_balance == 0:
