@@ -113,7 +113,8 @@ class Scorer:
         Where the main SAE has no k, PCA gets as many components as it has active latents per token on average.
         """
         k = main.k or max(1, round(evaluate(main, self.evaluation_set, bootstrap=0)["l0"].value))
-        return [*pca(calibration, k, prefix), Asked(f"{prefix}untrained", untrained_main, _sizes(untrained_main, SAES.key_of(main), main.k))]
+        about = _sizes(untrained_main, SAES.key_of(main), main.k) | {"inference": untrained_main.inference.name}
+        return [*pca(calibration, k, prefix), Asked(f"{prefix}untrained", untrained_main, about)]
 
     def write(self, run: RunDir, file: str, **parts: Any) -> None:
         """The results of one folder, whole or not at all: those of `Scored.of_folder`, and what else is known of its training."""
