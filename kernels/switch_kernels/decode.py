@@ -68,12 +68,16 @@ def _sparse_decode_backward(
 
 def row_products(x_TD: Tensor, indices_TK: Tensor, W_MD: Tensor) -> Tensor:
     """[T, K]: x[t] . W[indices[t, s]], and no other products; no [T, K, D] between. x must be contiguous."""
-    # The gradient of `embedding_bag` with respect to its weights is just that; autograd through a second forward takes 1.5 times as long.
     tokens, k = indices_TK.shape
+    token_P = torch.arange(tokens, device=indices_TK.device).repeat_interleave(k)
     starts_T = torch.arange(0, tokens * k, k, device=indices_TK.device)
-    token_P_in_order = torch.arange(tokens, device=indices_TK.device).repeat_interleave(k)
-    flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(x_TD, W_MD.contiguous(), indices_TK.flatten(), starts_T, token_P_in_order, 0, -1)
-    return flat.view(tokens, k)
+    return pair_products(x_TD, indices_TK.flatten(), token_P, starts_T, W_MD).view(tokens, k)
+
+
+def pair_products(x_TD: Tensor, latent_P: Tensor, token_P: Tensor, start_T: Tensor, W_MD: Tensor) -> Tensor:
+    """[P]: x[token] . W[latent] of each pair, token by token; `start_T` says where each token's pairs start. x must be contiguous."""
+    # The gradient of `embedding_bag` with respect to its weights is just that; autograd through a second forward takes 1.5 times as long.
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(x_TD, W_MD.contiguous(), latent_P, start_T, token_P, 0, -1)
 
 
 @torch.library.register_fake("switch_kernels::sparse_decode_backward")

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_kernels.decode import row_products
 from switch_kernels.threads import over_rows
 
 COLUMNS = 32
@@ -94,9 +93,9 @@ def problem_of_rows(residual_ND: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Pr
 
 
 @torch.no_grad()
-def problem_of_gram(residual_ND: Tensor, latents_NK: Tensor, W_MD: Tensor, gram_GCP: Tensor, group_N: Tensor, local_NK: Tensor) -> Problem:
-    """From Gram matrices that are there already: K D multiply-adds per token. `latents_NK` are rows of W, `local_NK` the same in their dictionary."""
-    return Problem(_gram_at(gram_GCP, group_N, local_NK, local_NK), row_products(residual_ND, latents_NK, W_MD))
+def problem_of_gram(products_NK: Tensor, gram_GCP: Tensor, group_N: Tensor, local_NK: Tensor) -> Problem:
+    """From products and Gram matrices that are there already; `local_NK` are candidates of each row's dictionary."""
+    return Problem(_gram_at(gram_GCP, group_N, local_NK, local_NK), products_NK)
 
 
 def _gram_at(gram_GCP: Tensor, group_N: Tensor, rows_NK: Tensor, columns_NL: Tensor) -> Tensor:
@@ -191,7 +190,7 @@ def _pursue(
     wrong = (values_NK < 0).any(dim=1).nonzero()[:, 0]
     if len(wrong):
         index_nK, active_nK = indices_NK[wrong], values_NK[wrong] > 0
-        problem = Problem(_gram_at(gram_GCP, group_N[wrong], index_nK, index_nK), c0_NC[wrong].gather(1, index_nK))
+        problem = problem_of_gram(c0_NC[wrong].gather(1, index_nK), gram_GCP, group_N[wrong], index_nK)
         values_NK[wrong] = least_squares(problem, active_nK, ridge)
     return Support(values_NK, indices_NK)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from switch_kernels import Dispatch
+from switch_kernels.decode import pair_products
 from switch_kernels.pursuit import (
     gram_matrices,
     least_squares,
@@ -105,28 +106,36 @@ def _refitted(
     expert_T: Tensor | None = None,
     gram_ECP: Tensor | None = None,
 ) -> Tensor:
-    W_MD = precise(sae.decoder_weight().detach())
-    refitted_TK, active_TK = precise(torch.zeros_like(values_TK)), values_TK > 0
-    count_T = active_TK.sum(dim=1)
+    by_expert_T = None
+    if expert_T is not None and gram_ECP is not None:
+        # In the order of experts the products below find their rows of the decoder in the cache: 6 ms, not 14, of 65,536 pairs with D = 512.
+        by_expert_T = torch.argsort(expert_T, stable=True)
+        residual_TD, values_TK, indices_TK, expert_T = (each.index_select(0, by_expert_T) for each in (residual_TD, values_TK, indices_TK, expert_T))
+    W_MD, active_TK = precise(sae.decoder_weight().detach()), values_TK > 0
+    count_T, latent_P = active_TK.sum(dim=1), indices_TK[active_TK]
+    start_T, refitted_P = count_T.cumsum(0) - count_T, residual_TD.new_zeros(len(latent_P))
+    if expert_T is not None and gram_ECP is not None:
+        token_P = torch.repeat_interleave(count_T)
+        products_P = pair_products(residual_TD.contiguous(), latent_P, token_P, start_T, W_MD)
+        local_P = to_local(latent_P[:, None], expert_T[token_P], sae.num_shared, (sae.num_latents - sae.num_shared) // sae.num_experts)[:, 0]
     order_T = torch.argsort(count_T, stable=True)
 
     def solve(part: slice) -> None:
         token_t = order_T[part]  # of like counts, so that padding to the largest costs little
-        if not len(token_t):
+        if not len(token_t) or not len(latent_P):
             return
-        most = max(1, int(count_T[token_t[-1]]))
-        slot_tK = torch.argsort((~active_TK[token_t]).byte(), dim=1, stable=True)[:, :most]  # active ones first
-        indices_tK = indices_TK[token_t].gather(1, slot_tK)
+        slot_K = torch.arange(max(1, int(count_T[token_t[-1]])), device=token_t.device)
+        active_tK = slot_K < count_T[token_t, None]
+        pair_tK = (start_T[token_t, None] + slot_K).clamp_max(len(latent_P) - 1)
         if expert_T is None or gram_ECP is None:
-            problem = problem_of_rows(residual_TD[token_t], indices_tK, W_MD)
+            problem = problem_of_rows(residual_TD[token_t], latent_P[pair_tK], W_MD)
         else:
-            local_tK = to_local(indices_tK, expert_T[token_t], sae.num_shared, (sae.num_latents - sae.num_shared) // sae.num_experts)
-            problem = problem_of_gram(residual_TD[token_t], indices_tK, W_MD, gram_ECP, expert_T[token_t], local_tK)
-        values_tK = least_squares(problem, active_TK[token_t].gather(1, slot_tK), RIDGE)
-        refitted_TK[token_t] = torch.zeros_like(refitted_TK[token_t]).scatter_(1, slot_tK, values_tK)
+            problem = problem_of_gram(torch.where(active_tK, products_P[pair_tK], 0.0), gram_ECP, expert_T[token_t], local_P[pair_tK])
+        refitted_P[pair_tK[active_tK]] = least_squares(problem, active_tK, RIDGE)[active_tK]
 
     over_rows(solve, len(order_T), _TOKENS, residual_TD.device)
-    return refitted_TK
+    refitted_TK = refitted_P.new_zeros(values_TK.shape).masked_scatter_(active_TK, refitted_P)
+    return refitted_TK if by_expert_T is None else torch.empty_like(refitted_TK).index_copy_(0, by_expert_T, refitted_TK)
 
 
 def pursue(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switch_kernels import ALONE, Group, LatentOrder
+from switch_kernels.decode import pair_products
 from switch_sae.models.latents import DenseLatents
 from switch_sae.rows import Shapes
 
@@ -127,8 +128,9 @@ class _DecodePairs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_BD = grads[0].contiguous()
         values_P, latent_P, bag_P, W_dec_MD = ctx.saved_tensors
-        start_B = _starts(bag_P, len(grad_BD))
-        grad_values_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad_BD, W_dec_MD.contiguous(), latent_P, start_B, bag_P, 0, -1)
+        grad_values_P = None  # as with values that a refit or pursuit found
+        if ctx.needs_input_grad[0]:
+            grad_values_P = pair_products(grad_BD, latent_P, bag_P, _starts(bag_P, len(grad_BD)), W_dec_MD)
         return grad_values_P, None, None, None, row_sums(values_P, latent_P, bag_P, grad_BD, len(W_dec_MD))
 
 
