@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.benchmarks import cpu
+from experiments.benchmarks import cpu, inference
 from experiments.benchmarks.cpu import MaskedDenseSwitch, NotTrustedError, Timing, activations, build_sae, check_formulations, measure, record, table
 from experiments.benchmarks.peers import Sparsify, peak_mb
 from switch_kernels import Shape
@@ -132,3 +132,31 @@ def test_a_competitor_in_another_process_is_timed_in_the_same_rounds_and_says_of
         assert peer.peak_mb() >= peer.import_mb > 0
         with pytest.raises(RuntimeError, match=r"(?s)eai-sparsify stopped with status 1.*it broke"):
             peer.step()
+
+
+INFERENCES = Shape(T=64, D=32, M=128, E=2, K=4)
+
+
+def test_ways_of_inference_are_timed_at_one_l0_against_switch_and_topk():
+    timings = inference.measure(INFERENCES, repeats=2, encodes=1, rows=100, settling=4)
+    assert [(t.name, t.E) for t in timings] == [(name, 1 if "TopK" in name else 2) for name in inference.CONTENDERS]
+    assert all(abs(t.l0 - 4) < 0.4 and len(t.step) == 2 and min(t.step + t.encode) > 0 for t in timings)
+
+
+def test_ratios_of_inference_are_medians_over_rounds():
+    timings = [
+        inference.Timing("Switch", 2, 4.0, [0.1, 0.2, 0.4], [1.0]),
+        inference.Timing("TopK", 1, 4.0, [0.2, 0.2, 0.2], [4.0]),
+        inference.Timing("SwitchRefit", 2, 3.9, [0.1, 0.6, 0.4], [2.0]),
+    ]
+    switch, topk, refit = inference.compared(timings)
+    assert (switch["step_ms"], switch["step_x_switch"], topk["step_x_topk"]) == ("200", "1.00", "1.00")
+    assert (refit["l0"], refit["step_ms"], refit["step_x_switch"], refit["step_x_topk"]) == ("3.90", "400", "1.00", "2.00")
+    assert (refit["encode_s"], refit["encode_x_switch"], refit["encode_x_topk"]) == ("2", "2.00", "0.50")
+
+
+def test_an_inference_with_more_or_fewer_latents_is_not_timed(monkeypatch):
+    inference.check_l0("this", 4.3, k=4)
+    monkeypatch.setattr(inference, "L0_TOLERANCE", -1.0)
+    with pytest.raises(NotTrustedError, match=r"Switch in training has a mean L0 of .* of k = 4"):
+        inference.measure(INFERENCES, repeats=1, encodes=1, rows=100, settling=1)

@@ -186,7 +186,7 @@ def _pursue(
             row_n, c0_nP, first_n, index_nk, z_nk = (tensor[full] for tensor in (row_n, c0_nP, first_n, index_nk, z_nk))
             grown = grown.of(full)
         explained_nP = F.embedding_bag(first_n[:, None] + index_nk, gram_RP, mode="sum", per_sample_weights=z_nk.clamp_min(0))
-        c_nP = (c0_nP - explained_nP).scatter_(1, index_nk, -torch.inf)
+        c_nP = torch.sub(c0_nP, explained_nP, out=explained_nP).scatter_(1, index_nk, -torch.inf)
     wrong = (values_NK < 0).any(dim=1).nonzero()[:, 0]
     if len(wrong):
         index_nK, active_nK = indices_NK[wrong], values_NK[wrong] > 0

@@ -1,0 +1,163 @@
+"""Times training steps and encoding where latents are found by refit or pursuit, against our own Switch and dense TopK SAEs, interleaved in one run.
+
+    python -m experiments.benchmarks.inference           # about 3 minutes on 2 quiet cores
+    python -m experiments.benchmarks.inference --quick   # small sizes, to see that it works; nothing is recorded
+
+A step is that of `experiments.benchmarks.cpu`. Activations have topics, which routers can find (`SyntheticSource`). How long a refit or a pursuit
+takes depends on the number of latents: nothing is reported unless every SAE's mean L0 is near k, in training and (by its threshold, if it has one)
+in encoding, and no expert is idle.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from experiments.benchmarks.checks import NotTrustedError
+from experiments.benchmarks.cpu import TRAINER
+from experiments.benchmarks.peers import cpu_model
+from experiments.benchmarks.record import RESULTS, append, commit
+from switch_kernels import Shape
+from switch_sae.activations import SyntheticSource
+from switch_sae.models import SAES
+from switch_sae.models.inference import Inference
+from switch_sae.models.threshold import calibrate, has_threshold
+from switch_sae.report.tables import aligned
+from switch_sae.rows import Rows
+from switch_sae.training import Trainer, prepare
+
+TABLE = RESULTS / "benchmark_inference.csv"
+SIZES, QUICK = Shape(T=2048, D=512, M=8192, E=16, K=32), Shape(T=256, D=64, M=512, E=4, K=8)
+WARMUP, SETTLING, BATCHES = 2, 150, 8
+"""SETTLING: steps until theta of a stop rule gives k latents; those of other SAEs are there at once."""
+L0_TOLERANCE = 0.1
+SWITCH, TOPK = "Switch", "TopK"
+CONTENDERS = {
+    SWITCH: ("switch", {}),
+    TOPK: ("topk", {}),
+    "TopK, trained with refit": ("topk", {"inference": Inference.refit}),
+    "SwitchRefit": ("switch_refit", {}),
+    "SwitchPursuit": ("switch_pursuit", {}),
+    "SwitchPursuit, stop rule": ("switch_pursuit", {"stop": True}),
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender."""
+
+    name: str
+    E: int
+    l0: float
+    """In training, of the timed steps."""
+    step: list[float]
+    """Seconds, by round."""
+    encode: list[float]
+    """Of all rows."""
+
+
+def trainer_of(name: str, shape: Shape, rows: Rows) -> Trainer:
+    """A contender at its start, as `prepare` leaves it."""
+    architecture, settings = CONTENDERS[name]
+    experts = {"num_experts": shape.E} if SAES[architecture].is_routed else {}
+    config = SAES[architecture].Config(num_latents=shape.M, k=shape.K, **experts, **settings)
+    sae = SAES.build(config, shape.D, torch.Generator().manual_seed(0))
+    prepare(sae, rows, normalize_activations=True)
+    return Trainer(sae, replace(TRAINER, lr=1e-3), total_steps=1_000_000, batch_size=shape.T)
+
+
+def check_l0(what: str, l0: float, k: int) -> None:
+    if not abs(l0 / k - 1) <= L0_TOLERANCE:
+        raise NotTrustedError(f"{what} has a mean L0 of {l0:.2f}; it compares with the others within {L0_TOLERANCE:.0%} of k = {k}.")
+
+
+def measure(shape: Shape, repeats: int, encodes: int, rows: int, settling: int = SETTLING) -> list[Timing]:
+    """Rounds of one step of each (A B C A B C ...), then rounds of encoding `rows` rows in chunks of T by each. Raises NotTrustedError."""
+    topics, features = 2 * shape.E, shape.D // 8
+    world = {"common": features, "topics": topics, "per_topic": features, "common_active": features / 8, "topic_active": shape.K - features / 8}
+    source = SyntheticSource(SyntheticSource.Config(d_in=shape.D, noise=0.05, **world), shape.T)
+    batches, held_out = [next(source) for _ in range(BATCHES)], source.evaluation_set(rows).rows
+    start = Rows.of(torch.cat([batch.x_TD for batch in batches]))
+    trainers = {name: trainer_of(name, shape, start) for name in CONTENDERS}
+    for name, trainer in trainers.items():
+        for number in range(settling if CONTENDERS[name][1].get("stop") else WARMUP):
+            trainer.step(batches[number % BATCHES])
+    steps: dict[str, list[float]] = {name: [] for name in trainers}
+    numbers: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
+    encodings: dict[str, list[float]] = {name: [] for name in trainers}
+    for number in range(repeats):
+        for name, trainer in trainers.items():
+            started = time.perf_counter()
+            result = trainer.step(batches[number % BATCHES])
+            steps[name].append(time.perf_counter() - started)
+            numbers[name].append(result.numbers())
+    l0 = {name: statistics.mean(step["l0"] for step in of) for name, of in numbers.items()}
+    chunks = held_out.x_TD.split(shape.T)
+    for name, trainer in trainers.items():
+        sae = trainer.sae.eval()
+        check_l0(f"{name} in training", l0[name], shape.K)
+        check_l0(f"{name} in encoding", calibrate(sae, held_out) if has_threshold(sae) else shape.K, shape.K)
+        if min(step.get("load/min", 1.0) for step in numbers[name]) == 0:
+            raise NotTrustedError(f"an expert of {name} is idle: its time says nothing about {shape.E} experts.")
+        with torch.no_grad():
+            sae.encode(chunks[0])  # Gram matrices of these weights
+    for _ in range(encodes):
+        for name, trainer in trainers.items():
+            started = time.perf_counter()
+            with torch.no_grad():
+                for x_TD in chunks:
+                    trainer.sae.encode(x_TD)
+            encodings[name].append(time.perf_counter() - started)
+    return [Timing(name, t.sae.num_experts, l0[name], steps[name], encodings[name]) for name, t in trainers.items()]
+
+
+def compared(timings: list[Timing]) -> list[dict[str, object]]:
+    """A row per contender: medians, and the medians over rounds of its ratios to Switch and to dense TopK, in which drift of the machine cancels."""
+    rows: list[dict[str, object]] = []
+    for t in timings:
+        row: dict[str, object] = {"name": t.name, "E": t.E, "l0": f"{t.l0:.2f}"}
+        for what, unit, scale in (("step", "ms", 1e3), ("encode", "s", 1.0)):
+            row[f"{what}_{unit}"] = f"{scale * statistics.median(getattr(t, what)):.4g}"
+            for other in (other for other in timings if other.name in (SWITCH, TOPK)):
+                ratios = [own / theirs for own, theirs in zip(getattr(t, what), getattr(other, what), strict=True)]
+                row[f"{what}_x_{other.name.lower()}"] = f"{statistics.median(ratios):.2f}"
+        rows.append(row)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    name = "experiments.benchmarks.inference"
+    parser = argparse.ArgumentParser(prog=name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15, help="rounds of steps")
+    parser.add_argument("--encodes", type=int, default=3, help="rounds of encoding")
+    parser.add_argument("--rows", type=int, default=100_000, help="that are encoded")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="small sizes; nothing is recorded")
+    options = parser.parse_args(arguments)
+    if "OMP_WAIT_POLICY" not in os.environ:  # as in `cpu`
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.execv(sys.executable, [sys.executable, "-m", name, *(sys.argv[1:] if arguments is None else arguments)])
+    if min(options.repeats, options.encodes, options.rows) < 1:
+        parser.error("--repeats, --encodes and --rows must be at least 1")
+    torch.set_num_threads(options.threads)
+    shape, rows = (QUICK, min(options.rows, 4096)) if options.quick else (SIZES, options.rows)
+    print(
+        f"{cpu_model()}, {options.threads} threads, torch {torch.__version__}, float32; T={shape.T} D={shape.D} M={shape.M} K={shape.K}; {rows:,} rows"
+    )
+    try:
+        records = compared(measure(shape, options.repeats, options.encodes, rows))
+    except NotTrustedError as error:
+        sys.exit(f"no speed is reported: {error}")
+    print("\n".join(aligned([list(records[0]), *(list(map(str, record.values())) for record in records)])))
+    if not options.quick:
+        run = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "cpu": cpu_model(), "threads": options.threads, "torch": torch.__version__}
+        append(TABLE, [{**run, "rows": rows, **record} for record in records])
+        print(f"recorded in {TABLE}")
+
+
+if __name__ == "__main__":
+    main()
