@@ -1,6 +1,7 @@
 """The frontier of inference: who stands against whom, at what price, in a figure, in Markdown and in tables; nothing is counted twice elsewhere."""
 
 import csv
+import math
 import re
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from switch_sae.models import BatchTopKSAE
 from switch_sae.report import FIGURES, draw_figures, headline_markdown, summary_table
 from switch_sae.results import collect
 from switch_sae.results.contenders import Contender, encode_shares, frontier, share_of
+from switch_sae.results.leverage import DenseCurve
 from switch_sae.results.selection import Material, NotEnough
 from switch_sae.style import family_style, look
 
@@ -163,6 +165,31 @@ def test_markdown_has_the_measures_with_their_prices_and_every_seed(sweep):
     (line,) = [line for line in against.splitlines() if line.startswith("| TopK + refit, 32")]
     assert line == "| TopK + refit, 32 | 0.800, 0.818 | 1.000, 1.000 | 1.000, 1.000 | -0.010, -0.010 | +0.000, +0.000 |"
     assert notes == ["Measured L0 differs by more than 2% from dense TopK's 4.00: BatchTopK 32 4.50."]
+
+
+def test_leverage_is_the_dense_width_of_equal_error_per_dot_product(sweep, tmp_path):
+    assert found_in(sweep).standings[0].leverage is None  # of one width
+    for latents, fvu in ((8, 0.4), (16, 0.2), (16, 0.2)):
+        sweep.add(topk(latents), len(sweep.members), fvu=fvu, **PRICES)
+    found = found_in(sweep)
+    assert found.standings[0].curve.points == ((8, 0.4), (16, pytest.approx(0.2)), (32, pytest.approx(0.105)))
+    dense, refit, _, two = found.standings[:4]
+    assert dense.leverage == pytest.approx(1) and not dense.dense_width.is_extrapolated
+    slope = math.log(2) / math.log(0.2 / 0.105)
+    assert two.dense_width == (pytest.approx(16 * (0.2 / 0.12) ** slope), False)
+    assert two.leverage == pytest.approx(two.dense_width.width / (two.compute * 32))
+    assert refit.dense_width == (pytest.approx(16 * (0.2 / 0.085) ** slope), True) and refit.dots == pytest.approx(1.5 * 32)
+    assert refit.record()["dense_width"] > 32 and refit.record()["dense_width_extrapolated"] is True
+    measures, legend, *_ = headline_markdown(rows_of(sweep)).split("\n\n")
+    cells = {tuple(line[:2]): line for line in (re.split(r" \| ", text.strip("| ")) for text in measures.splitlines())}
+    assert cells["recipe", "latents"][4] == "leverage" and cells["TopK", "32"][4] == "1.00" and cells["TopK + refit", "32"][4].endswith(" *")
+    assert "through 8, 16, 32" in legend
+
+
+def test_a_dense_curve_gives_no_width_where_wider_was_not_better():
+    curve = DenseCurve(((8, 0.4), (16, 0.2), (32, 0.25)))
+    assert curve.at(0.3).is_extrapolated is False and curve.at(0.1) is None
+    assert curve.at(0.8) == (pytest.approx(4), True) and curve.at(0.2) == (pytest.approx(16), False)
 
 
 def test_tables_show_prices_and_leave_out_what_has_no_room(sweep):

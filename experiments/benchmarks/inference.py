@@ -145,9 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--repeats, --encodes and --rows must be at least 1")
     torch.set_num_threads(options.threads)
     shape, rows = (QUICK, min(options.rows, 4096)) if options.quick else (SIZES, options.rows)
-    print(
-        f"{cpu_model()}, {options.threads} threads, torch {torch.__version__}, float32; T={shape.T} D={shape.D} M={shape.M} K={shape.K}; {rows:,} rows"
-    )
+    print(f"{cpu_model()}, {options.threads} threads, torch {torch.__version__}, float32; {shape}; {rows:,} rows")
     try:
         records = compared(measure(shape, options.repeats, options.encodes, rows))
     except NotTrustedError as error:

@@ -21,20 +21,35 @@ def headline_markdown(rows: Sequence[ResultRow]) -> str:
 
 def _measures(found: Frontier) -> list[str]:
     first = found.reference.first
-    header = ["recipe", "latents", "compute", "training", "L0", *(MEASURES[name].label for name in found.known), "dead"]
+    curve = found.standings[0].curve
+    levers = [] if curve is None else ["leverage"]
+    header = ["recipe", "latents", "compute", "training", *levers, "L0", *(MEASURES[name].label for name in found.known), "dead"]
     lines = [_line(header), _line(["---"] * len(header))]
     for standing in found.standings:
         group = standing.group
         scores = [UNKNOWN if (spread := group.spreads.get(name)) is None else format(spread, MEASURES[name].spec) for name in found.known]
         l0, dead = group.mean("l0"), group.mean("dead_latents")
         prices = [standing.contender.label, standing.shape, share_of(standing.compute), share_of(standing.training)]
+        prices += [_leverage(standing)] * len(levers)
         lines.append(_line([*prices, UNKNOWN if l0 is None else f"{l0:.2f}", *scores, UNKNOWN if dead is None else f"{dead:.1%}"]))
     seeds = sorted({len(standing.group.rows) for standing in found.standings})
     n = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
     about = (
         f"compute, training: FLOPs per token to find latents, and to train, relative to dense TopK of {first.num_latents:,} latents, k = {first.k}"
     )
+    if curve is not None:
+        widths = ", ".join(f"{width:,}" for width, _ in curve.points)
+        about += (
+            f"; leverage: latents of the dense TopK SAE with the same FVU (through {widths}; *: beyond them, by the two nearest) per dot product "
+            "with an activation that compute is worth"
+        )
     return [*lines, "", f"Mean ± standard deviation over seeds, n = {n}; {about}."]
+
+
+def _leverage(standing: Standing) -> str:
+    if standing.leverage is None or standing.dense_width is None:
+        return UNKNOWN
+    return f"{standing.leverage:.2f}" + " *" * standing.dense_width.is_extrapolated
 
 
 def _against(found: Frontier) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from switch_sae.models import SAES
 from switch_sae.models.inference import Inference
 from switch_sae.results.kind import Kind
+from switch_sae.results.leverage import DenseCurve, DenseWidth
 from switch_sae.results.rows import TRAINED, ResultRow, grouped, hashable
 from switch_sae.results.selection import Material, NotEnough
 from switch_sae.results.settings import HEADLINE
@@ -95,6 +96,8 @@ class Standing:
     contender: Contender
     group: Summary
     reference: Summary
+    curve: DenseCurve | None = None
+    """Of dense TopK SAEs with its k, where there are several widths."""
 
     @property
     def compute(self) -> float:
@@ -105,6 +108,22 @@ class Standing:
     def training(self) -> float:
         """FLOPs of its training per token as a share of the reference's."""
         return (self.group.mean("flops_train") or 0.0) / (self.reference.mean("flops_train") or 1.0)
+
+    @property
+    def dots(self) -> float:
+        """FLOPs of router and encoder, or pursuit, as dot products with an activation, of which dense TopK takes one for each latent."""
+        return self.compute * self.reference.first.num_latents
+
+    @property
+    def dense_width(self) -> DenseWidth | None:
+        """Of the dense TopK SAE with the same error."""
+        error = self.group.mean(HEADLINE)
+        return None if self.curve is None or error is None else self.curve.at(error)
+
+    @property
+    def leverage(self) -> float | None:
+        """Effective dense width per dot product: 1 for dense TopK itself."""
+        return None if (effective := self.dense_width) is None else effective.width / self.dots
 
     @property
     def shape(self) -> str:
@@ -126,6 +145,9 @@ class Standing:
         record: dict[str, Any] = {"recipe": self.contender.label, **self.contender._asdict(), "shape": self.shape, "latents": row.num_latents}
         record |= {"experts": row.num_experts, "k": row.k, "seeds": len(group.rows), "compute": self.compute, "training_compute": self.training}
         record |= {name: group.mean(name) for name in ("flops_encode", "flops_train", "l0", "dead_latents", "error_cv")}
+        if self.curve is not None:
+            width, extrapolated = self.dense_width or (None, None)
+            record |= {"dots": self.dots, "dense_width": width, "dense_width_extrapolated": extrapolated, "leverage": self.leverage}
         for name in MEASURES:
             spread, compared = group.spreads.get(name), self.compared(name)
             record |= {name: spread and spread.mean, f"{name}_sd": spread and spread.sd}
@@ -183,7 +205,11 @@ def frontier(material: Material) -> Frontier:
             notes.append(f"{contender.label}{at} was trained in {len(alike)} ways; shown: {differing[0]}; left out: {'; '.join(differing[1:])}")
     reference = next(group for contender, group in best if contender == Contender(group.first.architecture) and group.first.kind.is_reference)
     best.sort(key=lambda pair: (pair[0].order, -(pair[1].mean("flops_encode") or 0.0)))
-    standings = [Standing(contender, group, reference) for contender, group in best]
+    by_width = grouped((group for group in dense if group.first.k == k), lambda group: group.first.num_latents).values()
+    curve = DenseCurve.of(
+        [reference, *(min(alike, key=lambda group: len(material.deviations(group))) for alike in by_width if reference not in alike)]
+    )
+    standings = [Standing(contender, group, reference, curve) for contender, group in best]
     return Frontier(reference, standings, notes + _uneven(standings))
 
 
