@@ -105,7 +105,7 @@ def test_every_experiment_runs_a_few_steps(name, tmp_path):
         (["sae=relu", "baselines=[flop_matched]"], Exception, "no flop_matched for this SAE: relu has no fixed number of active latents (k)"),
         (["sae=batch_topk", "baselines=[frozen_router]"], Exception, "no frozen_router for this SAE: batch_topk has no router"),
         (["sae/router=cosine_kmeans", "baselines=[frozen_router]"], Exception, "no frozen_router for this SAE: its router is not trained"),
-        (["+sae.gate=hard"], ValueError, "there are no settings sae.gate; it has num_latents"),
+        (["+sae.gate=hard"], ValueError, "there are no settings sae.gate; it has inference, num_latents"),
         (["+sae.router.kind=sigmoid"], ValueError, "there are no settings sae.router.kind"),
         (["sae.router=sigmoid"], Exception, "On the command line write sae/router=sigmoid"),
         (["+usual.kk=3"], ValueError, "usual: no architecture and no router has a setting kk"),

@@ -133,7 +133,7 @@ REFUSED = [
     (["name=my run"], "name='my run'"),
     (["name='a;b'"], "name='a;b'"),
     (["tokns=3"], "there is no setting tokns. Close to it: tokens."),
-    (["+sae.num_latent=512"], "there are no settings sae.num_latent; it has num_latents"),
+    (["+sae.num_latent=512"], "there are no settings sae.num_latent; it has inference, num_latents"),
     (["tokens=2.5"], "tokens=2.5: it must be a whole number."),
     (["seed=0,1"], "make sweep SEEDS=2"),
     (["runs=/proc/no"], "Choose a writable one"),

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TOLD = [
     ("train", "tokns=8", "there is no setting tokns. Close to it: tokens."),
-    ("train", "sae.num_latent=512", "there is no setting sae.num_latent. Close to it: sae.num_latents, sae.auxk_latents."),
+    ("train", "sae.num_latent=512", "there is no setting sae.num_latent. Close to it: sae.num_latents, sae.max_latents, sae.auxk_latents."),
     ("train", "experts=8", "there is no setting experts. Close to it: sae.num_experts."),
     ("train", "source.text.pths=[x]", "Close to it: source.text.paths"),
     ("train", "sea=topk", "there is no setting sea. Close to it: sae."),
