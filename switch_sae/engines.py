@@ -165,6 +165,7 @@ class TritonEngine:
         if rows.target_TD is not rows.x_TD:
             self.rows.target_TD.copy_(rows.target_TD)
         computed, grad_norm = self._replay() if self.keeps_time else self._compute()
+        torch.autograd.graph.increment_version(list(self.optimizer.parameters.values()))  # kernels and graphs write where PyTorch does not see it
         if self.keeps_time:
             self.events[-1][1].record()
         self.optimizer.steps_taken = step + 1

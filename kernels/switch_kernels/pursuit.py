@@ -116,7 +116,8 @@ def matching_pursuit(
     threshold: Tensor | float = 0.0,
     limit_N: Tensor | None = None,
 ) -> Support:
-    """At most k latents per row (and at most limit_N), in `blocks` blocks of k / blocks, from c0 = A r of its dictionary `group_N`, with G = A A^T::
+    """At most k latents per row (and at most limit_N), in `blocks` blocks of k / blocks, from c0 = A r of its dictionary `group_N`, whose rows A have
+    unit norm, with G = A A^T::
 
         c = c0;  I = {}
         each block:   k / blocks times: j = argmax c over those not in I; only if c_j > threshold: I += j, c -= c_j G[:, j]     matching pursuit

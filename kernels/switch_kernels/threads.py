@@ -22,9 +22,11 @@ def over_rows(work: Callable[[slice], T], rows: int, most: int, device: torch.de
     if threads == 1 or len(parts) == 1:
         return [work(part) for part in parts]
 
+    is_inference = torch.is_inference_mode_enabled()  # modes are each thread's own
+
     def alone(part: slice) -> T:
-        torch.set_num_threads(1)  # of this thread, and the default of new ones
-        with torch.no_grad():
+        torch.set_num_threads(1)  # of this thread, and until the end the default of new ones
+        with torch.inference_mode(is_inference), torch.no_grad():  # in this order: inference_mode(False) turns gradients on
             return work(part)
 
     try:

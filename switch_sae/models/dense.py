@@ -115,8 +115,8 @@ class DenseSAE(SparseAutoencoder):
         """Latents by `inference`, from those of the encoder."""
         if self.inference is Inference.encoder:
             return proposed_TM
-        better = refit(self, x_TD, DenseLatents(proposed_TM), None) if self.inference is Inference.refit else None
-        return (better or pursue_like(self, x_TD, DenseLatents(proposed_TM))).to_dense()
+        proposed = DenseLatents(proposed_TM)
+        return (refit(self, x_TD, proposed, None) if self.inference is Inference.refit else pursue_like(self, x_TD, proposed)).to_dense()
 
     def _decode(self, latents_TM: Tensor) -> Tensor:
         return (latents_TM @ self.W_dec_MD + self.b_out_D) / self.target_scale

@@ -64,6 +64,8 @@ class GramCache:
 
     def current(self, W_MD: Tensor, experts: int, shared: int) -> Tensor:
         """Of these very weights."""
+        if W_MD.is_inference():  # has no version
+            return _gram(W_MD, experts, shared)
         version = (W_MD._version, W_MD.data_ptr(), W_MD.dtype, W_MD.device)
         if self._of_version is None or self._version != version:
             self._of_version, self._version = _gram(W_MD, experts, shared), version

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from switch_sae.models.base import SparseAutoencoder
 
 RIDGE = 1e-3
-"""Added to the diagonal of Gram matrices of unit rows: it keeps near duplicates from taking huge values of both signs."""
+"""Added to the diagonal of Gram matrices of unit rows (others are normalised): it keeps near duplicates from taking huge values of both signs."""
 _TOKENS = 256
 """That are refitted together."""
 BLOCKS = 4
@@ -67,7 +67,9 @@ def why_no_inference(sae: "SparseAutoencoder", inference: Inference | str) -> st
 
 
 def with_inference(sae: "SparseAutoencoder", inference: Inference | str) -> "SparseAutoencoder":
-    """The same SAE, its weights shared and not copied, with another inference. Raises ValueError where it has none (`why_no_inference`)."""
+    """The same SAE, its weights and buffers shared and not copied (`threshold` too), with another inference. Raises ValueError where it has none
+    (`why_no_inference`).
+    """
     if why := why_no_inference(sae, inference):
         raise ValueError(f"inference={typed('inference', Inference, inference).name} is not possible: {why}.")
     other = copy.copy(sae)
@@ -78,7 +80,8 @@ def with_inference(sae: "SparseAutoencoder", inference: Inference | str) -> "Spa
 def refit(sae: "SparseAutoencoder", x_TD: Tensor, latents: Latents, expert_T: Tensor | None, gram_ECP: Tensor | None = None) -> Latents:
     """The same support with refitted values; `x_TD` are scaled activations, `expert_T` the experts of an SAE that has one for each token.
 
-    With experts, from their Gram matrices; else from the decoder's rows. Tokens with more than D active latents keep their values: least squares has
+    With experts, from their Gram matrices; else from the decoder's rows. Rows of other than unit norm are normalised first, so that the ridge weighs
+    ||z_i W_i||^2. Tokens with more than D active latents keep their values: least squares has
     no one solution there.
     """
     if gram_ECP is None and expert_T is not None:
@@ -111,7 +114,7 @@ def _refitted(
         # In the order of experts the products below find their rows of the decoder in the cache: 6 ms, not 14, of 65,536 pairs with D = 512.
         by_expert_T = torch.argsort(expert_T, stable=True)
         residual_TD, values_TK, indices_TK, expert_T = (each.index_select(0, by_expert_T) for each in (residual_TD, values_TK, indices_TK, expert_T))
-    W_MD, active_TK = precise(sae.decoder_weight().detach()), values_TK > 0
+    (W_MD, norm_M), active_TK = _unit_rows(sae), values_TK > 0
     count_T, latent_P = active_TK.sum(dim=1), indices_TK[active_TK]
     start_T, refitted_P = count_T.cumsum(0) - count_T, residual_TD.new_zeros(len(latent_P))
     if expert_T is not None and gram_ECP is not None:
@@ -135,7 +138,17 @@ def _refitted(
 
     over_rows(solve, len(order_T), _TOKENS, residual_TD.device)
     refitted_TK = refitted_P.new_zeros(values_TK.shape).masked_scatter_(active_TK, refitted_P)
+    refitted_TK = refitted_TK if norm_M is None else refitted_TK / norm_M[indices_TK]
     return refitted_TK if by_expert_T is None else torch.empty_like(refitted_TK).index_copy_(0, by_expert_T, refitted_TK)
+
+
+def _unit_rows(sae: "SparseAutoencoder") -> tuple[Tensor, Tensor | None]:
+    """The decoder's rows at unit norm, which the ridge is meant for, and their norms; None where they have it already."""
+    W_MD = precise(sae.decoder_weight().detach())
+    if sae.recipe.unit_decoder:
+        return W_MD, None
+    norm_M = torch.linalg.vector_norm(W_MD, dim=1).clamp_min(torch.finfo(W_MD.dtype).tiny)
+    return W_MD / norm_M[:, None], norm_M
 
 
 def pursue(
@@ -152,21 +165,19 @@ def pursue(
 
     `dispatch` is to one expert for a dictionary that every token may use whole.
     """
-    W_MD, shared, unit = precise(sae.decoder_weight().detach()), sae.num_shared, sae.recipe.unit_decoder
-    if gram_ECP is None and unit:
-        gram_ECP = gram_now(sae, len(x_TD))
+    W_MD, norm_M = _unit_rows(sae)
+    shared = sae.num_shared
+    if gram_ECP is None:
+        gram_ECP = gram_now(sae, len(x_TD)) if norm_M is None else gram_matrices(W_MD[None])
     with torch.no_grad():
-        norm_M = torch.linalg.vector_norm(W_MD, dim=1).clamp_min(torch.finfo(W_MD.dtype).tiny) if not unit else W_MD.new_ones(1)
-        if gram_ECP is None:
-            gram_ECP = gram_matrices((W_MD / norm_M[:, None])[None])
         residual_ND = dispatch.gather(precise(x_TD - sae.b_out_D))
-        products_NC = local_products(residual_ND, W_MD, dispatch, shared) / norm_M
+        products_NC = local_products(residual_ND, W_MD, dispatch, shared)
         expert_N = dispatch.gather_pairs(dispatch.expert_TS.flatten())
         limit_N = None if limit_T is None else dispatch.gather(limit_T)
         found = matching_pursuit(products_NC, gram_ECP, expert_N, k, blocks, RIDGE, threshold, limit_N)
         indices_NK = to_global(found.indices_NK, expert_N, shared, (len(W_MD) - shared) // sae.num_experts)
-        values_NK = (found.values_NK if unit else found.values_NK / norm_M[indices_NK]).to(x_TD.dtype)
-        return SparseLatents(dispatch.scatter(values_NK), dispatch.scatter(indices_NK), sae.num_latents)
+        values_NK = found.values_NK if norm_M is None else found.values_NK / norm_M[indices_NK]
+        return SparseLatents(dispatch.scatter(values_NK.to(x_TD.dtype)), dispatch.scatter(indices_NK), sae.num_latents)
 
 
 def equal_blocks(k: int) -> int:
@@ -218,8 +229,8 @@ def gram_flops(d_in: int, experts: int, candidates: int, every_tokens: int) -> i
 
 
 def gram_now(sae: "SparseAutoencoder", tokens: int) -> Tensor:
-    """The Gram matrices of an SAE's dictionaries, [E, C, P]: in a training step, on so many tokens, perhaps slightly older ones."""
+    """The Gram matrices of an SAE's dictionaries, [E, C, P]: in a training step, on so many tokens of this process, perhaps slightly older ones."""
     W_MD = sae.decoder_weight()
     if sae.training and torch.is_grad_enabled():
-        return sae.grams.for_step(W_MD, sae.num_experts, sae.num_shared, tokens)
+        return sae.grams.for_step(W_MD, sae.num_experts, sae.num_shared, tokens * sae.group.size)
     return sae.grams.current(W_MD, sae.num_experts, sae.num_shared)

@@ -141,8 +141,9 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         with torch.no_grad():
             kept = largest(values_TK, len(values_TK) * self.config.k, self.group)
             chosen_TK = torch.zeros_like(values_TK).flatten().index_put_((kept,), values_TK.flatten()[kept]).view_as(values_TK)
-            smallest = values_TK.flatten()[kept].min() if len(kept) else self.theta
-            self.theta.copy_(torch.cat(self.group.gather(smallest[None])).min())
+            smallest = values_TK.flatten()[kept].min() if len(kept) else torch.full_like(self.theta, torch.inf)
+            smallest = torch.cat(self.group.gather(smallest[None])).min()
+            self.theta.copy_(torch.where(smallest.isinf(), self.theta, smallest))
         latents = refit(self, x_TD, SparseLatents(chosen_TK, indices_TK, self.num_latents), dispatch.expert_TS[:, 0], gram_now(self, len(x_TD)))
         assert isinstance(latents, SparseLatents)
         token_P, latent_P = kept // values_TK.shape[1], indices_TK.flatten()[kept]

@@ -55,7 +55,6 @@ def calibrate(sae: SparseAutoencoder, rows: Rows, l0: float | None = None) -> fl
                 middle = above + min(0.9, max(0.1, share)) * (below - above)
             found[middle] = excess(middle)
         if min(map(abs, found.values())) > 0.05:
-            sae.threshold.copy_(before)
             reached = wanted * math.exp(min(found.values(), key=abs))
             raise ValueError(
                 f"no threshold gives a mean L0 of {wanted:g}: the nearest is {reached:.3g}. Ask for that, or allow more latents per token."
@@ -63,5 +62,8 @@ def calibrate(sae: SparseAutoencoder, rows: Rows, l0: float | None = None) -> fl
         best = min(found, key=lambda at: abs(found[at]))
         sae.threshold.fill_(math.exp(best))
         return wanted * math.exp(found[best])
+    except BaseException:
+        sae.threshold.copy_(before)
+        raise
     finally:
         sae.train(mode)

@@ -13,7 +13,7 @@ from switch_sae.models.routers.base import LinearRouter, Rivals, Routing, larges
 class CompetitionRouter(LinearRouter):
     """p = softmax(W (x - b)); experts: the S largest p; gates 1: nothing multiplies the latents, so nothing shrinks them.
 
-    On the first `rivals` of each batch another expert e' ~ p without e computes the token as well. Their costs L (squared error of scaled
+    On the first `rivals` of each batch (of each process's part of it) another expert e' ~ p without e computes the token as well. Their costs L (squared error of scaled
     activations, and what the SAE counts for its latents) are fixed numbers, and the loss is mean(g L_e + (1 - g) L_e'), g = p_e / (p_e + p_e'):
     the router moves towards the cheaper of the two. Balance: load_balance * D * E * sum_i f_i P_i, as with `softmax`.
     """
@@ -52,9 +52,10 @@ class CompetitionRouter(LinearRouter):
         if count == 0:
             return None
         probs_nE, chosen_n1 = routing.probs_TE[:count], routing.expert_TS[:count, :1]
-        # Drawn by the step's number alone (Gumbel's trick): the same in every company, and after a resume.
-        generator = torch.Generator().manual_seed(self.step * self.group.size + self.group.rank)
-        uniform_nE = torch.rand(probs_nE.shape, generator=generator, dtype=torch.float64).to(probs_nE)
+        # Drawn by the step's number alone (Gumbel's trick), for all processes at once: the same in every company, and after a resume.
+        generator = torch.Generator().manual_seed(self.step)
+        shape = (self.group.size, *probs_nE.shape)
+        uniform_nE = torch.rand(shape, generator=generator, dtype=torch.float64)[self.group.rank].to(probs_nE)
         tiny = torch.finfo(probs_nE.dtype).tiny
         keys_nE = probs_nE.detach().clamp_min(tiny).log() - (-uniform_nE.clamp_min(tiny).log()).clamp_min(tiny).log()
         rival_n1 = keys_nE.scatter(1, chosen_n1, -torch.inf).argmax(dim=1, keepdim=True)
