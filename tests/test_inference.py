@@ -249,7 +249,9 @@ def test_settings_that_cannot_be_are_refused():
         PursuitSAE.Config(num_latents=M, k=K, inference="encoder")
     with pytest.raises(ValueError, match=r"inference='lstsq' is not one of encoder, refit, pursuit"):
         TopKSAE.Config(inference="lstsq")
-    with pytest.raises(ValueError, match=r"sae\.inference=refit cannot be trained: MatryoshkaSAE trains by inference=encoder; others are for scoring"):
+    with pytest.raises(
+        ValueError, match=r"sae\.inference=refit cannot be trained: MatryoshkaSAE trains by inference=encoder; others are for scoring"
+    ):
         Trainer(build(MatryoshkaSAE.Config(num_latents=M, k=K, inference="refit")), TrainerConfig(), 1, T)
     with pytest.raises(ValueError, match=r"sae\.inference=encoder cannot be trained: SwitchRefitSAE trains by inference=refit"):
         Trainer(build(replace(ARCHITECTURES["switch_refit"], inference="encoder")), TrainerConfig(), 1, T)
@@ -267,7 +269,13 @@ def test_kernels_command_line_and_sweeps_know_inference():
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("batch_topk", "encoder"), ("batch_topk", "refit"), ("batch_topk", "pursuit"), ("switch_refit", "refit"), ("switch_pursuit, stop, shared", "pursuit")],
+    [
+        ("batch_topk", "encoder"),
+        ("batch_topk", "refit"),
+        ("batch_topk", "pursuit"),
+        ("switch_refit", "refit"),
+        ("switch_pursuit, stop, shared", "pursuit"),
+    ],
 )
 def test_calibration_reaches_the_l0_that_was_asked_for(name, way):
     sae, rows = with_inference(build(CONTRACTS[name], torch.float32), way).train(), Rows.of(activations(3, 800).float())

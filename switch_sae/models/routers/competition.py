@@ -13,9 +13,9 @@ from switch_sae.models.routers.base import LinearRouter, Rivals, Routing, larges
 class CompetitionRouter(LinearRouter):
     """p = softmax(W (x - b)); experts: the S largest p; gates 1: nothing multiplies the latents, so nothing shrinks them.
 
-    On the first `rivals` of each batch (of each process's part of it) another expert e' ~ p without e computes the token as well. Their costs L (squared error of scaled
-    activations, and what the SAE counts for its latents) are fixed numbers, and the loss is mean(g L_e + (1 - g) L_e'), g = p_e / (p_e + p_e'):
-    the router moves towards the cheaper of the two. Balance: load_balance * D * E * sum_i f_i P_i, as with `softmax`.
+    On the first `rivals` of each batch (of each process's part of it) another expert e' ~ p without e computes the token as well. Their costs L
+    (squared error of scaled activations, and what the SAE counts for its latents) are fixed numbers, and the loss is mean(g L_e + (1 - g) L_e'),
+    g = p_e / (p_e + p_e'): the router moves towards the cheaper of the two. Balance: load_balance * D * E * sum_i f_i P_i, as with `softmax`.
     """
 
     @dataclass
