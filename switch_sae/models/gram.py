@@ -3,6 +3,8 @@
 Latents are numbered: S shared ones first, then E experts of F = (M - S) / E each. A token of expert e has C = S + F candidates, in that order.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,11 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def refresh_tokens(config: Any) -> int:
+    """After how many tokens of training Gram matrices are computed anew."""
+    return getattr(config, "gram_tokens", None) or REFRESH_TOKENS
+
+
 class GramCache:
     """The Gram matrices of the dictionaries of all experts, [E, C, P], for as long as the decoder stays as it is.
 
@@ -71,10 +78,10 @@ class GramCache:
             self._of_version, self._version = _gram(W_MD, experts, shared), version
         return self._of_version
 
-    def for_step(self, W_MD: Tensor, experts: int, shared: int, tokens: int) -> Tensor:
-        """Of these weights or of those up to `REFRESH_TOKENS` ago, for a training step on so many tokens."""
+    def for_step(self, W_MD: Tensor, experts: int, shared: int, tokens: int, every: int) -> Tensor:
+        """Of these weights or of those up to `every` tokens ago, for a training step on so many tokens."""
         last = self._in_training
-        if last is None or self._age >= REFRESH_TOKENS or (last.dtype, last.device) != (precise(W_MD[:0]).dtype, W_MD.device):
+        if last is None or self._age >= every or (last.dtype, last.device) != (precise(W_MD[:0]).dtype, W_MD.device):
             last = self._in_training = _gram(W_MD, experts, shared)
             self._age = 0
         self._age += tokens

@@ -16,6 +16,7 @@ from torch import Tensor
 from switch_kernels import Dispatch
 from switch_kernels.decode import pair_products
 from switch_kernels.pursuit import (
+    GRAM_SHARE,
     gram_matrices,
     least_squares,
     matching_pursuit,
@@ -27,7 +28,7 @@ from switch_kernels.pursuit import (
 )
 from switch_kernels.threads import over_rows
 from switch_sae.checks import typed
-from switch_sae.models.gram import local_products, precise, to_global, to_local
+from switch_sae.models.gram import local_products, precise, refresh_tokens, to_global, to_local
 from switch_sae.models.latents import DenseLatents, Latents, SparseLatents
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _refitted(
             problem = problem_of_rows(residual_TD[token_t], latent_P[pair_tK], W_MD)
         else:
             problem = problem_of_gram(torch.where(active_tK, products_P[pair_tK], 0.0), gram_ECP, expert_T[token_t], local_P[pair_tK])
-        refitted_P[pair_tK[active_tK]] = least_squares(problem, active_tK, RIDGE)[active_tK]
+        refitted_P[pair_tK[active_tK]] = least_squares(problem, active_tK, ridge_of(sae))[active_tK]
 
     over_rows(solve, len(order_T), _TOKENS, residual_TD.device)
     refitted_TK = refitted_P.new_zeros(values_TK.shape).masked_scatter_(active_TK, refitted_P)
@@ -174,10 +175,15 @@ def pursue(
         products_NC = local_products(residual_ND, W_MD, dispatch, shared)
         expert_N = dispatch.gather_pairs(dispatch.expert_TS.flatten())
         limit_N = None if limit_T is None else dispatch.gather(limit_T)
-        found = matching_pursuit(products_NC, gram_ECP, expert_N, k, blocks, RIDGE, threshold, limit_N)
+        found = matching_pursuit(products_NC, gram_ECP, expert_N, k, blocks, ridge_of(sae), threshold, limit_N)
         indices_NK = to_global(found.indices_NK, expert_N, shared, (len(W_MD) - shared) // sae.num_experts)
         values_NK = found.values_NK if norm_M is None else found.values_NK / norm_M[indices_NK]
         return SparseLatents(dispatch.scatter(values_NK.to(x_TD.dtype)), dispatch.scatter(indices_NK), sae.num_latents)
+
+
+def ridge_of(sae: "SparseAutoencoder") -> float:
+    """The setting of an architecture that has it, else `RIDGE`."""
+    return float(getattr(sae.config, "ridge", RIDGE))
 
 
 def equal_blocks(k: int) -> int:
@@ -225,12 +231,12 @@ def pursuit_flops(d_in: int, candidates: int, k: int, blocks: int, by_threshold:
 
 def gram_flops(d_in: int, experts: int, candidates: int, every_tokens: int) -> int:
     """Per token of training: E Gram matrices of C candidates after so many tokens."""
-    return round(2 * experts * candidates**2 * d_in / every_tokens)
+    return round(2 * GRAM_SHARE * experts * candidates**2 * d_in / every_tokens)
 
 
 def gram_now(sae: "SparseAutoencoder", tokens: int) -> Tensor:
     """The Gram matrices of an SAE's dictionaries, [E, C, P]: in a training step, on so many tokens of this process, perhaps slightly older ones."""
     W_MD = sae.decoder_weight()
     if sae.training and torch.is_grad_enabled():
-        return sae.grams.for_step(W_MD, sae.num_experts, sae.num_shared, tokens * sae.group.size)
+        return sae.grams.for_step(W_MD, sae.num_experts, sae.num_shared, tokens * sae.group.size, refresh_tokens(sae.config))
     return sae.grams.current(W_MD, sae.num_experts, sae.num_shared)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from switch_kernels import Dispatch, sparse_decode
 from switch_sae.checks import all_at_least, at_least
 from switch_sae.models.base import Flops, SAEConfig, SAEOutput, SparseAutoencoder
-from switch_sae.models.gram import REFRESH_TOKENS
-from switch_sae.models.inference import Inference, equal_blocks, gram_flops, pursue, pursuit_flops
+from switch_sae.models.gram import refresh_tokens
+from switch_sae.models.inference import RIDGE, Inference, equal_blocks, gram_flops, pursue, pursuit_flops
 from switch_sae.models.latents import Latents, SparseLatents
 from switch_sae.models.losses import coherence_loss, geometric_median, local_auxk_loss, reconstruction_loss
 from switch_sae.models.pairs import decode_pairs
@@ -45,11 +45,15 @@ class PursuitSAE(SparseAutoencoder):
         """With `stop`: how fast theta follows the mean L0."""
         auxk: float = 1 / 32
         """Coefficient of AuxK with tied codes, which revives dead latents; 0 switches it off."""
+        ridge: float = RIDGE
+        """Added to the diagonal of Gram matrices in refits."""
+        gram_tokens: int | None = None
+        """Gram matrices are computed anew after so many tokens of training; None is 8,192."""
         coherence: float = 0.0
         """Coefficient of a penalty on close pairs in a dictionary: coherence * D * mean_i sum_{j != i} ReLU(cos_ij - 0.3)^2."""
 
         def __post_init__(self) -> None:
-            all_at_least(self, num_latents=1, k=1, blocks=1, eta=0, auxk=0, coherence=0, max_latents=1)
+            all_at_least(self, num_latents=1, k=1, blocks=1, eta=0, auxk=0, coherence=0, ridge=0, gram_tokens=1, max_latents=1)
             if self.blocks is not None and self.k % self.blocks:
                 raise ValueError(f"k={self.k} latents cannot join in blocks={self.blocks} equal blocks. Use a number of blocks that divides k.")
             if self.max_latents is not None and (self.max_latents % self.step or self.max_latents < self.k):
@@ -145,7 +149,7 @@ class PursuitSAE(SparseAutoencoder):
         """Encoding counts the pursuit's products; backward: the gradient of W_dec (2DK) on selected rows, and Gram matrices."""
         config, decode = self.config, 2 * self.d_in * self.config.k
         encode = pursuit_flops(self.d_in, config.candidates, config.k, config.k // config.step, config.stop)
-        gram = gram_flops(self.d_in, self.num_experts, config.candidates, REFRESH_TOKENS)
+        gram = gram_flops(self.d_in, self.num_experts, config.candidates, refresh_tokens(self.config))
         return Flops(router=0, encode=encode, decode=decode, backward=decode + gram)
 
     def decoder_weight(self) -> nn.Parameter:

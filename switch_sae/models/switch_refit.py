@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from switch_kernels import Dispatch
 from switch_sae.checks import all_at_least
 from switch_sae.models.base import Flops, SAEConfig, SAEOutput
-from switch_sae.models.gram import REFRESH_TOKENS, local_products, to_global
-from switch_sae.models.inference import Inference, equal_blocks, gram_flops, gram_now, pursue, pursuit_flops, refit, refit_flops
+from switch_sae.models.gram import local_products, refresh_tokens, to_global
+from switch_sae.models.inference import RIDGE, Inference, equal_blocks, gram_flops, gram_now, pursue, pursuit_flops, refit, refit_flops
 from switch_sae.models.latents import SparseLatents
 from switch_sae.models.losses import local_auxk_loss
 from switch_sae.models.pairs import largest, row_sums
@@ -44,6 +44,10 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         """The `Config` of one of `ROUTERS`."""
         auxk: float = 1 / 32
         """Coefficient of AuxK, which revives dead latents; 0 switches it off."""
+        ridge: float = RIDGE
+        """Added to the diagonal of Gram matrices in refits."""
+        gram_tokens: int | None = None
+        """Gram matrices are computed anew after so many tokens of training; None is 8,192."""
         coherence: float = 0.0
         """Coefficient of a penalty on close pairs in a dictionary: coherence * D * mean_i sum_{j != i} ReLU(cos_ij - 0.3)^2."""
         missed: float = 1.0
@@ -54,7 +58,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         """Decay per step of the threshold's running mean; at first less, (1 + step) / (10 + step)."""
 
         def __post_init__(self) -> None:
-            all_at_least(self, num_latents=1, k=1, num_experts=1, shared=0, max_latents=1, auxk=0, coherence=0)
+            all_at_least(self, num_latents=1, k=1, num_experts=1, shared=0, max_latents=1, auxk=0, coherence=0, ridge=0, gram_tokens=1)
             check_even_experts(self.num_latents, self.num_experts, self.shared)
             check_router(self.router)
             if not 0 <= self.threshold_beta < 1:
@@ -124,7 +128,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
             encode = pursuit_flops(self.d_in, latents, k, equal_blocks(k), by_threshold=True)
         elif self.inference is Inference.refit:
             encode += refit_flops(self.d_in, k, from_gram=True, by_threshold=True)
-        backward = 2 * row * k + gram_flops(self.d_in, self.num_experts, latents, REFRESH_TOKENS)
+        backward = 2 * row * k + gram_flops(self.d_in, self.num_experts, latents, refresh_tokens(self.config))
         return self._with_router(Flops(router=0, encode=encode, decode=row * k, backward=backward))
 
     @torch.no_grad()
