@@ -194,6 +194,7 @@ def test_every_setting_that_is_named_is_one(where, setting):
     if setting.startswith("hydra/"):
         return
     extra = ["source.cache=FOLDER"] if setting.startswith("source.cache_dtype") else ["sae=jumprelu"] if setting.startswith("sparsity") else []
+    extra += ["sae=switch_pursuit"] if setting.startswith("sae.stop") else ["sae=switch_refit"] if setting.startswith("sae.shared") else []
     problems = []
     for primary in ("train", "sweep"):
         try:

@@ -10,7 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from switch_sae import load_sae, save_sae
-from switch_sae.models import SAES, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, ReLUSAE, SwitchSAE, TopKSAE
+from switch_sae.models import (
+    SAES,
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    PursuitSAE,
+    ReLUSAE,
+    SwitchPursuitSAE,
+    SwitchRefitSAE,
+    SwitchSAE,
+    TopKSAE,
+)
 from switch_sae.models.jumprelu import Sparsity
 from switch_sae.models.topk import EncoderInit
 from switch_sae.runs import Checkpoint, RunDir, RunError
@@ -23,6 +35,9 @@ CONFIGS = {
     "jumprelu": JumpReLUSAE.Config(num_latents=12, sparsity=Sparsity.tanh),
     "batch_topk": BatchTopKSAE.Config(num_latents=12, k=3),
     "matryoshka": MatryoshkaSAE.Config(num_latents=12, k=3, group_fractions=[0.25, 0.25]),
+    "pursuit": PursuitSAE.Config(num_latents=12, k=3, blocks=1, ridge=0.01),
+    "switch_pursuit": SwitchPursuitSAE.Config(num_latents=14, k=3, num_experts=2, shared=2, stop=True, gram_tokens=64),
+    "switch_refit": SwitchRefitSAE.Config(num_latents=14, k=3, num_experts=2, shared=2, missed=0.5),
 }
 
 

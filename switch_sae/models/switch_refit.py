@@ -58,9 +58,11 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         """Decay per step of the threshold's running mean; at first less, (1 + step) / (10 + step)."""
 
         def __post_init__(self) -> None:
-            all_at_least(self, num_latents=1, k=1, num_experts=1, shared=0, max_latents=1, auxk=0, coherence=0, ridge=0, gram_tokens=1)
+            all_at_least(self, num_latents=1, k=1, num_experts=1, shared=0, max_latents=1, auxk=0, coherence=0, ridge=0, gram_tokens=1, missed=0)
             check_even_experts(self.num_latents, self.num_experts, self.shared)
             check_router(self.router)
+            if not 0 <= self.missed_share <= 1:
+                raise ValueError(f"missed_share={self.missed_share} must lie between 0 and 1. Use 0.25, or missed=0 to search nothing.")
             if not 0 <= self.threshold_beta < 1:
                 raise ValueError(f"threshold_beta={self.threshold_beta} must lie in [0, 1): at 1 the threshold would never move. Use 0.999.")
             if self.max_latents is not None and self.max_latents < self.k:
@@ -121,14 +123,17 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         self.threshold.lerp_(self.theta, 1 - beta)
 
     def flops(self) -> Flops:
-        """Encoding: C products, and the refit of k latents on average. Backward: W_dec and W_enc on selected rows, Gram matrices, rivals."""
+        """Encoding: C products, and the refit of k latents on average. Backward: W_dec and W_enc on selected rows,
+        Gram matrices, the search for what was missed, rivals.
+        """
         k, latents, row = self.config.k, self.config.candidates, 2 * self.d_in
         encode = row * latents
         if self.inference is Inference.pursuit:
             encode = pursuit_flops(self.d_in, latents, k, equal_blocks(k), by_threshold=True)
         elif self.inference is Inference.refit:
             encode += refit_flops(self.d_in, k, from_gram=True, by_threshold=True)
-        backward = 2 * row * k + gram_flops(self.d_in, self.num_experts, latents, refresh_tokens(self.config))
+        searched = round(self.config.missed_share * row * latents) if self.config.missed else 0
+        backward = 2 * row * k + searched + gram_flops(self.d_in, self.num_experts, latents, refresh_tokens(self.config))
         return self._with_router(Flops(router=0, encode=encode, decode=row * k, backward=backward))
 
     @torch.no_grad()
