@@ -25,7 +25,8 @@ class SwitchRefitSAE(SwitchPursuitSAE):
     `max_latents` per token (in evaluation those above `threshold`); z = least squares on I, z >= 0; recon = W_dec[I]^T z + b.
 
     Loss: ||x - recon||^2 with z held fixed, its exact gradient; mean_t ||v_I - z||^2, by which the encoder learns to predict the values of what it
-    chose; the router's competition and balance; AuxK. The encoder keeps the stability of one-shot codes, least squares the error that they leave.
+    chose; the same for the one latent of some tokens that it left out and that would help most (`_missed`); the router's competition and balance; AuxK.
+    The encoder keeps the stability of one-shot codes, least squares the error that they leave.
     """
 
     @dataclass
@@ -218,7 +219,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
 
 
 class _Proposed(torch.autograd.Function):
-    """Values above 0 that are known already, W_enc[latent] x[token] + b_enc[latent], with the gradients of those rows."""
+    """Values that are known already, W_enc[latent] x[token] + b_enc[latent], with the gradients of those rows."""
 
     @staticmethod
     def forward(ctx: Any, values_P: Tensor, token_P: Tensor, latent_P: Tensor, x_TD: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor) -> Tensor:
