@@ -25,7 +25,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
     `max_latents` per token (in evaluation those above `threshold`); z = least squares on I, z >= 0; recon = W_dec[I]^T z + b.
 
     Loss: ||x - recon||^2 with z held fixed, its exact gradient; mean_t ||v_I - z||^2, by which the encoder learns to predict the values of what it
-    chose; the same for the one latent of some tokens that it left out and that would help most (`_missed`); the router's competition and balance; AuxK.
+    chose; the same for one latent of some tokens that it left out and that would help most (`_missed`); the router's competition and balance; AuxK.
     The encoder keeps the stability of one-shot codes, least squares the error that they leave.
     """
 
