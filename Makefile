@@ -67,7 +67,7 @@ compare: $(VENV)/.installed  ## Switch against dense TopK SAEs, width-matched an
 sweep: $(VENV)/.installed  ## many SAEs from one pass: EXPERTS=1,2,4,8 K=16,32 SEEDS=3, EXPERIMENT=small/frontier, RESUME=runs/...
 	$(if $(RESUME),$(PY) -m experiments.sweep --resume $(call quote,$(RESUME)) $(ARGS),$(PY) -m experiments.sweep $(sweep_overrides))
 
-# Hours on 2 cores, and it goes on where it was stopped: the same command again. FRONTIER=real/frontier_compute for another sweep of the kind.
+# Hours on 2 cores, and it goes on where it was stopped: the same command again. FRONTIER=real/inference for another sweep of the kind.
 FRONTIER ?= small/frontier_compute
 frontier: $(VENV)/.installed  ## better inference and its price: sweep, table and figure into OUT=runs/frontier; hours, may be stopped
 	$(PY) -m experiments.sweep experiment=sweep/$(FRONTIER) sweep.folder=$(call quote,$(or $(OUT),runs/frontier)) $(ARGS)
