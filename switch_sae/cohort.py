@@ -306,7 +306,7 @@ def _keys(members: Iterable[Member]) -> dict[str, str]:
 def plan_line(trainer: Trainer) -> str:
     """What an SAE is and how it will train, before it does."""
     sae, schedule = trainer.sae, trainer.schedule
-    each = (sae.num_latents - sae.num_shared) // sae.num_experts
+    each = sae.latents_per_expert
     experts = f"{sae.num_experts} experts x {each}" + (f" + {sae.num_shared} shared" if sae.num_shared else "") if sae.num_experts > 1 else "dense"
     return (
         f"{sae.num_latents} latents ({experts}){f', k={sae.k}' if sae.k else ''}, {sae.flops().total:,} FLOPs per token; lr {schedule.peak:.2e}, "

@@ -237,6 +237,11 @@ class SparseAutoencoder(nn.Module, ABC):
         return f"{type(self).__name__} trains by inference={' or '.join(way.name for way in self.trains_by)}; others are for scoring what was trained"
 
     @property
+    def latents_per_expert(self) -> int:
+        """F: those of one expert, without the shared ones."""
+        return (self.num_latents - self.num_shared) // self.num_experts
+
+    @property
     def by_threshold(self) -> bool:
         """Whether a threshold decides how many latents are active in evaluation (`switch_sae.models.threshold`)."""
         return False

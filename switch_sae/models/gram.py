@@ -12,7 +12,9 @@ from switch_kernels import Dispatch
 from switch_kernels.pursuit import gram_matrices
 
 REFRESH_TOKENS = 8192
-"""In training, Gram matrices are computed anew after so many tokens: older ones change no result that shows, and cost E F^2 D multiply-adds each."""
+"""In training, Gram matrices are computed anew after so many tokens, as they cost E C^2 D multiply-adds: pursuit with fixed k loses 0.8 % of FVU to
+half as many (experiments/LOG.md).
+"""
 
 
 def local_products(x_ND: Tensor, W_MD: Tensor, dispatch: Dispatch, shared: int, bias_M: Tensor | None = None) -> Tensor:

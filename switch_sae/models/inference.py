@@ -121,7 +121,7 @@ def _refitted(
     if expert_T is not None and gram_ECP is not None:
         token_P = torch.repeat_interleave(count_T)
         products_P = pair_products(residual_TD.contiguous(), latent_P, token_P, start_T, W_MD)
-        local_P = to_local(latent_P[:, None], expert_T[token_P], sae.num_shared, (sae.num_latents - sae.num_shared) // sae.num_experts)[:, 0]
+        local_P = to_local(latent_P[:, None], expert_T[token_P], sae.num_shared, sae.latents_per_expert)[:, 0]
     order_T = torch.argsort(count_T, stable=True)
 
     def solve(part: slice) -> None:
@@ -176,7 +176,7 @@ def pursue(
         expert_N = dispatch.gather_pairs(dispatch.expert_TS.flatten())
         limit_N = None if limit_T is None else dispatch.gather(limit_T)
         found = matching_pursuit(products_NC, gram_ECP, expert_N, k, blocks, ridge_of(sae), threshold, limit_N)
-        indices_NK = to_global(found.indices_NK, expert_N, shared, (len(W_MD) - shared) // sae.num_experts)
+        indices_NK = to_global(found.indices_NK, expert_N, shared, sae.latents_per_expert)
         values_NK = found.values_NK if norm_M is None else found.values_NK / norm_M[indices_NK]
         return SparseLatents(dispatch.scatter(values_NK.to(x_TD.dtype)), dispatch.scatter(indices_NK), sae.num_latents)
 
@@ -191,9 +191,13 @@ def equal_blocks(k: int) -> int:
     return next(blocks for blocks in range(min(BLOCKS, k), 0, -1) if k % blocks == 0)
 
 
-def pursue_with_threshold(sae: "SparseAutoencoder", x_TD: Tensor, dispatch: Dispatch, k: int, threshold: Tensor) -> SparseLatents:
-    """By the stop rule: mean L0 is whatever the threshold makes it, at most 2 k for a token, in blocks as for k."""
-    return pursue(sae, x_TD, dispatch, 2 * k, 2 * equal_blocks(k), threshold)
+def pursue_with_threshold(
+    sae: "SparseAutoencoder", x_TD: Tensor, dispatch: Dispatch, k: int, threshold: Tensor, gram_ECP: Tensor | None = None
+) -> SparseLatents:
+    """By the stop rule: mean L0 is whatever the threshold makes it, at most 2 k for a token that has as many to choose from, in blocks as for k."""
+    step = k // equal_blocks(k)
+    blocks = min(2 * k, sae.num_shared + sae.latents_per_expert) // step
+    return pursue(sae, x_TD, dispatch, blocks * step, blocks, threshold, gram_ECP=gram_ECP)
 
 
 def pursue_like(sae: "SparseAutoencoder", x_TD: Tensor, proposed: Latents) -> DenseLatents:

@@ -11,7 +11,7 @@ from switch_kernels import Dispatch
 from switch_sae.checks import all_at_least
 from switch_sae.models.base import Flops, SAEConfig, SAEOutput
 from switch_sae.models.gram import local_products, refresh_tokens, to_global
-from switch_sae.models.inference import RIDGE, Inference, equal_blocks, gram_flops, gram_now, pursue, pursuit_flops, refit, refit_flops
+from switch_sae.models.inference import RIDGE, Inference, equal_blocks, gram_flops, gram_now, pursue_with_threshold, pursuit_flops, refit, refit_flops
 from switch_sae.models.latents import SparseLatents
 from switch_sae.models.losses import local_auxk_loss
 from switch_sae.models.pairs import largest, row_sums
@@ -165,9 +165,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
     @torch.no_grad()
     def _find(self, x_TD: Tensor, dispatch: Dispatch, gram_ECP: Tensor | None = None) -> SparseLatents:
         if self.inference is Inference.pursuit:
-            step = self.config.k // equal_blocks(self.config.k)
-            blocks = min(self.config.candidates, 2 * self.config.k) // step
-            return pursue(self, x_TD, dispatch, blocks * step, blocks, self._theta(), gram_ECP=gram_ECP)
+            return pursue_with_threshold(self, x_TD, dispatch, self.config.k, self._theta(), gram_ECP)
         values_TK, indices_TK = self._candidates(x_TD, dispatch)
         latents = SparseLatents(torch.where(values_TK > self._theta(), values_TK, 0.0), indices_TK, self.num_latents)
         if self.inference is Inference.encoder:
@@ -182,7 +180,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         pre_NC = local_products(dispatch.gather(x_TD - self.b_in_D), self.W_enc_MD, dispatch, self.num_shared, self.b_enc_M)
         values_NK, local_NK = pre_NC.topk(self.config.most, dim=1, sorted=False)
         expert_N = dispatch.gather_pairs(dispatch.expert_TS.flatten())
-        indices_NK = to_global(local_NK, expert_N, self.num_shared, (self.num_latents - self.num_shared) // self.num_experts)
+        indices_NK = to_global(local_NK, expert_N, self.num_shared, self.latents_per_expert)
         return dispatch.scatter(values_NK.clamp_min(0)), dispatch.scatter(indices_NK)
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
@@ -203,9 +201,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
             expert_n = dispatch.gather_pairs(dispatch.expert_TS.flatten())
             # What is in use has next to no correlation left (least squares), so the largest is of a latent that is not.
             best_n, local_n = left_nC.max(dim=1)
-            latent_n = dispatch.scatter(
-                to_global(local_n[:, None], expert_n, self.num_shared, (self.num_latents - self.num_shared) // self.num_experts)
-            )
+            latent_n = dispatch.scatter(to_global(local_n[:, None], expert_n, self.num_shared, self.latents_per_expert))
             wanted_n1 = dispatch.scatter(best_n[:, None])
             token_P = (wanted_n1[:, 0] > self.theta).nonzero()[:, 0]
             latent_P, wanted_P, centred_nD = latent_n[token_P, 0], wanted_n1[token_P, 0], x_nD - self.b_in_D
