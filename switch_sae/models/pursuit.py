@@ -140,8 +140,11 @@ class PursuitSAE(SparseAutoencoder):
         return terms
 
     def end_step(self, rows: Rows, output: SAEOutput) -> None:
+        self._update_threshold(output)
+
+    def _update_threshold(self, output: SAEOutput) -> None:
         if self.config.stop:
-            (l0,) = self.group.mean([(output.latents.values > 0).sum().to(self.theta.dtype) / len(rows)])
+            (l0,) = self.group.mean([(output.latents.values > 0).sum().to(self.theta.dtype) / len(output.latents.values)])
             self.theta.mul_(torch.exp(self.config.eta * (l0 / self.config.k - 1)))
             self.threshold.lerp_(self.theta, 0.1)
 

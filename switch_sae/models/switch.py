@@ -6,16 +6,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from switch_kernels import Dispatch, Group
+from switch_kernels import Dispatch
 from switch_sae.checks import at_least
 from switch_sae.models.base import Flops, SAEOutput
-from switch_sae.models.losses import competition_loss, geometric_median
-from switch_sae.models.routers import ROUTERS, Router, RouterKernel, Routing
+from switch_sae.models.losses import competition_loss
+from switch_sae.models.routed import RoutedSAE
+from switch_sae.models.routers import ROUTERS, RouterKernel, Routing
 from switch_sae.models.topk import TopKSAE
 from switch_sae.rows import Rows
 
 
-class SwitchSAE(TopKSAE):
+class SwitchSAE(RoutedSAE, TopKSAE):
     """p = softmax(W_router (x - b_router)), i = argmax p; z = p_i * TopK(ReLU(W_enc^i (x - b_pre) + b_enc^i)); recon = W_dec z + b_pre.
 
     That is with the paper's router, `softmax`; `config.router` chooses another, and then p_i is what it calls the gate. Only expert i is computed.
@@ -76,9 +77,7 @@ class SwitchSAE(TopKSAE):
 
     former_names: ClassVar[dict[str, str]] = {"router.W_ED": "W_router_ED", "router.b_D": "b_router_D"}
     config: "SwitchSAE.Config"
-    is_routed = True
     has_kernels = True
-    router: Router
 
     def __init__(self, config: "SwitchSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
         super().__init__(config, d_in, generator)
@@ -93,15 +92,6 @@ class SwitchSAE(TopKSAE):
         router = {name: fields[old] for old, name in former.items() if old in fields}
         others = {key: value for key, value in fields.items() if key not in former}
         return others | ({"router": {"kind": "softmax", **router, **others.get("router", {})}} if router else {})
-
-    def share_batches(self, group: Group) -> None:
-        self.group = self.router.group = group
-
-    def initialize(self, rows: Rows) -> None:
-        x_TD = self._scaled(rows.x_TD)
-        median_D = geometric_median(x_TD)
-        self.b_pre_D.data.copy_(median_D)
-        self.router.initialize(x_TD, median_D)
 
     def _route(self, x_TD: Tensor) -> tuple[Routing, Dispatch]:
         routing = self.router.route(x_TD)
@@ -122,19 +112,6 @@ class SwitchSAE(TopKSAE):
             theirs = self._encode_by(x_nD, Dispatch.from_experts(rivals.expert_n1, self.num_experts), None)[0]
         return terms | {"competition": competition_loss(rivals, x_nD, recon_TD, output.latents, theirs, self.W_dec_MD, self.b_out_D)}
 
-    def begin_step(self, step: int, total_steps: int) -> None:
-        self.router.begin_step(step, total_steps)
-
-    def end_step(self, rows: Rows, output: SAEOutput) -> None:
-        assert output.routing is not None
-        if type(self.router).end_step is not Router.end_step:  # scaling the batch once more is worth it only where somebody looks
-            self.router.end_step(self._scaled(rows.x_TD), output.routing)
-
     def flops(self) -> Flops:
         dense, (router, backward) = super().flops(), self.router.flops()
         return replace(dense, router=router, backward=dense.backward + backward)
-
-    @torch.no_grad()
-    def fold_activation_scale(self) -> None:
-        self.router.fold_scale(self.activation_scale)
-        super().fold_activation_scale()

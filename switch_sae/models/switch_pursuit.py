@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_kernels import Dispatch, Group
+from switch_kernels import Dispatch
 from switch_sae.checks import at_least
 from switch_sae.models.base import Flops, SAEOutput
 from switch_sae.models.latents import SparseLatents
-from switch_sae.models.losses import competition_loss, geometric_median
+from switch_sae.models.losses import competition_loss
 from switch_sae.models.pursuit import PursuitSAE
-from switch_sae.models.routers import ROUTERS, Router, Routing
+from switch_sae.models.routed import RoutedSAE
+from switch_sae.models.routers import ROUTERS, Routing
 from switch_sae.rows import Rows
 
 
-class SwitchPursuitSAE(PursuitSAE):
+class SwitchPursuitSAE(RoutedSAE, PursuitSAE):
     """e = router(x); A = [W_shared; W_dec of expert e]; z = pursuit(A (x - b), A A^T); recon = A^T z + b.
 
     An expert is small, so its Gram matrix is, and the search costs less than the correlations. The gate is hard: no latent is scaled. With a router
@@ -54,23 +55,12 @@ class SwitchPursuitSAE(PursuitSAE):
 
     config: "SwitchPursuitSAE.Config"
     colour, marker = "#1B9E77", "P"
-    is_routed = True
     experts_per_token = 1
-    router: Router
 
     def __init__(self, config: "SwitchPursuitSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
         super().__init__(config, d_in, generator)
         self.num_experts, self.num_shared = config.num_experts, config.shared
         self.router = ROUTERS.build(config.router, d_in, config.num_experts, 1, generator)
-
-    def share_batches(self, group: Group) -> None:
-        self.group = self.router.group = group
-
-    def initialize(self, rows: Rows) -> None:
-        x_TD = self._scaled(rows.x_TD)
-        median_D = geometric_median(x_TD)
-        self.b_pre_D.data.copy_(median_D)
-        self.router.initialize(x_TD, median_D)
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         assert output.routing is not None
@@ -82,18 +72,6 @@ class SwitchPursuitSAE(PursuitSAE):
         recon_TD = output.recon_TD * self.target_scale
         return terms | {"competition": competition_loss(rivals, x_nD, recon_TD, output.latents, theirs, self.W_dec_MD, self.b_out_D, price)}
 
-    def begin_step(self, step: int, total_steps: int) -> None:
-        self.router.begin_step(step, total_steps)
-
-    def end_step(self, rows: Rows, output: SAEOutput) -> None:
-        super().end_step(rows, output)
-        self._update_router(rows, output)
-
-    def _update_router(self, rows: Rows, output: SAEOutput) -> None:
-        assert output.routing is not None
-        if type(self.router).end_step is not Router.end_step:
-            self.router.end_step(self._scaled(rows.x_TD), output.routing)
-
     def flops(self) -> Flops:
         return self._with_router(super().flops())
 
@@ -102,11 +80,6 @@ class SwitchPursuitSAE(PursuitSAE):
         router, backward = self.router.flops()
         share = getattr(self.config.router, "rivals", 0.0) if self.num_experts > 1 else 0.0
         return replace(one, router=router, backward=one.backward + backward + round(share * (one.encode + one.decode)))
-
-    @torch.no_grad()
-    def fold_activation_scale(self) -> None:
-        self.router.fold_scale(self.activation_scale)
-        super().fold_activation_scale()
 
     def route(self, x_TD: Tensor) -> tuple[Routing, Dispatch]:
         """Which expert takes each raw activation: what `forward` gives as its `routing`. Raises ValueError as `encode`."""

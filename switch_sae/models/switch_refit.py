@@ -118,8 +118,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         super().begin_step(step, total_steps)
         self.step = step
 
-    def end_step(self, rows: Rows, output: SAEOutput) -> None:
-        self._update_router(rows, output)
+    def _update_threshold(self, output: SAEOutput) -> None:
         beta = min(self.config.threshold_beta, (1 + self.step) / (10 + self.step))
         self.threshold.lerp_(self.theta, 1 - beta)
 
