@@ -12,7 +12,7 @@ from switch_sae.models import SAES, BatchTopKSAE, GatedSAE, JumpReLUSAE, Matryos
 from switch_sae.models.dense import encoder_linear
 from switch_sae.models.jumprelu import Sparsity
 from switch_sae.models.losses import normalized_auxk_loss
-from switch_sae.models.pairs import decode_pairs, encode_pairs, largest
+from switch_sae.models.pairs import above, decode_pairs, encode_pairs, largest
 from switch_sae.rows import Rows
 from switch_sae.training import Trainer, TrainerConfig, prepare
 
@@ -256,6 +256,25 @@ def test_largest_keeps_the_count_among_ties_and_gives_only_what_is_positive():
     rare = torch.full((100, 670), 0.5)  # every sampled position holds more than all others
     rare.view(-1)[::67] = 1.0
     assert len(largest(rare, 5000)) == 5000
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("most", [1, 3, 20, 50])
+def test_at_most_so_many_of_a_row_are_among_the_largest_and_above_a_bound(most, ties):
+    pre = normal(60, 40, seed=most) + normal(60, 1, seed=7)  # rows that would take nearly all of their values
+    pre = (4 * pre).round() / 4 if ties else pre
+    best = pre.topk(min(most, 40), dim=1)
+    allowed = torch.zeros_like(pre).scatter(1, best.indices, best.values.clamp_min(0))
+    for count in (0, 5, 300, 2000):
+        positions = largest(pre, count, most=most)
+        expected = allowed.flatten().topk(count).values
+        assert torch.equal(pre.flatten()[positions].sort(descending=True).values, expected[expected > 0])
+        assert (positions.diff() > 0).all() and torch.bincount(positions // 40, minlength=60).max() <= most
+    for bound in (-1.0, 0.0, 0.5, 9.0):
+        positions = above(pre, torch.tensor(bound), most)
+        expected = allowed[allowed > max(bound, 0)]
+        assert torch.equal(pre.flatten()[positions].sort().values, expected.sort().values)
+        assert (positions.diff() > 0).all() and torch.bincount(positions // 40, minlength=60).max() <= most
 
 
 @pytest.mark.parametrize("owner", [BatchTopKSAE, MatryoshkaSAE])

@@ -43,6 +43,11 @@ class Dispatch:
         """`start_E1` on the host, which a loop over experts needs."""
         return self.start_E1.tolist()
 
+    @cached_property
+    def expert_N(self) -> Tensor:
+        """The expert of each sorted row, [N]."""
+        return self.gather_pairs(self.expert_TS.flatten())
+
     @property
     def is_identity(self) -> bool:
         """True with one expert: nothing moves, gather and scatter return their argument."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatentOrder:
     """The T*K (token, slot) pairs sorted by latent, so that each latent owns one contiguous segment.
 
@@ -22,6 +22,9 @@ class LatentOrder:
     """The token of each pair."""
     start_M: Tensor
     """Where each latent's segment starts."""
+
+    def __repr__(self) -> str:
+        return f"LatentOrder({len(self.pair_P)} pairs of {len(self.start_M)} latents)"
 
     @classmethod
     def from_indices(cls, indices_TK: Tensor, num_latents: int) -> "LatentOrder":

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_kernels.threads import over_rows
+from switch_kernels.threads import even_parts, over_parts
 
 COLUMNS = 32
 """Candidates are padded to a multiple of it: a maximum over whole vectors, then over what it leaves, takes half of the time of `max`."""
@@ -33,7 +33,7 @@ class Problem(NamedTuple):
     """The least squares problem min_z ||r - A^T z||^2 on each row's support, without its residual r of D numbers."""
 
     gram_NKK: Tensor
-    """A A^T."""
+    """A A^T; only the lower triangle is read."""
     products_NK: Tensor
     """A r."""
 
@@ -105,14 +105,22 @@ def problem_of_rows(residual_ND: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Pr
 @torch.no_grad()
 def problem_of_gram(products_NK: Tensor, gram_GCP: Tensor, group_N: Tensor, local_NK: Tensor) -> Problem:
     """From products and Gram matrices that are there already; `local_NK` are candidates of each row's dictionary."""
-    return Problem(_gram_at(gram_GCP, group_N, local_NK, local_NK), products_NK)
+    return Problem(_gram_at(gram_GCP, group_N, local_NK, local_NK, lower=True), products_NK)
 
 
-def _gram_at(gram_GCP: Tensor, group_N: Tensor, rows_NK: Tensor, columns_NL: Tensor) -> Tensor:
-    """[N, K, L]: gram[group, rows, columns]."""
+def _gram_at(gram_GCP: Tensor, group_N: Tensor, rows_NK: Tensor, columns_NL: Tensor, lower: bool = False) -> Tensor:
+    """[N, K, L]: gram[group, rows, columns]. With `lower` what stands above the diagonal is anything: reading half takes half of the time, as hardly
+    any two numbers share a line of the cache.
+    """
     candidates, columns = gram_GCP.shape[1:]
-    row_NK = (group_N[:, None] * candidates + rows_NK) * columns
-    return gram_GCP.reshape(-1).index_select(0, (row_NK[:, :, None] + columns_NL[:, None, :]).flatten()).view(*rows_NK.shape, columns_NL.shape[1])
+    small = torch.int32 if gram_GCP.numel() < 2**31 else torch.int64
+    start_NK1, column_N1L = ((group_N[:, None] * candidates + rows_NK) * columns).to(small)[:, :, None], columns_NL.to(small)[:, None, :]
+    if lower:
+        below_KL = torch.ones(rows_NK.shape[1], columns_NL.shape[1], dtype=small, device=rows_NK.device).tril()
+        place_NKL = torch.addcmul(start_NK1, below_KL, column_N1L)
+    else:
+        place_NKL = start_NK1 + column_N1L
+    return gram_GCP.reshape(-1).index_select(0, place_NKL.flatten()).view(place_NKL.shape)
 
 
 @torch.no_grad()
@@ -149,8 +157,9 @@ def matching_pursuit(
         limit_n = None if limit_N is None else limit_N[rows]
         return _pursue(correlations_NC[rows], gram_GCP, group_N[rows], k, blocks, ridge, threshold, limit_n)
 
-    parts = over_rows(pursue, len(correlations_NC), size, correlations_NC.device)
-    return Support(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    device = correlations_NC.device
+    found = over_parts(pursue, even_parts(len(correlations_NC), size, device), device)
+    return Support(*(torch.cat(tensors) for tensors in zip(*found, strict=True)))
 
 
 def _pursue(

@@ -6,6 +6,7 @@ theorem; up to the ridge), and the encoder learns to predict them (`SAEOutput.ma
 """
 
 import copy
+from bisect import bisect_right
 from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from switch_kernels.pursuit import (
     solve_macs,
     spread_counts,
 )
-from switch_kernels.threads import over_rows
+from switch_kernels.threads import over_parts, threads_for
 from switch_sae.checks import typed
 from switch_sae.models.gram import local_products, precise, refresh_tokens, to_global, to_local
 from switch_sae.models.latents import DenseLatents, Latents, SparseLatents
@@ -110,37 +111,59 @@ def _refitted(
     expert_T: Tensor | None = None,
     gram_ECP: Tensor | None = None,
 ) -> Tensor:
-    by_expert_T = None
-    if expert_T is not None and gram_ECP is not None:
-        # In the order of experts the products below find their rows of the decoder in the cache: 6 ms, not 14, of 65,536 pairs with D = 512.
-        by_expert_T = torch.argsort(expert_T, stable=True)
-        residual_TD, values_TK, indices_TK, expert_T = (each.index_select(0, by_expert_T) for each in (residual_TD, values_TK, indices_TK, expert_T))
-    (W_MD, norm_M), active_TK = _unit_rows(sae), values_TK > 0
-    count_T, latent_P = active_TK.sum(dim=1), indices_TK[active_TK]
-    start_T, refitted_P = count_T.cumsum(0) - count_T, residual_TD.new_zeros(len(latent_P))
-    if expert_T is not None and gram_ECP is not None:
-        token_P = torch.repeat_interleave(count_T)
-        products_P = pair_products(residual_TD.contiguous(), latent_P, token_P, start_T, W_MD)
-        local_P = to_local(latent_P[:, None], expert_T[token_P], sae.num_shared, sae.latents_per_expert)[:, 0]
-    order_T = torch.argsort(count_T, stable=True)
+    order_T = None
+    if expert_T is not None:
+        order_T = torch.argsort(expert_T, stable=True)
+        residual_TD, values_TK, indices_TK, expert_T = (each.index_select(0, order_T) for each in (residual_TD, values_TK, indices_TK, expert_T))
+    active_TK = values_TK > 0
+    refitted_P = refit_pairs(sae, residual_TD, active_TK.sum(dim=1), indices_TK[active_TK], expert_T, gram_ECP)
+    refitted_TK = refitted_P.new_zeros(values_TK.shape).masked_scatter_(active_TK, refitted_P)
+    return refitted_TK if order_T is None else torch.empty_like(refitted_TK).index_copy_(0, order_T, refitted_TK)
+
+
+@torch.no_grad()
+def refit_pairs(
+    sae: "SparseAutoencoder", residual_ND: Tensor, count_N: Tensor, latent_P: Tensor, expert_N: Tensor | None = None, gram_ECP: Tensor | None = None
+) -> Tensor:
+    """[P]: the refitted values of each row's latents, row by row, `count_N` of each; the residual is x - b, scaled, in float32 at least.
+
+    With experts and their Gram matrices rows should come in the order of experts: their products then find rows of the decoder in the cache (6 ms,
+    not 14, of 65,536 pairs with D = 512).
+    """
+    W_MD, norm_M = _unit_rows(sae)
+    start_N, refitted_P = count_N.cumsum(0) - count_N, residual_ND.new_zeros(len(latent_P))
+    if expert_N is not None and gram_ECP is not None:
+        row_P = torch.repeat_interleave(count_N)
+        products_P = pair_products(residual_ND.contiguous(), latent_P, row_P, start_N, W_MD)
+        local_P = to_local(latent_P[:, None], expert_N[row_P], sae.num_shared, sae.latents_per_expert)[:, 0]
+    order_N = torch.argsort(count_N, stable=True)
 
     def solve(part: slice) -> None:
-        token_t = order_T[part]  # of like counts, so that padding to the largest costs little
-        if not len(token_t) or not len(latent_P):
-            return
-        slot_K = torch.arange(max(1, int(count_T[token_t[-1]])), device=token_t.device)
-        active_tK = slot_K < count_T[token_t, None]
-        pair_tK = (start_T[token_t, None] + slot_K).clamp_max(len(latent_P) - 1)
-        if expert_T is None or gram_ECP is None:
-            problem = problem_of_rows(residual_TD[token_t], latent_P[pair_tK], W_MD)
+        row_n = order_N[part].sort().values  # of like counts; in the order of experts, whose Gram matrices do not fit into a cache together
+        slot_K = torch.arange(int(count_N[row_n].max()), device=row_n.device)
+        active_nK = slot_K < count_N[row_n, None]
+        pair_nK = (start_N[row_n, None] + slot_K).clamp_max(len(latent_P) - 1)
+        if expert_N is None or gram_ECP is None:
+            problem = problem_of_rows(residual_ND[row_n], latent_P[pair_nK], W_MD)
         else:
-            problem = problem_of_gram(torch.where(active_tK, products_P[pair_tK], 0.0), gram_ECP, expert_T[token_t], local_P[pair_tK])
-        refitted_P[pair_tK[active_tK]] = least_squares(problem, active_tK, ridge_of(sae))[active_tK]
+            problem = problem_of_gram(torch.where(active_nK, products_P[pair_nK], 0.0), gram_ECP, expert_N[row_n], local_P[pair_nK])
+        refitted_P[pair_nK[active_nK]] = least_squares(problem, active_nK, ridge_of(sae))[active_nK]
 
-    over_rows(solve, len(order_T), _TOKENS, residual_TD.device)
-    refitted_TK = refitted_P.new_zeros(values_TK.shape).masked_scatter_(active_TK, refitted_P)
-    refitted_TK = refitted_TK if norm_M is None else refitted_TK / norm_M[indices_TK]
-    return refitted_TK if by_expert_T is None else torch.empty_like(refitted_TK).index_copy_(0, by_expert_T, refitted_TK)
+    over_parts(solve, _like_parts(count_N[order_N].tolist(), threads_for(residual_ND.device)), residual_ND.device)
+    return refitted_P if norm_M is None else refitted_P / norm_M[latent_P]
+
+
+def _like_parts(counts: list[int], threads: int) -> list[slice]:
+    """Of rising counts: at most `_TOKENS` together, whose largest count is at most a quarter (and 2) above the smallest. The largest come first: what
+    takes longest is not left to the end, when other threads have nothing to do. Rows with nothing to solve are left out.
+    """
+    parts, start = [], bisect_right(counts, 0)
+    most = min(_TOKENS, -(-(len(counts) - start) // threads))
+    while start < len(counts):
+        end = min(start + most, bisect_right(counts, counts[start] * 5 // 4 + 2))
+        parts.append(slice(start, end))
+        start = end
+    return parts[::-1]
 
 
 def _unit_rows(sae: "SparseAutoencoder") -> tuple[Tensor, Tensor | None]:
@@ -173,7 +196,7 @@ def pursue(
     with torch.no_grad():
         residual_ND = dispatch.gather(precise(x_TD - sae.b_out_D))
         products_NC = local_products(residual_ND, W_MD, dispatch, shared)
-        expert_N = dispatch.gather_pairs(dispatch.expert_TS.flatten())
+        expert_N = dispatch.expert_N
         limit_N = None if limit_T is None else dispatch.gather(limit_T)
         found = matching_pursuit(products_NC, gram_ECP, expert_N, k, blocks, ridge_of(sae), threshold, limit_N)
         indices_NK = to_global(found.indices_NK, expert_N, shared, sae.latents_per_expert)

@@ -55,6 +55,10 @@ class SparseLatents(Latents):
     def values(self) -> Tensor:
         return self.values_TK
 
+    def part(self, rows: slice) -> Self:
+        """Those of some tokens."""
+        return replace(self, values_TK=self.values_TK[rows], indices_TK=self.indices_TK[rows])
+
     def to_dense(self) -> Tensor:
         dense_TM = self.values_TK.new_zeros(self.values_TK.shape[0], self.num_latents)
         return dense_TM.scatter_add(1, self.indices_TK, self.values_TK)

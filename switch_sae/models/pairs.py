@@ -38,8 +38,9 @@ class Pairs(Shapes):
         return DenseLatents(dense_TM.index_put((self.token_P, self.latent_P), self.values_P))
 
 
-def largest(pre_TM: Tensor, count: int, group: Group = ALONE) -> Tensor:
-    """Flat positions, rising, of the `count` largest values of pre_TM, of which only those above 0 are given.
+def largest(pre_TM: Tensor, count: int, group: Group = ALONE, most: int | None = None) -> Tensor:
+    """Flat positions, rising, of the `count` largest values of pre_TM, of which only those above 0 are given; with `most`, among each row's `most`
+    largest.
 
     Of several processes that share a batch each gets its own positions among the `size * count` largest of all; a tie goes to the lower rank.
 
@@ -47,23 +48,27 @@ def largest(pre_TM: Tensor, count: int, group: Group = ALONE) -> Tensor:
     2 cores, against 51 ms for `topk` of everything and 60 ms for `kthvalue`.
     """
     if group.size > 1:
-        return _largest_of_all(pre_TM, count, group)
+        return _largest_of_all(pre_TM, count, group, most)
     flat = pre_TM.flatten()
     if count == 0:
         return torch.empty(0, dtype=torch.int64, device=flat.device)
     sample = flat[::_SAMPLE_STRIDE]
     expected = count / _SAMPLE_STRIDE
     rank = min(len(sample), int(1.3 * expected + 4 * expected**0.5 + 8))
-    candidates = _above(flat, sample.topk(rank, sorted=False).values.min().clamp_min(0))
+    candidates = above(pre_TM, sample.topk(rank, sorted=False).values.min(), most)
     if len(candidates) < count:
-        candidates = _above(flat, torch.zeros_like(flat[0]))
+        candidates = above(pre_TM, torch.zeros_like(flat[0]), most)
     if len(candidates) > count:
-        candidates = candidates[flat[candidates].topk(count, sorted=False).indices].sort().values
+        values = flat[candidates]
+        found = values.topk(count, sorted=False)
+        chosen = values >= found.values.min()
+        # Where several are equal to the smallest, `topk` decides between them.
+        candidates = candidates[chosen] if int(chosen.sum()) == count else candidates[found.indices].sort().values
     return candidates
 
 
-def _largest_of_all(pre_TM: Tensor, count: int, group: Group) -> Tensor:
-    own = largest(pre_TM, min(group.size * count, pre_TM.numel()))
+def _largest_of_all(pre_TM: Tensor, count: int, group: Group, most: int | None) -> Tensor:
+    own = largest(pre_TM, min(group.size * count, pre_TM.numel()), most=most)
     flat, offered = pre_TM.flatten(), group.gather(pre_TM.flatten()[own])
     everything, total = torch.cat(offered), group.size * count
     if len(everything) <= total:
@@ -74,8 +79,24 @@ def _largest_of_all(pre_TM: Tensor, count: int, group: Group) -> Tensor:
     return torch.cat([own[flat[own] > bound], ties]).sort().values
 
 
-def _above(flat: Tensor, bound: Tensor) -> Tensor:
-    return (flat > bound).nonzero()[:, 0]
+def above(pre_TM: Tensor, bound: Tensor, most: int | None = None) -> Tensor:
+    """Flat positions, rising, of the values above the bound and above 0; with `most`, of each row's `most` largest of them."""
+    flat, width = pre_TM.flatten(), pre_TM.shape[1]
+    positions = (flat > bound.clamp_min(0)).nonzero()[:, 0]
+    if most is None or most >= width:
+        return positions
+    row_P = positions // width
+    count_T = torch.bincount(row_P, minlength=len(pre_TM))
+    full_t = (count_T > most).nonzero()[:, 0]
+    if not len(full_t):
+        return positions
+    top = pre_TM[full_t].topk(most, dim=1, sorted=False)
+    least_T = torch.full_like(pre_TM[:, 0], -torch.inf).index_copy_(0, full_t, top.values.amin(dim=1))
+    chosen_P = flat[positions] >= least_T[row_P]
+    if int(chosen_P.sum()) == int(count_T.clamp_max(most).sum()):
+        return positions[chosen_P]
+    others = positions[count_T[row_P] <= most]  # where several are equal to the smallest, `topk` decides between them
+    return torch.cat([others, (full_t[:, None] * width + top.indices).flatten()]).sort().values
 
 
 def encode_pairs(x_TD: Tensor, b_pre_D: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor | None, select: Callable[[Tensor], Tensor]) -> Pairs:
@@ -106,22 +127,23 @@ class _EncodePairs(torch.autograd.Function):
         token_P, latent_P = position_P // len(W_enc_MD), position_P % len(W_enc_MD)
         column_sums_M = torch.zeros_like(W_enc_MD[:, 0]).index_add_(0, latent_P, grad_P)
         grad_x_TD = _bag_sums(grad_P, latent_P, token_P, len(centred_TD), W_enc_MD) if ctx.needs_input_grad[0] else None
-        grad_W_MD = row_sums(grad_P, latent_P, token_P, centred_TD, len(W_enc_MD))
+        grad_W_MD = row_sums(grad_P, token_P, centred_TD, order_of(latent_P, len(W_enc_MD)))
         return grad_x_TD, -(column_sums_M @ W_enc_MD), grad_W_MD, column_sums_M if ctx.needs_input_grad[3] else None, None
 
 
-def decode_pairs(values_P: Tensor, latent_P: Tensor, bag_P: Tensor, bags: int, W_dec_MD: Tensor) -> Tensor:
+def decode_pairs(values_P: Tensor, latent_P: Tensor, bag_P: Tensor, bags: int, W_dec_MD: Tensor, by_latent: LatentOrder | None = None) -> Tensor:
     """[bags, D]: the sum of values * W_dec rows of every bag (a token, or a token's latents of one group); `bag_P` must not fall.
 
-    Gradients reach values and W_dec; the latter touches only selected rows.
+    Gradients reach values and W_dec; the latter touches only selected rows. `by_latent`, if somebody made it already, saves a sort.
     """
-    return _DecodePairs.apply(values_P, latent_P, bag_P, bags, W_dec_MD)
+    return _DecodePairs.apply(values_P, latent_P, bag_P, bags, W_dec_MD, by_latent)
 
 
 class _DecodePairs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values_P: Tensor, latent_P: Tensor, bag_P: Tensor, bags: int, W_dec_MD: Tensor) -> Tensor:
+    def forward(ctx: Any, values_P: Tensor, latent_P: Tensor, bag_P: Tensor, bags: int, W_dec_MD: Tensor, by_latent: LatentOrder | None) -> Tensor:
         ctx.save_for_backward(values_P, latent_P, bag_P, W_dec_MD)
+        ctx.by_latent = by_latent
         return _bag_sums(values_P, latent_P, bag_P, bags, W_dec_MD)
 
     @staticmethod
@@ -131,7 +153,8 @@ class _DecodePairs(torch.autograd.Function):
         grad_values_P = None  # as with values that a refit or pursuit found
         if ctx.needs_input_grad[0]:
             grad_values_P = pair_products(grad_BD, latent_P, bag_P, _starts(bag_P, len(grad_BD)), W_dec_MD)
-        return grad_values_P, None, None, None, row_sums(values_P, latent_P, bag_P, grad_BD, len(W_dec_MD))
+        grad_W_MD = row_sums(values_P, bag_P, grad_BD, ctx.by_latent or order_of(latent_P, len(W_dec_MD)))
+        return grad_values_P, None, None, None, grad_W_MD, None
 
 
 def _starts(bag_P: Tensor, bags: int) -> Tensor:
@@ -144,7 +167,12 @@ def _bag_sums(weights_P: Tensor, latent_P: Tensor, bag_P: Tensor, bags: int, row
     return F.embedding_bag(latent_P, rows_MD, _starts(bag_P, bags), mode="sum", per_sample_weights=weights_P)
 
 
-def row_sums(weights_P: Tensor, latent_P: Tensor, bag_P: Tensor, rows_BD: Tensor, num_latents: int) -> Tensor:
+def order_of(latent_P: Tensor, num_latents: int) -> LatentOrder:
+    """Of pairs in any order."""
+    return LatentOrder.from_indices(latent_P[:, None], num_latents)
+
+
+def row_sums(weights_P: Tensor, bag_P: Tensor, rows_BD: Tensor, by_latent: LatentOrder) -> Tensor:
     """[M, D]: sum of weights[p] * rows[bag[p]] over the pairs of each latent."""
-    order = LatentOrder.from_indices(latent_P[:, None], num_latents)
-    return F.embedding_bag(bag_P[order.pair_P], rows_BD, order.start_M, mode="sum", per_sample_weights=weights_P[order.pair_P])
+    pair_P = by_latent.pair_P
+    return F.embedding_bag(bag_P[pair_P], rows_BD, by_latent.start_M, mode="sum", per_sample_weights=weights_P[pair_P])

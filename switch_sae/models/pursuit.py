@@ -127,12 +127,12 @@ class PursuitSAE(SparseAutoencoder):
         return (self._dense(latents) @ self.W_dec_MD + self.b_out_D) / self.target_scale
 
     def forward(self, x_TD: Tensor) -> SAEOutput:
-        latents, routing, match = self._infer(self._scaled(x_TD))
-        return SAEOutput(self._decode(latents.values_TK, latents.indices_TK), latents, routing, match)
+        latents, routing = self._infer(self._scaled(x_TD))
+        return SAEOutput(self._decode(latents.values_TK, latents.indices_TK), latents, routing)
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         residual_TD = (self._target(rows) - output.recon_TD) * self.target_scale
-        terms = {"mse": reconstruction_loss(residual_TD)} | ({} if output.match is None else {"match": output.match})
+        terms = {"mse": reconstruction_loss(residual_TD)}
         if self.config.auxk > 0 and dead_M is not None:
             terms["auxk"] = self.config.auxk * self.d_out * self._auxk(rows, residual_TD.detach(), output, dead_M)
         if self.config.coherence > 0:
@@ -168,9 +168,9 @@ class PursuitSAE(SparseAutoencoder):
     def _dispatch(self, routing: Routing | None, tokens: int) -> Dispatch:
         return Dispatch.to_one_expert(tokens, self.W_dec_MD.device)
 
-    def _infer(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None, Tensor | None]:
-        """(latents, routing, the encoder's loss against them) of scaled activations."""
-        return self._find(x_TD, self._dispatch(None, len(x_TD))), None, None
+    def _infer(self, x_TD: Tensor) -> tuple[SparseLatents, Routing | None]:
+        """Of scaled activations."""
+        return self._find(x_TD, self._dispatch(None, len(x_TD))), None
 
     def _find(self, x_TD: Tensor, dispatch: Dispatch, gram_ECP: Tensor | None = None) -> SparseLatents:
         """The latents of scaled activations in the dictionaries that the dispatch names."""

@@ -1,6 +1,6 @@
 """`SwitchPursuitSAE`: a router sends every activation to one small dictionary, in which pursuit finds the latents."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,11 +9,13 @@ from torch import Tensor
 from switch_kernels import Dispatch
 from switch_sae.checks import at_least
 from switch_sae.models.base import Flops, SAEOutput
+from switch_sae.models.inference import gram_now
 from switch_sae.models.latents import SparseLatents
 from switch_sae.models.losses import competition_loss
 from switch_sae.models.pursuit import PursuitSAE
 from switch_sae.models.routed import RoutedSAE
 from switch_sae.models.routers import ROUTERS, Routing
+from switch_sae.models.routers.base import Rivals
 from switch_sae.rows import Rows
 
 
@@ -62,14 +64,32 @@ class SwitchPursuitSAE(RoutedSAE, PursuitSAE):
         self.num_experts, self.num_shared = config.num_experts, config.shared
         self.router = ROUTERS.build(config.router, d_in, config.num_experts, 1, generator)
 
+    @property
+    def _in_step(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.inference in self.trains_by
+
+    def encode(self, x_TD: Tensor) -> SparseLatents:
+        return self.forward(x_TD).latents if self._in_step else super().encode(x_TD)  # type: ignore[return-value]
+
+    def forward(self, x_TD: Tensor) -> SAEOutput:
+        if not self._in_step:
+            return super().forward(x_TD)
+        x_TD = self._scaled(x_TD)
+        routing, tokens, gram_ECP = self.router.route(x_TD), len(x_TD), gram_now(self, len(x_TD))
+        both_TD, expert_T1 = x_TD, routing.expert_TS
+        if (rivals := self.router.rivals(routing)) is not None:  # in one search, so that threads have many rows to share
+            both_TD, expert_T1 = torch.cat([x_TD, x_TD[: len(rivals.expert_n1)]]), torch.cat([expert_T1, rivals.expert_n1])
+        found = self._find(both_TD, Dispatch.from_experts(expert_T1, self.num_experts), gram_ECP)
+        own, theirs = found.part(slice(tokens)), None if rivals is None else found.part(slice(tokens, None))
+        return StepOutput(self._decode(own.values_TK, own.indices_TK), own, routing, rivals=rivals, theirs=theirs)
+
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         assert output.routing is not None
         terms = super().loss_terms(rows, output, dead_M) | self.router.loss_terms(output.routing, self.d_out)
-        if (rivals := self.router.rivals(output.routing)) is None:
+        if not isinstance(output, StepOutput) or output.rivals is None or output.theirs is None:
             return terms
-        x_nD, dispatch = self._scaled(rows.x_TD[: len(rivals.expert_n1)]), Dispatch.from_experts(rivals.expert_n1, self.num_experts)
-        theirs, price = self._find(x_nD, dispatch, self.grams.last if self.training else None), self._theta().square()
-        recon_TD = output.recon_TD * self.target_scale
+        rivals, theirs, price = output.rivals, output.theirs, self._theta().square()
+        x_nD, recon_TD = self._scaled(rows.x_TD[: len(rivals.expert_n1)]), output.recon_TD * self.target_scale
         return terms | {"competition": competition_loss(rivals, x_nD, recon_TD, output.latents, theirs, self.W_dec_MD, self.b_out_D, price)}
 
     def flops(self) -> Flops:
@@ -90,9 +110,18 @@ class SwitchPursuitSAE(RoutedSAE, PursuitSAE):
         assert routing is not None
         return Dispatch.from_experts(routing.expert_TS, self.num_experts)
 
-    def _infer(self, x_TD: Tensor) -> tuple[SparseLatents, Routing, Tensor | None]:
+    def _infer(self, x_TD: Tensor) -> tuple[SparseLatents, Routing]:
         routing = self.router.route(x_TD)
-        return self._find(x_TD, self._dispatch(routing, len(x_TD))), routing, None
+        return self._find(x_TD, self._dispatch(routing, len(x_TD))), routing
+
+
+@dataclass(frozen=True, repr=False)
+class StepOutput(SAEOutput):
+    """Of a training step, with what the router's competition needs."""
+
+    rivals: Rivals | None = field(kw_only=True)
+    theirs: SparseLatents | None = field(kw_only=True)
+    """The latents that the rival experts find for the first tokens."""
 
 
 def check_router(router: Any) -> None:

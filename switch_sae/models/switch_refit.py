@@ -1,31 +1,47 @@
 """`SwitchRefitSAE`: one expert per token, whose encoder chooses latents, a threshold for the whole batch, and values by least squares."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switch_kernels import Dispatch
+from switch_kernels import ALONE, Dispatch, Group, LatentOrder
 from switch_sae.checks import all_at_least
 from switch_sae.models.base import Flops, SAEConfig, SAEOutput
-from switch_sae.models.gram import local_products, refresh_tokens, to_global
-from switch_sae.models.inference import RIDGE, Inference, equal_blocks, gram_flops, gram_now, pursue_with_threshold, pursuit_flops, refit, refit_flops
+from switch_sae.models.gram import local_products, precise, refresh_tokens, to_global
+from switch_sae.models.inference import (
+    RIDGE,
+    Inference,
+    equal_blocks,
+    gram_flops,
+    gram_now,
+    pursue_with_threshold,
+    pursuit_flops,
+    refit_flops,
+    refit_pairs,
+)
 from switch_sae.models.latents import SparseLatents
 from switch_sae.models.losses import local_auxk_loss
-from switch_sae.models.pairs import largest, row_sums
-from switch_sae.models.routers import ROUTERS, Routing
-from switch_sae.models.switch_pursuit import SwitchPursuitSAE, check_even_experts, check_router
-from switch_sae.rows import Rows
+from switch_sae.models.pairs import above, decode_pairs, largest, order_of, row_sums
+from switch_sae.models.routers import ROUTERS
+from switch_sae.models.switch_pursuit import StepOutput, SwitchPursuitSAE, check_even_experts, check_router
+from switch_sae.rows import Rows, Shapes
+
+Select = Callable[[Tensor], Tensor]
+"""Flat positions, rising, of what is selected of pre-activations."""
 
 
 class SwitchRefitSAE(SwitchPursuitSAE):
     """e = router(x); v = ReLU(W_enc (x - b) + b_enc) of the shared latents and expert e's; I: of a batch of T tokens the T * k largest v, at most
     `max_latents` per token (in evaluation those above `threshold`); z = least squares on I, z >= 0; recon = W_dec[I]^T z + b.
 
-    Loss: ||x - recon||^2 with z held fixed, its exact gradient; mean_t ||v_I - z||^2, by which the encoder learns to predict the values of what it
-    chose; the same for one latent of some tokens that it left out and that would help most (`_missed`); the router's competition and balance; AuxK.
+    Loss: ||x - recon||^2 with z held fixed, its exact gradient; mean_t ||v_I - z||^2 (`match`), by which the encoder learns to predict the values of
+    what it chose; the same for one latent of some tokens that it left out and that would help most (`missed`); the router's competition and balance;
+    AuxK.
     The encoder keeps the stability of one-shot codes, least squares the error that they leave.
     """
 
@@ -108,11 +124,9 @@ class SwitchRefitSAE(SwitchPursuitSAE):
     def initialize(self, rows: Rows) -> None:
         super().initialize(rows)
         x_TD = self._scaled(rows.x_TD[:8192])
-        values_TK = self._candidates(x_TD, self.route(rows.x_TD[:8192])[1])[0]
-        kept = largest(values_TK, len(values_TK) * self.config.k)
-        smallest = values_TK.flatten()[kept].min() if len(kept) else values_TK.new_zeros(())
-        self.theta.copy_(smallest)
-        self.threshold.copy_(smallest)
+        values_P = self._propose(x_TD, self.route(rows.x_TD[:8192])[1], self._largest(len(x_TD))).values_P
+        self.theta.copy_(values_P.min() if len(values_P) else torch.zeros_like(self.theta))
+        self.threshold.copy_(self.theta)
 
     def begin_step(self, step: int, total_steps: int) -> None:
         super().begin_step(step, total_steps)
@@ -141,71 +155,104 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         self.b_enc_M.div_(self.activation_scale)
         super().fold_activation_scale()
 
-    def _infer(self, x_TD: Tensor) -> tuple[SparseLatents, Routing, Tensor | None]:
+    def forward(self, x_TD: Tensor) -> SAEOutput:
+        if not self._in_step:
+            return super().forward(x_TD)
+        x_TD = self._scaled(x_TD)
         routing = self.router.route(x_TD)
-        dispatch = self._dispatch(routing, len(x_TD))
-        if not (self.training and torch.is_grad_enabled()):
-            return self._find(x_TD, dispatch), routing, None
-        values_TK, indices_TK = self._candidates(x_TD, dispatch)
-        with torch.no_grad():
-            kept = largest(values_TK, len(values_TK) * self.config.k, self.group)
-            chosen_TK = torch.zeros_like(values_TK).flatten().index_put_((kept,), values_TK.flatten()[kept]).view_as(values_TK)
-            smallest = values_TK.flatten()[kept].min() if len(kept) else torch.full_like(self.theta, torch.inf)
-            smallest = torch.cat(self.group.gather(smallest[None])).min()
-            self.theta.copy_(torch.where(smallest.isinf(), self.theta, smallest))
-        latents = refit(self, x_TD, SparseLatents(chosen_TK, indices_TK, self.num_latents), dispatch.expert_TS[:, 0], gram_now(self, len(x_TD)))
-        assert isinstance(latents, SparseLatents)
-        token_P, latent_P = kept // values_TK.shape[1], indices_TK.flatten()[kept]
-        centred_TD = (x_TD - self.b_in_D).detach()
-        proposed_P = _Proposed.apply(values_TK.flatten()[kept], token_P, latent_P, centred_TD, self.W_enc_MD, self.b_enc_M)
-        match = (proposed_P - latents.values_TK.flatten()[kept]).square().sum() / len(x_TD)
-        return latents, routing, match
+        own = self._propose(x_TD, self._dispatch(routing, len(x_TD)), self._largest(len(x_TD), self.group))
+        self._set_theta(own)
+        proposals = [own]
+        if (rivals := self.router.rivals(routing)) is not None:
+            dispatch = Dispatch.from_experts(rivals.expert_n1, self.num_experts)
+            proposals.append(self._propose(x_TD[: len(rivals.expert_n1)], dispatch, self._above(self.theta)))
+        refitted = self._refit(proposals, gram_now(self, len(x_TD)))
+        latents, theirs = self._latents(own, refitted[0]), None if rivals is None else self._latents(proposals[1], refitted[1])
+        by_latent = order_of(own.latent_P, self.num_latents)
+        recon_ND = decode_pairs(refitted[0], own.latent_P, own.row_P, len(x_TD), self.W_dec_MD, by_latent)
+        recon_TD = (own.dispatch.scatter(recon_ND) + self.b_out_D) / self.target_scale
+        return RefitOutput(recon_TD, latents, routing, own=own, refitted_P=refitted[0], by_latent=by_latent, rivals=rivals, theirs=theirs)
 
     @torch.no_grad()
     def _find(self, x_TD: Tensor, dispatch: Dispatch, gram_ECP: Tensor | None = None) -> SparseLatents:
         if self.inference is Inference.pursuit:
             return pursue_with_threshold(self, x_TD, dispatch, self.config.k, self._theta(), gram_ECP)
-        values_TK, indices_TK = self._candidates(x_TD, dispatch)
-        latents = SparseLatents(torch.where(values_TK > self._theta(), values_TK, 0.0), indices_TK, self.num_latents)
+        proposal = self._propose(x_TD, dispatch, self._above(self._theta()))
         if self.inference is Inference.encoder:
-            return latents
-        refitted = refit(self, x_TD, latents, dispatch.expert_TS[:, 0], gram_ECP)
-        assert isinstance(refitted, SparseLatents)
-        return refitted
+            return self._latents(proposal, proposal.values_P)
+        return self._latents(proposal, *self._refit([proposal], gram_now(self, len(x_TD)) if gram_ECP is None else gram_ECP))
+
+    def _largest(self, tokens: int, group: Group = ALONE) -> Select:
+        return lambda pre_NC: largest(pre_NC, tokens * self.config.k, group, self.config.most)
+
+    def _above(self, theta: Tensor) -> Select:
+        return lambda pre_NC: above(pre_NC, theta, self.config.most)
 
     @torch.no_grad()
-    def _candidates(self, x_TD: Tensor, dispatch: Dispatch) -> tuple[Tensor, Tensor]:
-        """(values, latents) of the `most` largest ReLU(W_enc (x - b) + b_enc) that each token may use."""
-        pre_NC = local_products(dispatch.gather(x_TD - self.b_in_D), self.W_enc_MD, dispatch, self.num_shared, self.b_enc_M)
-        values_NK, local_NK = pre_NC.topk(self.config.most, dim=1, sorted=False)
-        expert_N = dispatch.gather_pairs(dispatch.expert_TS.flatten())
-        indices_NK = to_global(local_NK, expert_N, self.num_shared, self.latents_per_expert)
-        return dispatch.scatter(values_NK.clamp_min(0)), dispatch.scatter(indices_NK)
+    def _propose(self, x_TD: Tensor, dispatch: Dispatch, select: Select) -> "Proposal":
+        """What is selected of W_enc (x - b) + b_enc, > 0."""
+        centred_ND = dispatch.gather(x_TD - self.b_in_D)
+        pre_NC = local_products(centred_ND, self.W_enc_MD, dispatch, self.num_shared, self.b_enc_M)
+        kept_P = select(pre_NC)
+        row_P, local_P = kept_P // pre_NC.shape[1], kept_P % pre_NC.shape[1]
+        latent_P = to_global(local_P[:, None], dispatch.expert_N[row_P], self.num_shared, self.latents_per_expert)[:, 0]
+        return Proposal(dispatch, centred_ND, row_P, latent_P, pre_NC.flatten()[kept_P])
+
+    @torch.no_grad()
+    def _set_theta(self, own: "Proposal") -> None:
+        smallest = own.values_P.min() if len(own.values_P) else torch.full_like(self.theta, torch.inf)
+        smallest = torch.cat(self.group.gather(smallest[None])).min()
+        self.theta.copy_(torch.where(smallest.isinf(), self.theta, smallest))
+
+    @torch.no_grad()
+    def _refit(self, proposals: "list[Proposal]", gram_ECP: Tensor) -> list[Tensor]:
+        """The values of each by least squares; of all at once, so that threads have many rows to share."""
+        centred_ND, count_N, latent_P, expert_N = (
+            torch.cat(parts) if len(parts) > 1 else parts[0]
+            for parts in zip(*((each.centred_ND, each.count_N, each.latent_P, each.dispatch.expert_N) for each in proposals), strict=True)
+        )
+        refitted_P = refit_pairs(self, precise(centred_ND), count_N, latent_P, expert_N, gram_ECP).to(centred_ND.dtype)
+        return list(refitted_P.split([len(each.latent_P) for each in proposals]))
+
+    @torch.no_grad()
+    def _latents(self, proposal: "Proposal", values_P: Tensor) -> SparseLatents:
+        count_N, slots = proposal.count_N, self.config.most
+        slot_P = torch.arange(len(values_P), device=values_P.device) - (count_N.cumsum(0) - count_N)[proposal.row_P]
+        place_P = proposal.dispatch.order_N[proposal.row_P] * slots + slot_P
+        values_TK, indices_TK = values_P.new_zeros(len(count_N), slots), proposal.latent_P.new_zeros(len(count_N), slots)
+        values_TK.view(-1)[place_P], indices_TK.view(-1)[place_P] = values_P, proposal.latent_P
+        return SparseLatents(values_TK, indices_TK, self.num_latents)
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss_terms(rows, output, dead_M)
-        count = math.ceil(self.config.missed_share * len(rows))
-        return terms if not (self.config.missed and count) else terms | {"missed": self.config.missed * self._missed(rows, output, count)}
+        if not isinstance(output, RefitOutput):
+            return terms
+        count = math.ceil(self.config.missed_share * len(rows)) if self.config.missed else 0
+        missed = self._missed(rows, output, count)
+        proposed_P, missed_Q = _Proposed.apply(output.own, output.by_latent, missed, self.W_enc_MD, self.b_enc_M)
+        terms["match"] = (proposed_P - output.refitted_P).square().sum() / len(rows)
+        if count:
+            terms["missed"] = self.config.missed * (missed_Q - missed.wanted_Q).square().sum() / count
+        return terms
 
-    def _missed(self, rows: Rows, output: SAEOutput, count: int) -> Tensor:
-        """Over the first tokens, mean (v_j - c_j)^2 of the latent j that was left out and would help most, c_j = W_dec[j] (x - recon), where
-        c_j is above theta; v_j without ReLU.
+    @torch.no_grad()
+    def _missed(self, rows: Rows, output: SAEOutput, count: int) -> "Missed":
+        """Of the first tokens: the latent j that was left out and would help most, where c_j = W_dec[j] (x - recon) is above theta, as the encoder
+        values it (without ReLU) and as it should have, c_j.
         """
-        assert output.routing is not None and isinstance(output.latents, SparseLatents)
-        with torch.no_grad():
-            x_nD = self._scaled(rows.x_TD[:count])
-            dispatch = Dispatch.from_experts(output.routing.expert_TS[:count], self.num_experts)
-            residual_nD = x_nD - output.recon_TD[:count] * self.target_scale
-            left_nC = local_products(dispatch.gather(residual_nD), self.W_dec_MD, dispatch, self.num_shared)
-            expert_n = dispatch.gather_pairs(dispatch.expert_TS.flatten())
-            # What is in use has next to no correlation left (least squares), so the largest is of a latent that is not.
-            best_n, local_n = left_nC.max(dim=1)
-            latent_n = dispatch.scatter(to_global(local_n[:, None], expert_n, self.num_shared, self.latents_per_expert))
-            wanted_n1 = dispatch.scatter(best_n[:, None])
-            token_P = (wanted_n1[:, 0] > self.theta).nonzero()[:, 0]
-            latent_P, wanted_P, centred_nD = latent_n[token_P, 0], wanted_n1[token_P, 0], x_nD - self.b_in_D
-            value_P = (centred_nD[token_P] * self.W_enc_MD[latent_P]).sum(dim=1) + self.b_enc_M[latent_P]
-        return (_Proposed.apply(value_P, token_P, latent_P, centred_nD, self.W_enc_MD, self.b_enc_M) - wanted_P).square().sum() / count
+        assert output.routing is not None
+        x_nD = self._scaled(rows.x_TD[:count])
+        dispatch = Dispatch.from_experts(output.routing.expert_TS[:count], self.num_experts)
+        residual_nD = x_nD - output.recon_TD[:count] * self.target_scale
+        left_nC = local_products(dispatch.gather(residual_nD), self.W_dec_MD, dispatch, self.num_shared)
+        # What is in use has next to no correlation left (least squares), so the largest is of a latent that is not.
+        best_n, local_n = left_nC.max(dim=1)
+        row_Q = (best_n > self.theta).nonzero()[:, 0]
+        expert_Q = dispatch.expert_N[row_Q]
+        latent_Q = to_global(local_n[row_Q, None], expert_Q, self.num_shared, self.latents_per_expert)[:, 0]
+        centred_QD = x_nD[dispatch.order_N[row_Q]] - self.b_in_D
+        value_Q = (centred_QD * self.W_enc_MD[latent_Q]).sum(dim=1) + self.b_enc_M[latent_Q]
+        return Missed(centred_QD, latent_Q, value_Q, best_n[row_Q])
 
     def _auxk(self, rows: Rows, residual_TD: Tensor, output: SAEOutput, dead_M: Tensor) -> Tensor:
         dispatch = self._dispatch(output.routing, len(rows))
@@ -213,17 +260,58 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         return local_auxk_loss(residual_TD, self.W_dec_MD, dead_M, dispatch, self.num_shared, self.group, encoder)
 
 
+@dataclass(frozen=True, repr=False)
+class Proposal(Shapes):
+    """The P pairs of a row and a latent that the encoder chose, row by row. Rows are those of the dispatch, in the order of experts."""
+
+    dispatch: Dispatch
+    centred_ND: Tensor
+    """x - b, scaled."""
+    row_P: Tensor
+    latent_P: Tensor
+    values_P: Tensor
+    """> 0."""
+
+    @cached_property
+    def count_N(self) -> Tensor:
+        """Pairs of each row."""
+        return torch.bincount(self.row_P, minlength=len(self.centred_ND))
+
+
+class Missed(NamedTuple):
+    """The Q pairs of a token and a latent that the encoder should have chosen."""
+
+    centred_QD: Tensor
+    latent_Q: Tensor
+    value_Q: Tensor
+    """As the encoder values them, without ReLU."""
+    wanted_Q: Tensor
+
+
+@dataclass(frozen=True, repr=False)
+class RefitOutput(StepOutput):
+    """Of a training step, with what the encoder's losses need."""
+
+    own: Proposal = field(kw_only=True)
+    refitted_P: Tensor = field(kw_only=True)
+    by_latent: LatentOrder = field(kw_only=True)
+
+
 class _Proposed(torch.autograd.Function):
-    """Values that are known already, W_enc[latent] x[token] + b_enc[latent], with the gradients of those rows."""
+    """Values that are known already, W_enc[latent] x + b_enc[latent] of proposed and of missed pairs, with the gradients of those rows.
+
+    One function for both: each gradient of W_enc takes as long to write as its rows take to sum.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values_P: Tensor, token_P: Tensor, latent_P: Tensor, x_TD: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor) -> Tensor:
-        ctx.save_for_backward(token_P, latent_P, x_TD)
-        ctx.num_latents = len(W_enc_MD)
-        return values_P.clone()
+    def forward(ctx: Any, own: Proposal, by_latent: LatentOrder, missed: Missed, W_enc_MD: Tensor, b_enc_M: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.own, ctx.by_latent, ctx.missed = own, by_latent, missed
+        return own.values_P.clone(), missed.value_Q.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        token_P, latent_P, x_TD = ctx.saved_tensors
-        grad_b_M = grads[0].new_zeros(ctx.num_latents).index_add_(0, latent_P, grads[0])
-        return None, None, None, None, row_sums(grads[0], latent_P, token_P, x_TD, ctx.num_latents), grad_b_M
+        (grad_P, grad_Q), own, missed = grads, ctx.own, ctx.missed
+        grad_W_MD = row_sums(grad_P, own.row_P, own.centred_ND, ctx.by_latent)
+        grad_W_MD.index_add_(0, missed.latent_Q, grad_Q[:, None] * missed.centred_QD)
+        grad_b_M = grad_P.new_zeros(len(grad_W_MD)).index_add_(0, own.latent_P, grad_P).index_add_(0, missed.latent_Q, grad_Q)
+        return None, None, None, grad_W_MD, grad_b_M
