@@ -55,7 +55,7 @@ class CompetitionRouter(LinearRouter):
         # Drawn by the step's number alone (Gumbel's trick), for all processes at once: the same in every company, and after a resume.
         generator = torch.Generator().manual_seed(self.step)
         shape = (self.group.size, *probs_nE.shape)
-        uniform_nE = torch.rand(shape, generator=generator, dtype=torch.float64)[self.group.rank].to(probs_nE)
+        uniform_nE = torch.rand(shape, generator=generator, dtype=torch.float64)[self.group.rank].to(probs_nE.dtype).to(probs_nE.device)
         tiny = torch.finfo(probs_nE.dtype).tiny
         keys_nE = probs_nE.detach().clamp_min(tiny).log() - (-uniform_nE.clamp_min(tiny).log()).clamp_min(tiny).log()
         rival_n1 = keys_nE.scatter(1, chosen_n1, -torch.inf).argmax(dim=1, keepdim=True)
