@@ -175,8 +175,8 @@ def matching_pursuit(
     if why_not_in_kernels(execution, correlations_NC.dtype, k, gram_GCP.shape[2]) is None:
         from switch_kernels.gpu import pursuit as kernels
 
-        threshold = torch.as_tensor(threshold, dtype=torch.float32, device=correlations_NC.device)
-        return Support(*kernels.matching_pursuit(correlations_NC, gram_GCP, group_N, k, blocks, ridge, threshold, limit_N))
+        theta = threshold.float() if isinstance(threshold, Tensor) else correlations_NC.new_full((), threshold)
+        return Support(*kernels.matching_pursuit(correlations_NC, gram_GCP, group_N, k, blocks, ridge, theta, limit_N))
     size = max(1, _CHUNK_ELEMENTS // max(gram_GCP.shape[2], k * k))
 
     def pursue(rows: slice) -> Support:

@@ -87,7 +87,7 @@ def searched_by(sae: "SparseAutoencoder") -> Execution:
 
 
 def why_not_searched_in_kernels(sae: "SparseAutoencoder") -> str | None:
-    """Why PyTorch and not Triton computes the refits or the pursuit by which an SAE finds latents, in words for its plan line; None if Triton does."""
+    """Why PyTorch and not Triton computes the refits or the pursuit of an SAE, in words for its plan line; None if Triton does."""
     refits, most = sae.inference is Inference.refit, getattr(sae.config, "most", None)
     if most is None and sae.k is None:
         return "nothing bounds how many latents a token takes"
@@ -159,9 +159,9 @@ def refit_pairs(
 ) -> Tensor:
     """[P]: the refitted values of each row's latents, row by row, `count_N` of each; the residual is x - b, scaled, in float32 at least.
 
-    A kernel does it where Triton may (`why_not_in_kernels`), Gram matrices are given and rows have at most `most` latents, a number that needs no look
-    at the device. With experts and their Gram matrices rows should come in the order of experts: their products then find rows of the decoder in the cache (6 ms,
-    not 14, of 65,536 pairs with D = 512).
+    A kernel does it where Triton may (`why_not_in_kernels`), Gram matrices are given, and rows have at most `most` latents. With experts and their
+    Gram matrices rows should come in the order of experts: their products then find rows of the decoder in the cache (6 ms, not 14, of 65,536 pairs
+    with D = 512).
     """
     W_MD, norm_M = _unit_rows(sae)
     start_N, refitted_P = count_N.cumsum(0) - count_N, residual_ND.new_zeros(len(latent_P))

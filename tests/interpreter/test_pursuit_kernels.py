@@ -1,4 +1,4 @@
-"""Kernels of refits and pursuit against the PyTorch forms in float64, which tests/test_pursuit.py holds against brute force; then SAEs that use them."""
+"""Kernels of refits and pursuit against the PyTorch forms in float64, which tests/test_pursuit.py holds against brute force; SAEs that use them."""
 
 from dataclasses import replace
 

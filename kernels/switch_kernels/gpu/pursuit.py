@@ -1,7 +1,7 @@
 """Matching pursuit with block refits, and non-negative least squares on given supports: one row per program, from Gram matrices.
 
-A row's state stays in registers: its correlations, and the inverse Cholesky factor of its support, which grows by one latent at a time: a latent's row
-of R = L^-1 follows from two products with R, so that nothing is solved step by step. Gram matrices stay float32: in bfloat16 the diagonal would be
+A row's state stays in registers: its correlations, and the inverse Cholesky factor R = L^-1 of its support, which grows by one latent at a time: the
+new row of R follows from two products with R, so that nothing is solved step by step. Gram matrices stay float32: in bfloat16 their diagonal would be
 rounded by more than the ridge, and near duplicates would have no factor. They are not copied to shared memory either: rows come in the order of
 experts, so that the Gram matrix of one expert (170 latents: 130 kB) stays in the L1 cache, which on Hopper is the same memory.
 """
@@ -15,22 +15,32 @@ from switch_kernels.backend import Dot
 from switch_kernels.gpu.gemm import find_rows
 from switch_kernels.gpu.launch import cdiv, launch, next_power_of_2
 
-_CHUNK = 4
-"""Rows of a Gram matrix that a renewal has in flight."""
 _PRECISIONS = {"bf16": "tf32", "tf32": "tf32x3", "ieee": "ieee"}
 """Of float32 operands: plain tf32 would cut their last bits off, and of bfloat16 operands nothing is cut off."""
 
 
 @triton.jit
-def _grow(R_SS, y_S1, chosen_1S, gram_row, index, product, s, ridge, SLOTS: tl.constexpr):
-    """R = L^-1 and y = R p after candidate `index` joined in slot s. Slots that are not in use are 0 in both, so whatever is read for them is."""
-    row_S1, column_1S = tl.arange(0, SLOTS)[:, None], tl.arange(0, SLOTS)[None, :]
-    across_S1 = tl.sum(R_SS * tl.load(gram_row + chosen_1S), axis=1, keep_dims=True)
+def _grow(R_SS, RT_SS, y_S, chosen_S, gram_row, index, product, s, ridge, SLOTS: tl.constexpr):
+    """R = L^-1, its transpose and y = R p after candidate `index` joined in slot s. Slots that are not in use are 0 in all, so whatever is read for
+    them counts for nothing.
+
+    R is held twice because sums over rows stay within a lane, and sums over columns would take five shuffles for each row.
+    """
+    slot = tl.arange(0, SLOTS)
+    across_S = tl.sum(RT_SS * tl.load(gram_row + chosen_S)[:, None], axis=0)
     own = tl.load(gram_row + index) + ridge
-    scale = 1.0 / tl.sqrt(own - tl.sum(across_S1 * across_S1))
-    new_1S = tl.where(column_1S == s, scale, -scale * tl.sum(R_SS * across_S1, axis=0, keep_dims=True))
-    y = scale * (product - tl.sum(across_S1 * y_S1))
-    return tl.where(row_S1 == s, new_1S, R_SS), tl.where(row_S1 == s, y, y_S1)
+    scale = 1.0 / tl.sqrt(own - tl.sum(across_S * across_S, axis=0))
+    y = scale * (product - tl.sum(across_S * y_S, axis=0))
+    new_S = tl.where(slot == s, scale, -scale * tl.sum(R_SS * across_S[:, None], axis=0))
+    R_SS = tl.where((slot == s)[:, None], new_S[None, :], R_SS)
+    RT_SS = tl.where((slot == s)[None, :], new_S[:, None], RT_SS)
+    return R_SS, RT_SS, tl.where(slot == s, y, y_S)
+
+
+@triton.jit
+def _solution(R_SS, y_S):
+    """[SLOTS]: R^T y."""
+    return tl.sum(R_SS * y_S[:, None], axis=0)
 
 
 @triton.jit
@@ -54,7 +64,7 @@ def _pursue(
 ):
     n = tl.program_id(0).to(tl.int64)
     p = tl.arange(0, WIDTH)
-    slot_1S = tl.arange(0, SLOTS)[None, :]
+    slot = tl.arange(0, SLOTS)
     products += n * C
     values += n * K
     indices += n * K
@@ -66,8 +76,9 @@ def _pursue(
     c0 = tl.load(products + p, mask=p < C, other=-float("inf"))  # those that joined become -inf, and then stay out of every renewal
     c = c0
     R_SS = tl.zeros((SLOTS, SLOTS), tl.float32)
-    y_S1 = tl.zeros((SLOTS, 1), tl.float32)
-    chosen_1S = tl.zeros((1, SLOTS), tl.int32)
+    RT_SS = R_SS
+    y_S = tl.zeros((SLOTS,), tl.float32)
+    chosen_S = tl.zeros((SLOTS,), tl.int32)
     count = 0
     # a maximum passes over NaN: a row that holds one takes no latent, as in PyTorch
     more = (tl.sum((c0 != c0).to(tl.int32), axis=0) == 0) & (most > 0)
@@ -79,13 +90,13 @@ def _pursue(
             c -= value * tl.load(row + p, mask=p < P, other=0.0)
             c = tl.where(p == index, -float("inf"), c)
             c0 = tl.where(p == index, -float("inf"), c0)
-            R_SS, y_S1 = _grow(R_SS, y_S1, chosen_1S, row, index, tl.load(products + index), count, ridge, SLOTS)
-            chosen_1S = tl.where(slot_1S == count, index, chosen_1S)
+            R_SS, RT_SS, y_S = _grow(R_SS, RT_SS, y_S, chosen_S, row, index, tl.load(products + index), count, ridge, SLOTS)
+            chosen_S = tl.where(slot == count, index, chosen_S)
             tl.store(indices + count, index.to(tl.int64))
             count += 1
             if (count % STEP == 0) & (count < most):
-                z_1S = tl.maximum(tl.sum(R_SS * y_S1, axis=0, keep_dims=True), 0.0)
-                tl.store(values + slot_1S, z_1S, mask=slot_1S < count)
+                z_S = tl.maximum(_solution(R_SS, y_S), 0.0)
+                tl.store(values + slot, z_S, mask=slot < count)
                 tl.debug_barrier()  # slots come back to all lanes through memory
                 c = c0
                 for first in range(0, count, CHUNK):
@@ -95,21 +106,22 @@ def _pursue(
                     rows = tl.load(gram + (at * P)[:, None] + p[None, :], mask=(i < count)[:, None] & (p < P)[None, :], other=0.0)
                     c -= tl.sum(rows * z[:, None], axis=0)
         more = joins & (count < most)
-    z_1S = tl.sum(R_SS * y_S1, axis=0, keep_dims=True)
+    z_S = _solution(R_SS, y_S)
     tl.debug_barrier()
-    again = tl.sum((z_1S < 0.0).to(tl.int32)) > 0
+    again = tl.sum((z_S < 0.0).to(tl.int32), axis=0) > 0
     while again:
-        active_1S = z_1S > 0.0
+        active_S = z_S > 0.0
         R_SS = tl.zeros((SLOTS, SLOTS), tl.float32)
-        y_S1 = tl.zeros((SLOTS, 1), tl.float32)
+        RT_SS = R_SS
+        y_S = tl.zeros((SLOTS,), tl.float32)
         for s in range(0, count):
-            if tl.sum((active_1S & (slot_1S == s)).to(tl.int32)) > 0:
+            if tl.sum((active_S & (slot == s)).to(tl.int32), axis=0) > 0:
                 index = tl.load(indices + s)
-                R_SS, y_S1 = _grow(R_SS, y_S1, chosen_1S, gram + index * P, index, tl.load(products + index), s, ridge, SLOTS)
-        z_1S = tl.sum(R_SS * y_S1, axis=0, keep_dims=True)
-        again = tl.sum((z_1S < 0.0).to(tl.int32)) > 0
-    tl.store(values + slot_1S, z_1S, mask=slot_1S < K)
-    tl.store(indices + slot_1S, chosen_1S.to(tl.int64), mask=slot_1S < K)
+                R_SS, RT_SS, y_S = _grow(R_SS, RT_SS, y_S, chosen_S, gram + index * P, index, tl.load(products + index), s, ridge, SLOTS)
+        z_S = _solution(R_SS, y_S)
+        again = tl.sum((z_S < 0.0).to(tl.int32), axis=0) > 0
+    tl.store(values + slot, z_S, mask=slot < K)
+    tl.store(indices + slot, chosen_S.to(tl.int64), mask=slot < K)
 
 
 def matching_pursuit(
@@ -121,6 +133,7 @@ def matching_pursuit(
     """
     rows, candidates = correlations_NC.shape
     slots, width = next_power_of_2(k), next_power_of_2(gram_GCP.shape[2])
+    warps = _warps(slots, width)
     values_NK = correlations_NC.new_empty(rows, k)
     indices_NK = torch.empty(rows, k, dtype=torch.int64, device=correlations_NC.device)
     launch(
@@ -140,16 +153,16 @@ def matching_pursuit(
         STEP=k // blocks,
         SLOTS=slots,
         WIDTH=width,
-        CHUNK=_CHUNK,
+        CHUNK=max(1, min(4, 1024 * warps // width)),
         HAS_LIMIT=limit_N is not None,
-        num_warps=_warps(slots, width),
+        num_warps=warps,
         num_stages=1,
     )
     return values_NK, indices_NK
 
 
 def _warps(slots: int, width: int) -> int:
-    """32 numbers of a lane for the factor, 32 for the correlations."""
+    """At most 32 numbers of a lane for each of R, its transpose, the correlations, their start, and rows of a Gram matrix in flight."""
     return max(1, slots * slots // 1024, width // 1024)
 
 
@@ -177,33 +190,31 @@ def _refit_pairs(
     group = tl.load(groups + n)
     latents += start
     gram += group * C * P
-    row_S1 = tl.arange(0, SLOTS)[:, None]
-    slot_1S = tl.arange(0, SLOTS)[None, :]
-    latent_S1 = tl.load(latents + row_S1, mask=row_S1 < count, other=0)
+    slot = tl.arange(0, SLOTS)
+    latent_S = tl.load(latents + slot, mask=slot < count, other=0)
     products = tl.zeros((SLOTS, WIDTH), tl.float32)
     for first in range(0, D, WIDTH):
         d_1W = first + tl.arange(0, WIDTH)[None, :]
-        atoms = tl.load(W_MD + latent_S1 * D + d_1W, mask=(row_S1 < count) & (d_1W < D), other=0.0)
+        atoms = tl.load(W_MD + (latent_S * D)[:, None] + d_1W, mask=(slot < count)[:, None] & (d_1W < D), other=0.0)
         products += atoms * tl.load(residuals + n * D + d_1W, mask=d_1W < D, other=0.0)
-    product_S1 = tl.sum(products, axis=1, keep_dims=True)
-    latent_1S = tl.load(latents + slot_1S, mask=slot_1S < count, other=0)
-    local_1S = tl.where(latent_1S < shared, latent_1S, latent_1S - group * F)
-    active_1S = slot_1S < count
-    local_1S = tl.where(active_1S, local_1S, 0)
-    z_1S = tl.zeros((1, SLOTS), tl.float32)
+    product_S = tl.sum(products, axis=1)
+    active_S = slot < count
+    local_S = tl.where(active_S & (latent_S >= shared), latent_S - group * F, latent_S)
+    z_S = tl.zeros((SLOTS,), tl.float32)
     again = count > 0
     while again:
         R_SS = tl.zeros((SLOTS, SLOTS), tl.float32)
-        y_S1 = tl.zeros((SLOTS, 1), tl.float32)
+        RT_SS = R_SS
+        y_S = tl.zeros((SLOTS,), tl.float32)
         for s in range(0, count):
-            if tl.sum((active_1S & (slot_1S == s)).to(tl.int32)) > 0:
-                index = tl.sum(tl.where(slot_1S == s, local_1S, 0))
-                product = tl.sum(tl.where(row_S1 == s, product_S1, 0.0))
-                R_SS, y_S1 = _grow(R_SS, y_S1, local_1S, gram + index * P, index, product, s, ridge, SLOTS)
-        z_1S = tl.sum(R_SS * y_S1, axis=0, keep_dims=True)
-        again = tl.sum((active_1S & (z_1S <= 0.0)).to(tl.int32)) > 0  # NaN stays, and ends it
-        active_1S = active_1S & (z_1S > 0.0)
-    tl.store(refitted + start + slot_1S, z_1S, mask=slot_1S < count)
+            if tl.sum((active_S & (slot == s)).to(tl.int32), axis=0) > 0:
+                index = tl.sum(tl.where(slot == s, local_S, 0), axis=0)
+                product = tl.sum(tl.where(slot == s, product_S, 0.0), axis=0)
+                R_SS, RT_SS, y_S = _grow(R_SS, RT_SS, y_S, local_S, gram + index * P, index, product, s, ridge, SLOTS)
+        z_S = _solution(R_SS, y_S)
+        again = tl.sum((active_S & (z_S <= 0.0)).to(tl.int32), axis=0) > 0  # NaN stays, and ends it
+        active_S = active_S & (z_S > 0.0)
+    tl.store(refitted + start + slot, z_S, mask=slot < count)
 
 
 def refit_pairs(
