@@ -171,9 +171,9 @@ class Trainer:
                     f"trainer.moments={config.moments.value} needs the Triton backend; this SAE trains with {self.execution}. Use float32."
                 )
             self.engine = TorchEngine(sae, settings, self.tokens_since_fired_M)
-        if execution.is_triton and sae.inference is not Inference.encoder:
+        if execution.is_triton:
             sae.search = execution
-            self.choice += f"; {search_plan(sae)}"
+            self.choice += "" if sae.inference is Inference.encoder else f"; {search_plan(sae)}"
         self.steps_done = 0
         self._seconds = 0.0
 

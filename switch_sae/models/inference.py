@@ -89,12 +89,12 @@ def searched_by(sae: "SparseAutoencoder") -> Execution:
 def why_not_searched_in_kernels(sae: "SparseAutoencoder") -> str | None:
     """Why PyTorch and not Triton computes the refits or the pursuit of an SAE, in words for its plan line; None if Triton does."""
     refits, most = sae.inference is Inference.refit, getattr(sae.config, "most", None)
-    if most is None and sae.k is None:
-        return "nothing bounds how many latents a token takes"
+    if most is None:
+        if sae.k is None:
+            return "nothing bounds how many latents a token takes"
+        most = sae.k * (2 if sae.by_threshold else 1)
     if refits and not (sae.is_routed and getattr(sae, "refits_by_gram", lambda: True)()):
         return "the kernels refit from the Gram matrix of a token's one expert"
-    if most is None:
-        most = sae.k * (2 if sae.by_threshold else 1)
     columns = 0 if refits else padded_columns(sae.num_shared + sae.latents_per_expert)
     return why_not_in_kernels(searched_by(sae), sae.decoder_weight().dtype, most, columns)
 
