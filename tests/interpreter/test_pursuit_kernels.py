@@ -222,6 +222,9 @@ def test_the_plan_says_who_searches_and_why():
         "refit in PyTorch (the kernels take float32, not float64)",
     }
     assert why_not_in_kernels(EXACT, torch.float32, 64, 8192) is None
+    encodes = built(SwitchSAE.Config(num_latents=M, k=K, num_experts=E))
+    choice = Trainer(encodes, TrainerConfig(lr=1e-3), total_steps=2, batch_size=T, execution=EXACT).choice
+    assert encodes.search is EXACT and " in Triton kernels" not in choice and " in PyTorch" not in choice
 
 
 def with_search(sae):

@@ -140,9 +140,9 @@ def matching_pursuit(
         _pursue,
         (rows,),
         correlations_NC.contiguous(),
-        gram_GCP,
-        group_N,
-        group_N if limit_N is None else limit_N,
+        gram_GCP.contiguous(),
+        group_N.contiguous(),
+        group_N if limit_N is None else limit_N.contiguous(),
         threshold,
         values_NK,
         indices_NK,
@@ -187,7 +187,7 @@ def _refit_pairs(
 ):
     n = tl.program_id(0).to(tl.int64)
     start, count = tl.load(starts + n), tl.load(counts + n).to(tl.int32)
-    group = tl.load(groups + n)
+    group = tl.load(groups + n).to(tl.int64)
     latents += start
     gram += group * C * P
     slot = tl.arange(0, SLOTS)
@@ -234,9 +234,9 @@ def refit_pairs(
         (len(residual_ND),),
         residual_ND.contiguous(),
         W_MD.contiguous(),
-        latent_P,
-        gram_GCP,
-        group_N,
+        latent_P.contiguous(),
+        gram_GCP.contiguous(),
+        group_N.contiguous(),
         start_N,
         count_N,
         refitted_P,
