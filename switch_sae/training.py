@@ -19,6 +19,7 @@ from switch_sae.engines import Engine, EngineSettings, Outcome, TorchEngine, Tri
 from switch_sae.models import SparseAutoencoder
 from switch_sae.models.base import outside_autocast
 from switch_sae.models.fused import FusedTraining, why_not_fused
+from switch_sae.models.inference import Inference, search_plan
 from switch_sae.rows import OUTLIER_FACTOR, NormLimit, Rows
 from switch_sae.runs import Checkpoint, renamed
 
@@ -170,6 +171,9 @@ class Trainer:
                     f"trainer.moments={config.moments.value} needs the Triton backend; this SAE trains with {self.execution}. Use float32."
                 )
             self.engine = TorchEngine(sae, settings, self.tokens_since_fired_M)
+        if execution.is_triton:
+            sae.search = execution
+            self.choice += "" if sae.inference is Inference.encoder else f"; {search_plan(sae)}"
         self.steps_done = 0
         self._seconds = 0.0
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from experiments.benchmarks.cases import MAIN, Case
 from switch_kernels import Dispatch, Execution, Moments, Precision, Shape, choose_plan
-from switch_kernels.gpu import inference, topk
+from switch_kernels.gpu import inference, pursuit, topk
 from switch_kernels.gpu.adam import FusedAdam
 from switch_kernels.gpu.step import DeadLatents, Settings, Weights, training_step
+from switch_kernels.pursuit import padded_columns
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,3 +73,36 @@ TRAIN: dict[Case, dict[str, Any]] = {
 """With what differs from a plain step."""
 CASES: dict[str, Callable[[], None]] = {f"train {case}": partial(train, case, **changes) for case, changes in TRAIN.items()}
 CASES["evaluate"] = partial(evaluate, MAIN)
+
+
+def search(experts: int, own: int, k: int, blocks: int, shared: int = 0, D: int = 768, T: int = 10240, limited: bool = False) -> None:
+    """Correlations with the dictionary of each token's expert, then matching pursuit; T are those of 8,192 tokens and of the rivals of a quarter."""
+    candidates, expert_N = shared + own, meta(T, dtype=torch.int64)
+    gram_GCP = meta(experts, candidates, padded_columns(candidates))
+    limit_N = meta(T, dtype=torch.int64) if limited else None
+    for dot in ("bf16", "ieee"):
+        products_NC = pursuit.local_products(meta(T, D), meta(shared + experts * own, D), meta(experts + 1, dtype=torch.int64), shared, None, dot)
+    pursuit.matching_pursuit(products_NC, gram_GCP, expert_N, k, blocks, 1e-3, meta(), limit_N)
+
+
+def refit(experts: int, own: int, most: int, shared: int, D: int = 768, T: int = 10240) -> None:
+    """What the encoder of `switch_refit` multiplies, then least squares on what it chose."""
+    M, int64, pairs = shared + experts * own, torch.int64, T * most // 2
+    for dot in ("bf16", "ieee"):
+        pursuit.local_products(meta(T, D), meta(M, D), meta(experts + 1, dtype=int64), shared, meta(M), dot)
+    gram_GCP = meta(experts, shared + own, padded_columns(shared + own))
+    numbers = (meta(size, dtype=int64) for size in (pairs, T, T, T))
+    pursuit.refit_pairs(meta(T, D), meta(M, D), *numbers, gram_GCP, shared, 1e-3, most)
+
+
+CASES |= {
+    "pursuit 24 x 170, k=16": partial(search, 24, 170, 16, 4),
+    "pursuit 16 x 512, k=32": partial(search, 16, 512, 32, 4),
+    "pursuit 24 x 170, stop rule, 64 slots": partial(search, 24, 170, 64, 8),
+    "pursuit 32 x 473, stop rule, 64 slots": partial(search, 32, 473, 64, 8),
+    "pursuit 1 x 4096, limits": partial(search, 1, 4096, 32, 4, limited=True),
+    "pursuit 1 x 8192, 64 slots": partial(search, 1, 8192, 64, 8),
+    "refit 32 x 125 + 64 shared, 32 slots, as in pursuit": partial(refit, 32, 125, 32, 64),
+    "refit 32 x 704 + 160 shared, 64 slots, as in pursuit": partial(refit, 32, 704, 64, 160),
+    "refit 24 x 170, 16 slots, as in pursuit": partial(refit, 24, 170, 16, 0),
+}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from switch_kernels.backend import Execution
 from switch_kernels.threads import even_parts, over_parts
 
 COLUMNS = 32
@@ -18,6 +19,11 @@ GRAM_SHARE = 5 / 8
 """Of C^2 products that `gram_matrices` computes."""
 _CHUNK_ELEMENTS = 2**21
 """Of the largest intermediate tensor: what fits into a CPU's caches."""
+MOST_LATENTS = 64
+"""Of a row in a kernel: its inverse factor, 64 x 64, takes a quarter of the registers that four warps may have."""
+MOST_COLUMNS = 8192
+"""Of a Gram matrix in a kernel: a row's correlations and their start take a quarter of what eight warps may have."""
+_TORCH = Execution()
 
 
 class Support(NamedTuple):
@@ -36,6 +42,19 @@ class Problem(NamedTuple):
     """A A^T; only the lower triangle is read."""
     products_NK: Tensor
     """A r."""
+
+
+def why_not_in_kernels(execution: Execution, dtype: torch.dtype, latents: int, columns: int = 0) -> str | None:
+    """Why PyTorch and not the Triton kernels search, or refit, rows of at most so many latents, in words for a plan line; None if the kernels do."""
+    if not execution.is_triton:
+        return f"the backend is torch ({execution.reason})"
+    if dtype != torch.float32:
+        return f"the kernels take float32, not {str(dtype).removeprefix('torch.')}"
+    if latents > MOST_LATENTS:
+        return f"a token may take {latents} latents, and the kernels hold {MOST_LATENTS}"
+    if columns > MOST_COLUMNS:
+        return f"a token may choose from {columns} latents, and the kernels hold {MOST_COLUMNS}"
+    return None
 
 
 def padded_columns(candidates: int) -> int:
@@ -133,6 +152,7 @@ def matching_pursuit(
     ridge: float,
     threshold: Tensor | float = 0.0,
     limit_N: Tensor | None = None,
+    execution: Execution = _TORCH,
 ) -> Support:
     """At most k latents per row (and at most limit_N), in `blocks` blocks of k / blocks, from c0 = A r of its dictionary `group_N`, whose rows A have
     unit norm, with G = A A^T::
@@ -145,12 +165,18 @@ def matching_pursuit(
 
     The matching pursuit of Mallat & Zhang (1993) with the refits of orthogonal matching pursuit (Pati et al. 1993; one block per latent), in the Gram
     domain of batch OMP (Rubinstein et al. 2008), for latents that only add. Joining a latent lowers ||r||^2 by c_j^2 at least, so the threshold theta
-    is greedy descent of ||r||^2 + theta^2 L0. The Cholesky factor grows with the blocks. `gram_GCP` is padded (`gram_matrices`).
+    is greedy descent of ||r||^2 + theta^2 L0. The Cholesky factor grows with the blocks. `gram_GCP` is padded (`gram_matrices`). With Triton a kernel
+    computes it, unless `why_not_in_kernels` finds a reason.
     """
     if k % blocks:
         raise ValueError(f"k={k} latents cannot join in blocks={blocks} equal blocks. Use a number of blocks that divides k.")
     if k > gram_GCP.shape[1]:
         raise ValueError(f"k={k} latents cannot join from a dictionary of {gram_GCP.shape[1]}. Use a smaller k, or wider experts.")
+    if why_not_in_kernels(execution, correlations_NC.dtype, k, gram_GCP.shape[2]) is None:
+        from switch_kernels.gpu import pursuit as kernels
+
+        theta = threshold.float() if isinstance(threshold, Tensor) else correlations_NC.new_full((), threshold)
+        return Support(*kernels.matching_pursuit(correlations_NC, gram_GCP, group_N, k, blocks, ridge, theta, limit_N))
     size = max(1, _CHUNK_ELEMENTS // max(gram_GCP.shape[2], k * k))
 
     def pursue(rows: slice) -> Support:

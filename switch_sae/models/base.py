@@ -168,6 +168,8 @@ class SparseAutoencoder(nn.Module, ABC):
     """Who computes the forward pass, and in which precision: PyTorch in float32 unless it is set. Not saved:
     it changes rounding, not the function.
     """
+    search: Execution = Execution()
+    """Who computes refits and pursuit where `execution` leaves the forward pass to PyTorch; a trainer sets it. Not saved."""
     group: Group = ALONE
     """The processes that share a training batch: what is selected or counted over a batch is over all of theirs."""
     b_pre_D: nn.Parameter

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_kernels import Dispatch
+from switch_kernels import Dispatch, Execution
 from switch_kernels.pursuit import gram_matrices
 
 REFRESH_TOKENS = 8192
@@ -17,8 +17,20 @@ half as many (experiments/LOG.md).
 """
 
 
-def local_products(x_ND: Tensor, W_MD: Tensor, dispatch: Dispatch, shared: int, bias_M: Tensor | None = None) -> Tensor:
-    """[N, C] in expert order: the products of activations, in expert order, with the rows of each one's dictionary, and the bias. No gradients."""
+_TORCH = Execution()
+
+
+def local_products(
+    x_ND: Tensor, W_MD: Tensor, dispatch: Dispatch, shared: int, bias_M: Tensor | None = None, execution: Execution = _TORCH
+) -> Tensor:
+    """[N, C] in expert order: the products of activations, in expert order, with the rows of each one's dictionary, and the bias. No gradients.
+
+    With Triton one kernel computes them in float32 from operands of the execution's precision, and the host need not know where experts start.
+    """
+    if execution.is_triton and x_ND.dtype == W_MD.dtype == torch.float32:
+        from switch_kernels.gpu.pursuit import local_products as in_kernel
+
+        return in_kernel(x_ND, W_MD, dispatch.start_E1, shared, bias_M, execution.dot)
     experts, offsets = dispatch.num_experts, dispatch.offsets
     latents = (len(W_MD) - shared) // experts
     products_NC = x_ND.new_empty(len(x_ND), shared + latents)

@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from switch_kernels import Dispatch
+from switch_kernels import Dispatch, Execution
 from switch_kernels.decode import pair_products
 from switch_kernels.pursuit import (
     GRAM_SHARE,
     gram_matrices,
     least_squares,
     matching_pursuit,
+    padded_columns,
     problem_of_gram,
     problem_of_rows,
     pursuit_macs,
     solve_macs,
     spread_counts,
+    why_not_in_kernels,
 )
 from switch_kernels.threads import over_parts, threads_for
 from switch_sae.checks import typed
@@ -79,6 +81,30 @@ def with_inference(sae: "SparseAutoencoder", inference: Inference | str) -> "Spa
     return other
 
 
+def searched_by(sae: "SparseAutoencoder") -> Execution:
+    """Who computes an SAE's refits and pursuit, as far as `why_not_in_kernels` lets it."""
+    return sae.execution if sae.execution.is_triton else sae.search
+
+
+def why_not_searched_in_kernels(sae: "SparseAutoencoder") -> str | None:
+    """Why PyTorch and not Triton computes the refits or the pursuit of an SAE, in words for its plan line; None if Triton does."""
+    refits, most = sae.inference is Inference.refit, getattr(sae.config, "most", None)
+    if most is None:
+        if sae.k is None:
+            return "nothing bounds how many latents a token takes"
+        most = sae.k * (2 if sae.by_threshold else 1)
+    if refits and not (sae.is_routed and getattr(sae, "refits_by_gram", lambda: True)()):
+        return "the kernels refit from the Gram matrix of a token's one expert"
+    columns = 0 if refits else padded_columns(sae.num_shared + sae.latents_per_expert)
+    return why_not_in_kernels(searched_by(sae), sae.decoder_weight().dtype, most, columns)
+
+
+def search_plan(sae: "SparseAutoencoder") -> str:
+    """Who computes the refits or the pursuit of an SAE, and why."""
+    why = why_not_searched_in_kernels(sae)
+    return f"{sae.inference.name} in {f'PyTorch ({why})' if why else 'Triton kernels'}"
+
+
 def refit(sae: "SparseAutoencoder", x_TD: Tensor, latents: Latents, expert_T: Tensor | None, gram_ECP: Tensor | None = None) -> Latents:
     """The same support with refitted values; `x_TD` are scaled activations, `expert_T` the experts of an SAE that has one for each token.
 
@@ -116,23 +142,36 @@ def _refitted(
         order_T = torch.argsort(expert_T, stable=True)
         residual_TD, values_TK, indices_TK, expert_T = (each.index_select(0, order_T) for each in (residual_TD, values_TK, indices_TK, expert_T))
     active_TK = values_TK > 0
-    refitted_P = refit_pairs(sae, residual_TD, active_TK.sum(dim=1), indices_TK[active_TK], expert_T, gram_ECP)
+    refitted_P = refit_pairs(sae, residual_TD, active_TK.sum(dim=1), indices_TK[active_TK], expert_T, gram_ECP, values_TK.shape[1])
     refitted_TK = refitted_P.new_zeros(values_TK.shape).masked_scatter_(active_TK, refitted_P)
     return refitted_TK if order_T is None else torch.empty_like(refitted_TK).index_copy_(0, order_T, refitted_TK)
 
 
 @torch.no_grad()
 def refit_pairs(
-    sae: "SparseAutoencoder", residual_ND: Tensor, count_N: Tensor, latent_P: Tensor, expert_N: Tensor | None = None, gram_ECP: Tensor | None = None
+    sae: "SparseAutoencoder",
+    residual_ND: Tensor,
+    count_N: Tensor,
+    latent_P: Tensor,
+    expert_N: Tensor | None = None,
+    gram_ECP: Tensor | None = None,
+    most: int | None = None,
 ) -> Tensor:
     """[P]: the refitted values of each row's latents, row by row, `count_N` of each; the residual is x - b, scaled, in float32 at least.
 
-    With experts and their Gram matrices rows should come in the order of experts: their products then find rows of the decoder in the cache (6 ms,
-    not 14, of 65,536 pairs with D = 512).
+    A kernel does it where Triton may (`why_not_in_kernels`), Gram matrices are given, and rows have at most `most` latents. With experts and their
+    Gram matrices rows should come in the order of experts: their products then find rows of the decoder in the cache (6 ms, not 14, of 65,536 pairs
+    with D = 512).
     """
     W_MD, norm_M = _unit_rows(sae)
     start_N, refitted_P = count_N.cumsum(0) - count_N, residual_ND.new_zeros(len(latent_P))
     if expert_N is not None and gram_ECP is not None:
+        if most is not None and why_not_in_kernels(searched_by(sae), residual_ND.dtype, most) is None:
+            from switch_kernels.gpu.pursuit import refit_pairs as in_kernel
+
+            shared, ridge = sae.num_shared, ridge_of(sae)
+            refitted_P = in_kernel(residual_ND, W_MD, latent_P, start_N, count_N, expert_N, gram_ECP, shared, ridge, most)
+            return refitted_P if norm_M is None else refitted_P / norm_M[latent_P]
         row_P = torch.repeat_interleave(count_N)
         products_P = pair_products(residual_ND.contiguous(), latent_P, row_P, start_N, W_MD)
         local_P = to_local(latent_P[:, None], expert_N[row_P], sae.num_shared, sae.latents_per_expert)[:, 0]
@@ -195,10 +234,10 @@ def pursue(
         gram_ECP = gram_now(sae, len(x_TD)) if norm_M is None else gram_matrices(W_MD[None])
     with torch.no_grad():
         residual_ND = dispatch.gather(precise(x_TD - sae.b_out_D))
-        products_NC = local_products(residual_ND, W_MD, dispatch, shared)
+        products_NC = local_products(residual_ND, W_MD, dispatch, shared, execution=searched_by(sae))
         expert_N = dispatch.expert_N
         limit_N = None if limit_T is None else dispatch.gather(limit_T)
-        found = matching_pursuit(products_NC, gram_ECP, expert_N, k, blocks, ridge_of(sae), threshold, limit_N)
+        found = matching_pursuit(products_NC, gram_ECP, expert_N, k, blocks, ridge_of(sae), threshold, limit_N, searched_by(sae))
         indices_NK = to_global(found.indices_NK, expert_N, shared, sae.latents_per_expert)
         values_NK = found.values_NK if norm_M is None else found.values_NK / norm_M[indices_NK]
         return SparseLatents(dispatch.scatter(values_NK.to(x_TD.dtype)), dispatch.scatter(indices_NK), sae.num_latents)

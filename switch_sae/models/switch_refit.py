@@ -23,6 +23,7 @@ from switch_sae.models.inference import (
     pursuit_flops,
     refit_flops,
     refit_pairs,
+    searched_by,
 )
 from switch_sae.models.latents import SparseLatents
 from switch_sae.models.losses import local_auxk_loss
@@ -192,7 +193,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
     def _propose(self, x_TD: Tensor, dispatch: Dispatch, select: Select) -> "Proposal":
         """What is selected of W_enc (x - b) + b_enc, > 0."""
         centred_ND = dispatch.gather(x_TD - self.b_in_D)
-        pre_NC = local_products(centred_ND, self.W_enc_MD, dispatch, self.num_shared, self.b_enc_M)
+        pre_NC = local_products(centred_ND, self.W_enc_MD, dispatch, self.num_shared, self.b_enc_M, searched_by(self))
         kept_P = select(pre_NC)
         row_P, local_P = kept_P // pre_NC.shape[1], kept_P % pre_NC.shape[1]
         latent_P = to_global(local_P[:, None], dispatch.expert_N[row_P], self.num_shared, self.latents_per_expert)[:, 0]
@@ -211,7 +212,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
             torch.cat(parts) if len(parts) > 1 else parts[0]
             for parts in zip(*((each.centred_ND, each.count_N, each.latent_P, each.dispatch.expert_N) for each in proposals), strict=True)
         )
-        refitted_P = refit_pairs(self, precise(centred_ND), count_N, latent_P, expert_N, gram_ECP).to(centred_ND.dtype)
+        refitted_P = refit_pairs(self, precise(centred_ND), count_N, latent_P, expert_N, gram_ECP, self.config.most).to(centred_ND.dtype)
         return list(refitted_P.split([len(each.latent_P) for each in proposals]))
 
     @torch.no_grad()
@@ -244,7 +245,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         x_nD = self._scaled(rows.x_TD[:count])
         dispatch = Dispatch.from_experts(output.routing.expert_TS[:count], self.num_experts)
         residual_nD = x_nD - output.recon_TD[:count] * self.target_scale
-        left_nC = local_products(dispatch.gather(residual_nD), self.W_dec_MD, dispatch, self.num_shared)
+        left_nC = local_products(dispatch.gather(residual_nD), self.W_dec_MD, dispatch, self.num_shared, execution=searched_by(self))
         # What is in use has next to no correlation left (least squares), so the largest is of a latent that is not.
         best_n, local_n = left_nC.max(dim=1)
         row_Q = (best_n > self.theta).nonzero()[:, 0]

@@ -125,7 +125,7 @@ class TopKSAE(FusedTraining):
             return Flops(router=0, encode=encode, decode=per_row * k, backward=3 * per_row * k)
         backward, gram = 2 * per_row * k, gram_flops(self.d_in, self.num_experts, latents, REFRESH_TOKENS)
         if self.inference is Inference.refit:
-            is_routed = self._refits_by_gram()
+            is_routed = self.refits_by_gram()
             better = refit_flops(self.d_in, k, is_routed)
             return Flops(router=0, encode=encode + better, decode=per_row * k, backward=backward + is_routed * gram)
         better = pursuit_flops(self.d_in, latents, k, equal_blocks(k))
@@ -152,7 +152,7 @@ class TopKSAE(FusedTraining):
         if self.inference is Inference.encoder:
             return proposed, routing, by_latent, None
         if self.inference is Inference.refit:
-            by_gram = routing is not None and self._refits_by_gram()
+            by_gram = routing is not None and self.refits_by_gram()
             latents = refit(self, x_TD, proposed, routing.expert_TS[:, 0] if by_gram and routing is not None else None)
             assert isinstance(latents, SparseLatents)
         else:
@@ -162,7 +162,7 @@ class TopKSAE(FusedTraining):
     def _pursue(self, x_TD: Tensor, dispatch: Dispatch) -> SparseLatents:
         return pursue(self, x_TD, dispatch, self.config.k, equal_blocks(self.config.k))
 
-    def _refits_by_gram(self) -> bool:
+    def refits_by_gram(self) -> bool:
         """Where each token has one expert: its Gram matrix is small. Of a whole dictionary the few rows themselves cost less."""
         return self.num_experts > 1 and self.experts_per_token == 1
 

@@ -1,0 +1,325 @@
+"""Matching pursuit with block refits, and non-negative least squares on given supports: one row per program, from Gram matrices.
+
+A row's state stays in registers: its correlations, and the inverse Cholesky factor R = L^-1 of its support, which grows by one latent at a time: the
+new row of R follows from two products with R, so that nothing is solved step by step. Gram matrices stay float32: in bfloat16 their diagonal would be
+rounded by more than the ridge, and near duplicates would have no factor. They are not copied to shared memory either: rows come in the order of
+experts, so that the Gram matrix of one expert (170 latents: 130 kB) stays in the L1 cache, which on Hopper is the same memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from switch_kernels.backend import Dot
+from switch_kernels.gpu.gemm import find_rows
+from switch_kernels.gpu.launch import cdiv, launch, next_power_of_2
+
+_PRECISIONS = {"bf16": "tf32", "tf32": "tf32x3", "ieee": "ieee"}
+"""Of float32 operands: plain tf32 would cut their last bits off, and of bfloat16 operands nothing is cut off."""
+
+
+@triton.jit
+def _grow(R_SS, RT_SS, y_S, chosen_S, gram_row, index, product, s, ridge, SLOTS: tl.constexpr):
+    """R = L^-1, its transpose and y = R p after candidate `index` joined in slot s. Slots that are not in use are 0 in all, so whatever is read for
+    them counts for nothing.
+
+    R is held twice because sums over rows stay within a lane, and sums over columns would take five shuffles for each row.
+    """
+    slot = tl.arange(0, SLOTS)
+    across_S = tl.sum(RT_SS * tl.load(gram_row + chosen_S)[:, None], axis=0)
+    own = tl.load(gram_row + index) + ridge
+    scale = 1.0 / tl.sqrt(own - tl.sum(across_S * across_S, axis=0))
+    y = scale * (product - tl.sum(across_S * y_S, axis=0))
+    new_S = tl.where(slot == s, scale, -scale * tl.sum(R_SS * across_S[:, None], axis=0))
+    R_SS = tl.where((slot == s)[:, None], new_S[None, :], R_SS)
+    RT_SS = tl.where((slot == s)[None, :], new_S[:, None], RT_SS)
+    return R_SS, RT_SS, tl.where(slot == s, y, y_S)
+
+
+@triton.jit
+def _solution(R_SS, y_S):
+    """[SLOTS]: R^T y."""
+    return tl.sum(R_SS * y_S[:, None], axis=0)
+
+
+@triton.jit
+def _pursue(
+    products,
+    gram,
+    groups,
+    limits,
+    threshold,
+    values,
+    indices,
+    C,
+    P,
+    ridge,
+    K: tl.constexpr,
+    STEP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    p = tl.arange(0, WIDTH)
+    slot = tl.arange(0, SLOTS)
+    products += n * C
+    values += n * K
+    indices += n * K
+    gram += tl.load(groups + n).to(tl.int64) * C * P
+    theta = tl.load(threshold)
+    most = K
+    if HAS_LIMIT:
+        most = tl.minimum(tl.load(limits + n), K).to(tl.int32)
+    c0 = tl.load(products + p, mask=p < C, other=-float("inf"))  # those that joined become -inf, and then stay out of every renewal
+    c = c0
+    R_SS = tl.zeros((SLOTS, SLOTS), tl.float32)
+    RT_SS = R_SS
+    y_S = tl.zeros((SLOTS,), tl.float32)
+    chosen_S = tl.zeros((SLOTS,), tl.int32)
+    count = 0
+    # a maximum passes over NaN: a row that holds one takes no latent, as in PyTorch
+    more = (tl.sum((c0 != c0).to(tl.int32), axis=0) == 0) & (most > 0)
+    while more:
+        value, index = tl.max(c, axis=0, return_indices=True)
+        joins = value > theta
+        if joins:
+            row = gram + index.to(tl.int64) * P
+            c -= value * tl.load(row + p, mask=p < P, other=0.0)
+            c = tl.where(p == index, -float("inf"), c)
+            c0 = tl.where(p == index, -float("inf"), c0)
+            R_SS, RT_SS, y_S = _grow(R_SS, RT_SS, y_S, chosen_S, row, index, tl.load(products + index), count, ridge, SLOTS)
+            chosen_S = tl.where(slot == count, index, chosen_S)
+            tl.store(indices + count, index.to(tl.int64))
+            count += 1
+            if (count % STEP == 0) & (count < most):
+                z_S = tl.maximum(_solution(R_SS, y_S), 0.0)
+                tl.store(values + slot, z_S, mask=slot < count)
+                tl.debug_barrier()  # slots come back to all lanes through memory
+                c = c0
+                for first in range(0, count, CHUNK):
+                    i = first + tl.arange(0, CHUNK)
+                    z = tl.load(values + i, mask=i < count, other=0.0)
+                    at = tl.load(indices + i, mask=i < count, other=0)
+                    rows = tl.load(gram + (at * P)[:, None] + p[None, :], mask=(i < count)[:, None] & (p < P)[None, :], other=0.0)
+                    c -= tl.sum(rows * z[:, None], axis=0)
+        more = joins & (count < most)
+    z_S = _solution(R_SS, y_S)
+    tl.debug_barrier()
+    again = tl.sum((z_S < 0.0).to(tl.int32), axis=0) > 0
+    while again:
+        active_S = z_S > 0.0
+        R_SS = tl.zeros((SLOTS, SLOTS), tl.float32)
+        RT_SS = R_SS
+        y_S = tl.zeros((SLOTS,), tl.float32)
+        for s in range(0, count):
+            if tl.sum((active_S & (slot == s)).to(tl.int32), axis=0) > 0:
+                index = tl.load(indices + s)
+                R_SS, RT_SS, y_S = _grow(R_SS, RT_SS, y_S, chosen_S, gram + index * P, index, tl.load(products + index), s, ridge, SLOTS)
+        z_S = _solution(R_SS, y_S)
+        again = tl.sum((z_S < 0.0).to(tl.int32), axis=0) > 0
+    tl.store(values + slot, z_S, mask=slot < K)
+    tl.store(indices + slot, chosen_S.to(tl.int64), mask=slot < K)
+
+
+def matching_pursuit(
+    correlations_NC: Tensor, gram_GCP: Tensor, group_N: Tensor, k: int, blocks: int, ridge: float, threshold: Tensor, limit_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(values float32 [N, k], indices int64 [N, k]) of `switch_kernels.pursuit.matching_pursuit`; slots that are not in use hold 0 and candidate 0.
+
+    All floats are float32, `threshold` is a scalar on the device; `switch_kernels.pursuit.why_not_in_kernels` knows the limits.
+    """
+    rows, candidates = correlations_NC.shape
+    slots, width = next_power_of_2(k), next_power_of_2(gram_GCP.shape[2])
+    warps = _warps(slots, width)
+    values_NK = correlations_NC.new_empty(rows, k)
+    indices_NK = torch.empty(rows, k, dtype=torch.int64, device=correlations_NC.device)
+    launch(
+        _pursue,
+        (rows,),
+        correlations_NC.contiguous(),
+        gram_GCP.contiguous(),
+        group_N.contiguous(),
+        group_N if limit_N is None else limit_N.contiguous(),
+        threshold,
+        values_NK,
+        indices_NK,
+        candidates,
+        gram_GCP.shape[2],
+        ridge,
+        K=k,
+        STEP=k // blocks,
+        SLOTS=slots,
+        WIDTH=width,
+        CHUNK=max(1, min(4, 1024 * warps // width)),
+        HAS_LIMIT=limit_N is not None,
+        num_warps=warps,
+        num_stages=1,
+    )
+    return values_NK, indices_NK
+
+
+def _warps(slots: int, width: int) -> int:
+    """At most 32 numbers of a lane for each of R, its transpose, the correlations, their start, and rows of a Gram matrix in flight."""
+    return max(1, slots * slots // 1024, width // 1024)
+
+
+@triton.jit
+def _refit_pairs(
+    residuals,
+    W_MD,
+    latents,
+    gram,
+    groups,
+    starts,
+    counts,
+    refitted,
+    C,
+    P,
+    F,
+    shared,
+    ridge,
+    D: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    start, count = tl.load(starts + n), tl.load(counts + n).to(tl.int32)
+    group = tl.load(groups + n).to(tl.int64)
+    latents += start
+    gram += group * C * P
+    slot = tl.arange(0, SLOTS)
+    latent_S = tl.load(latents + slot, mask=slot < count, other=0)
+    products = tl.zeros((SLOTS, WIDTH), tl.float32)
+    for first in range(0, D, WIDTH):
+        d_1W = first + tl.arange(0, WIDTH)[None, :]
+        atoms = tl.load(W_MD + (latent_S * D)[:, None] + d_1W, mask=(slot < count)[:, None] & (d_1W < D), other=0.0)
+        products += atoms * tl.load(residuals + n * D + d_1W, mask=d_1W < D, other=0.0)
+    product_S = tl.sum(products, axis=1)
+    active_S = slot < count
+    local_S = tl.where(active_S & (latent_S >= shared), latent_S - group * F, latent_S)
+    z_S = tl.zeros((SLOTS,), tl.float32)
+    again = count > 0
+    while again:
+        R_SS = tl.zeros((SLOTS, SLOTS), tl.float32)
+        RT_SS = R_SS
+        y_S = tl.zeros((SLOTS,), tl.float32)
+        for s in range(0, count):
+            if tl.sum((active_S & (slot == s)).to(tl.int32), axis=0) > 0:
+                index = tl.sum(tl.where(slot == s, local_S, 0), axis=0)
+                product = tl.sum(tl.where(slot == s, product_S, 0.0), axis=0)
+                R_SS, RT_SS, y_S = _grow(R_SS, RT_SS, y_S, local_S, gram + index * P, index, product, s, ridge, SLOTS)
+        z_S = _solution(R_SS, y_S)
+        again = tl.sum((active_S & (z_S <= 0.0)).to(tl.int32), axis=0) > 0  # NaN stays, and ends it
+        active_S = active_S & (z_S > 0.0)
+    tl.store(refitted + start + slot, z_S, mask=slot < count)
+
+
+def refit_pairs(
+    residual_ND: Tensor, W_MD: Tensor, latent_P: Tensor, start_N: Tensor, count_N: Tensor, group_N: Tensor, gram_GCP: Tensor, shared: int,
+    ridge: float, most: int,
+) -> Tensor:  # fmt: skip
+    """[P] float32: values of `switch_kernels.pursuit.least_squares` of each row's `count_N` latents, from `start_N` on in `latent_P`.
+
+    Latents are numbered over all G dictionaries: `shared` ones first, then those of each. No row may have more than `most`.
+    """
+    latents = (len(W_MD) - shared) // len(gram_GCP)
+    slots, D = next_power_of_2(most), residual_ND.shape[1]
+    refitted_P = residual_ND.new_empty(len(latent_P))
+    warps = _warps(slots, 0)
+    launch(
+        _refit_pairs,
+        (len(residual_ND),),
+        residual_ND.contiguous(),
+        W_MD.contiguous(),
+        latent_P.contiguous(),
+        gram_GCP.contiguous(),
+        group_N.contiguous(),
+        start_N,
+        count_N,
+        refitted_P,
+        *gram_GCP.shape[1:],
+        latents,
+        shared,
+        ridge,
+        D=D,
+        SLOTS=slots,
+        WIDTH=min(next_power_of_2(D), 128, max(16, 1024 * warps // slots)),
+        num_warps=warps,
+        num_stages=1,
+    )
+    return refitted_P
+
+
+@triton.jit
+def _local_products(
+    x_ND,
+    W_MD,
+    bias_M,
+    start_E1,
+    out_NC,
+    N,
+    C,
+    F,
+    shared,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    expert, row, stop = find_rows(tl.program_id(0), start_E1, N, E, EP, ROWS, 1)
+    if row < stop:
+        n_R1 = row + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        latent = tl.where(column < shared, column, column + expert * F).to(tl.int64)
+        products = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(0, D, DEPTH):
+            d_1D = first + tl.arange(0, DEPTH)[None, :]
+            x = tl.load(x_ND + n_R1 * D + d_1D, mask=(n_R1 < stop) & (d_1D < D), other=0.0)
+            w = tl.load(W_MD + latent[:, None] * D + d_1D, mask=(column < C)[:, None] & (d_1D < D), other=0.0)
+            if LOW:
+                x, w = x.to(tl.bfloat16), w.to(tl.bfloat16)
+            products = tl.dot(x, tl.trans(w), products, input_precision=PRECISION)
+        if HAS_BIAS:
+            products += tl.load(bias_M + latent, mask=column < C, other=0.0)[None, :]
+        tl.store(out_NC + n_R1 * C + column[None, :], products, mask=(n_R1 < stop) & (column < C)[None, :])
+
+
+def local_products(x_ND: Tensor, W_MD: Tensor, start_E1: Tensor, shared: int, bias_M: Tensor | None, dot: Dot) -> Tensor:
+    """float32 [N, C]: the products of rows in the order of experts with the rows of W that each may use: `shared` first ones, then its expert's."""
+    experts = len(start_E1) - 1
+    rows, columns, depth = 64, 64, 32
+    latents = (len(W_MD) - shared) // experts
+    out_NC = x_ND.new_empty(len(x_ND), shared + latents)
+    if not out_NC.numel():
+        return out_NC
+    launch(
+        _local_products,
+        (cdiv(len(x_ND) + experts * (rows - 1), rows), cdiv(shared + latents, columns)),
+        x_ND.contiguous(),
+        W_MD.contiguous(),
+        W_MD if bias_M is None else bias_M,
+        start_E1,
+        out_NC,
+        len(x_ND),
+        shared + latents,
+        latents,
+        shared,
+        D=x_ND.shape[1],
+        E=experts,
+        EP=next_power_of_2(experts + 1),
+        ROWS=rows,
+        COLUMNS=columns,
+        DEPTH=depth,
+        LOW=dot == "bf16",
+        PRECISION=_PRECISIONS[dot],
+        HAS_BIAS=bias_M is not None,
+    )
+    return out_NC
