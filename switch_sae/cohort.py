@@ -105,7 +105,8 @@ class Streams:
 
     def score(self, config: RunConfig) -> Scorer:
         if self.scorer is None:
-            self.scorer = Scorer(config.evaluation, self.get(config).source, self.say)
+            stream = self.get(config)
+            self.scorer = Scorer(config.evaluation, stream.source, self.say, stream.execution)
         return self.scorer
 
     def close(self) -> None:

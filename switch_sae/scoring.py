@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from switch_kernels import Execution
 from switch_sae.activations import ActivationSource, EvaluationSet, SyntheticSource
 from switch_sae.analysis.pca import PCABaseline, participation_ratio
 from switch_sae.analysis.recovery import recovery_scores
@@ -41,8 +42,9 @@ class Asked:
 class Scorer:
     """Scores SAEs and controls on the same held-out rows, which are made once, with the same language model behind delta CE and KL."""
 
-    def __init__(self, config: EvaluationConfig, source: ActivationSource, say: Say = tell) -> None:
-        self.config, self.source, self.say = config, source, say
+    def __init__(self, config: EvaluationConfig, source: ActivationSource, say: Say = tell, search: Execution | None = None) -> None:
+        """`search` computes refits and pursuit: what trained them should, so that a run that is scored later has the same numbers."""
+        self.config, self.source, self.say, self.search = config, source, say, search or Execution()
         self.evaluation_set = source.evaluation_set(config.rows)
         halves = self.evaluation_set.halves() if config.calibrate else None
         self.calibration_rows: Rows | None = None
@@ -63,6 +65,9 @@ class Scorer:
 
     def group(self, asked: Sequence[Asked], failed: Callable[[str, Exception], None] | None = None) -> "Scored":
         """Scores all of them in one pass. With `failed`, one that cannot be scored is left out, and told (name, error)."""
+        for each in asked:
+            if isinstance(each.sae, SparseAutoencoder):
+                each.sae.search = self.search
         asked = self._calibrated(asked, failed)
         saes = {each.name: each.sae for each in asked}
         # Untrained controls are not probed: how stable or readable random latents are answers no question that is worth several more passes.

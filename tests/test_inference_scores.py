@@ -11,6 +11,7 @@ from test_report import tiny_run
 
 from experiments import evaluate as evaluate_command
 from experiments.evaluate import evaluate_again
+from switch_kernels import Execution
 from switch_sae import load_sae
 from switch_sae.activations import SyntheticSource
 from switch_sae.analysis.recovery import normalized_mutual_information
@@ -212,8 +213,10 @@ def test_settings_of_inferences_are_checked():
 
 
 def test_ratios_of_some_are_those_of_all(run):
-    scorer = Scorer(asked(), source_of(run))
+    execution = Execution(reason="who trained it")
+    scorer = Scorer(asked(), source_of(run), search=execution)
     sae = load_sae(run.path)
     group = scorer.group([trained("a", sae, "main"), *scorer.under_inferences(trained("a", sae, "main"))])
+    assert sae.search is execution  # who searched in training does in scoring, where an SAE was loaded too
     every = group._scores.ratios("a")
     assert set(every) == {"a+refit", "a+pursuit"} and group._scores.ratios("a", ["a+refit"]) == {"a+refit": every["a+refit"]}
