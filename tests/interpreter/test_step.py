@@ -97,6 +97,23 @@ def test_losses_and_gradients_equal_autograd(name, plan, dead, poisoned_memory):
     assert found.gradients.matrices_square.sqrt().item() == pytest.approx(norm.item(), rel=2e-5)
 
 
+@pytest.mark.parametrize("plan", ["dense", "sparse"])
+def test_gates_that_underflow_give_no_gradient_and_no_nan(plan):
+    sae = build(CONFIGS["two experts per token, joint"], PLANS[plan])
+    with torch.no_grad():
+        sae.router.W_ED.mul_(300)
+        x_TD = activations()
+        assert (sae.route(x_TD)[0].gate_TS == 0).any()
+        exact = build(CONFIGS["two experts per token, joint"]).double()
+        exact.router.W_ED.mul_(300)
+        found = sae.training_step(Rows.of(x_TD), FusedAdam(trainable(sae), "ieee").operands, None, "ieee")
+    terms = exact.loss_terms(Rows.of(x_TD.double()), exact(x_TD.double()), None)
+    parameters = trainable(exact)
+    gradients = gradients_of(sae, found)
+    for name, gradient in zip(parameters, torch.autograd.grad(sum(terms.values()), list(parameters.values())), strict=True):
+        assert (gradients[name] - gradient).norm() <= 2e-5 * gradient.norm() + 1e-4, name
+
+
 @pytest.mark.parametrize(
     ("name", "plan"), [*(("switch", plan) for plan in PLANS), *((name, "sparse, recomputed") for name in CONFIGS if name != "switch")]
 )

@@ -227,7 +227,8 @@ class _Dense:
         self.dz_NF, gate_parts_NP = gemm.latent_gradients(loss.grad_rows_ND, weights.W_dec_MD, self.z_NF, start_E1, F, s.dot)
         self.grad_gate_TS = None
         if batch.gate_TS is not None:  # the rows carry the gate: sum_j z_j <gate * g, W_j> / gate
-            self.grad_gate_TS = gate_parts_NP.sum(1).index_select(0, batch.row_R).view_as(batch.gate_TS) / batch.gate_TS
+            parts_TS = gate_parts_NP.sum(1).index_select(0, batch.row_R).view_as(batch.gate_TS)
+            self.grad_gate_TS = torch.where(batch.gate_TS == 0, 0.0, parts_TS / batch.gate_TS)  # softmax's own gradient is 0 there
 
     def residual(self) -> Tensor:
         """target - recon, scaled, float32 [T, D], from the gradient rows of each token's first slot."""
