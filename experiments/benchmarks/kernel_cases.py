@@ -13,9 +13,10 @@ from torch import Tensor
 
 from experiments.benchmarks.cases import MAIN, Case
 from switch_kernels import Dispatch, Execution, Moments, Precision, Shape, choose_plan
-from switch_kernels.gpu import inference, pursuit, topk
+from switch_kernels.gpu import inference, pursuit, route, topk
 from switch_kernels.gpu.adam import FusedAdam
 from switch_kernels.gpu.step import DeadLatents, Settings, Weights, training_step
+from switch_kernels.gpu.update_small import Schedule
 from switch_kernels.pursuit import padded_columns
 
 
@@ -26,13 +27,13 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def train(case: Case, x_dtype: torch.dtype = torch.float32, bias: bool = True) -> None:
     """One training step and its update."""
     s, dot = case.shape, Execution(precision=case.precision).dot
-    parameters = {"W_enc_MD": meta(s.M, s.D), "W_dec_MD": meta(s.M, s.D), "b_in_D": meta(s.D), "b_out_D": meta(s.D)}
+    parameters = {"W_enc_MD": meta(s.M, s.D), "W_dec_MD": meta(s.M, s.D), "b_in_D": meta(s.D)}
     if bias:
         parameters["b_enc_M"] = meta(s.M)
     if s.E > 1:
         parameters |= {"W_router_ED": meta(s.E, s.D), "b_router_D": meta(s.D)}
     adam = FusedAdam(parameters, dot, torch.bfloat16 if case.moments is Moments.bfloat16 else torch.float32)
-    weights = Weights(**{"b_enc_M": None, **parameters, **adam.operands})
+    weights = Weights(**{"b_enc_M": None, "b_out_D": parameters["b_in_D"], **parameters, **adam.operands})
     plan = choose_plan(s.T, s.M, s.E, s.K, s.S)
     settings = Settings(s.E, s.S, s.K, s.joint, balance=3.0, train_router=s.E > 1, dot=dot, plan=plan)
     dead = None
@@ -42,7 +43,7 @@ def train(case: Case, x_dtype: torch.dtype = torch.float32, bias: bool = True) -
     x_TD, scale = meta(s.T, s.D, dtype=x_dtype), meta()
     step = training_step(x_TD, x_TD, scale, scale, weights, settings, dead)
     topk.mark_fired_(meta(s.M, dtype=torch.int64), step.values_TK, step.indices_TK, s.T)
-    adam.step(step.gradients, meta(6), meta(1, dtype=torch.int32))
+    adam.step(step.gradients, Schedule(meta(64, 6), meta(1, dtype=torch.int64), meta(1, dtype=torch.int32), meta()))
 
 
 def evaluate(s: Shape) -> None:
@@ -50,6 +51,13 @@ def evaluate(s: Shape) -> None:
     dispatch = Dispatch.from_experts(meta(s.T, s.S, dtype=torch.int64), s.E)
     values_RK, indices_RK = inference.select_rows(meta(s.T, s.D), meta(s.M, s.D), meta(s.M), dispatch, s.K, "bf16")
     inference.decode(values_RK, indices_RK, meta(s.M, s.D), "bf16")
+
+
+def many_experts(E: int, T: int = 8192, D: int = 768) -> None:
+    """The router of more experts than the training steps have."""
+    x_TD, W_ED, b_D, counts_E = meta(T, D), meta(E, D), meta(D), meta(E, dtype=torch.int32)
+    routed = route.route(x_TD, meta(), W_ED, b_D, 1, "bf16")
+    route.router_gradients(route.route_backward(routed, meta(T, 1), counts_E, 1.0), x_TD, meta(), W_ED, b_D, "bf16")
 
 
 WIDE = replace(MAIN, M=131072)
@@ -73,6 +81,7 @@ TRAIN: dict[Case, dict[str, Any]] = {
 """With what differs from a plain step."""
 CASES: dict[str, Callable[[], None]] = {f"train {case}": partial(train, case, **changes) for case, changes in TRAIN.items()}
 CASES["evaluate"] = partial(evaluate, MAIN)
+CASES |= {f"router of {E} experts": partial(many_experts, E) for E in (256, 4096)}
 
 
 def search(experts: int, own: int, k: int, blocks: int, shared: int = 0, D: int = 768, T: int = 10240, limited: bool = False) -> None:
