@@ -12,6 +12,7 @@ from torch import Tensor
 from switch_kernels import Moments
 from switch_kernels.adam import Adam
 from switch_kernels.backend import Dot
+from switch_kernels.held import Held, on_meta
 from switch_sae.models import SparseAutoencoder
 from switch_sae.models.fused import FusedTraining
 from switch_sae.models.routers.base import expert_shares
@@ -41,6 +42,7 @@ class Engine(Protocol):
     def state(self) -> dict[str, Tensor]: ...
     def load(self, state: dict[str, Tensor], step: int) -> None: ...
     def seconds(self) -> float: ...
+    def step_bytes(self, tokens: int) -> int: ...
 
     keeps_time: bool
     """Whether `seconds` knows the steps' time; otherwise the caller's clock does."""
@@ -112,6 +114,10 @@ class TorchEngine:
 
     def seconds(self) -> float:
         return 0.0
+
+    def step_bytes(self, tokens: int) -> int:
+        """Gradients of all weights: the least that a step holds, without batch and activations."""
+        return sum(p.numel() * p.element_size() for p in self.optimizer.parameters.values())
 
 
 def same_form(a: Rows, b: Rows) -> bool:
@@ -301,3 +307,22 @@ class TritonEngine:
                 seconds, steps = self.clock[replayed]
                 self.clock[replayed] = seconds + start.elapsed_time(end) / 1e3, steps + 1
         self.events.clear()
+
+    @torch.no_grad()
+    def step_bytes(self, tokens: int) -> int:
+        """What a step on so many tokens holds at most beside weights and moments: the batch, low-precision copies of encoder and decoder,
+        pre-activations, latents, rows, gradients.
+
+        The pool that all graphs share keeps it between steps too. The step is taken on meta tensors: nothing is launched, nothing held. Without dead
+        latents, of which AuxK's tensors are.
+        """
+        from switch_kernels.gpu.launch import launches_to
+
+        sae = on_meta(self.sae)
+        other = TritonEngine(sae, self.settings, self.tokens_since_fired_M.to("meta"), self.dot)
+        weights = {parameter.untyped_storage() for parameter in sae.parameters()}
+        copies = sum(copy.nbytes for copy in other.optimizer.operands.values() if copy.untyped_storage() not in weights)
+        with Held() as held, launches_to(lambda launch: None):
+            other.rows = Rows.of(torch.empty(tokens, sae.d_in, device="meta"))
+            other._compute()
+        return copies + held.peak
