@@ -198,11 +198,13 @@ class Cohort:
 
     def _say_memory(self, stream: Stream, free: int | None) -> None:
         """Says what the group will hold, of what was free before it was built. Raises ValueError where that is more than there was."""
-        need = group_bytes(self.trainers.values())
-        rows = self.config.batch_size * max(trainer.sae.num_latents // trainer.sae.num_experts for trainer in self.trainers.values()) * 4
+        need, trainers = group_bytes(self.trainers.values()), self.trainers.values()
+        widths = [trainer.sae.num_latents // trainer.sae.num_experts for trainer in trainers if not trainer.execution.is_triton]
+        rows = self.config.batch_size * max(widths, default=0) * 4  # in kernels they are among what is needed
+        batch = f" and about {3 * rows / 1e9:.2f} GB for a batch" if rows else ""
         self.say(
-            f"memory: {len(self.trainers)} SAEs need {need / 1e9:.2f} GB (weights, moments, gradients) and about "
-            f"{3 * rows / 1e9:.2f} GB for a batch" + (f"; {free / 1e9:.1f} GB are free" if free is not None else "")
+            f"memory: {len(trainers)} SAEs need {need / 1e9:.2f} GB (weights, moments, gradients){batch}"
+            + (f"; {free / 1e9:.1f} GB are free" if free is not None else "")
         )
         if free is not None and need > free:
             fix = f"Use sweep.at_once={len(self.trainers) // 2} or less: the others follow." if len(self._folders()) > 1 else "Make it smaller."

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from switch_kernels import Moments
 from switch_kernels.adam import Adam
 from switch_kernels.backend import Dot
+from switch_kernels.held import Held, on_meta
 from switch_sae.models import SparseAutoencoder
 from switch_sae.models.fused import FusedTraining
 from switch_sae.models.routers.base import expert_shares
@@ -40,6 +42,7 @@ class Engine(Protocol):
     def state(self) -> dict[str, Tensor]: ...
     def load(self, state: dict[str, Tensor], step: int) -> None: ...
     def seconds(self) -> float: ...
+    def step_bytes(self, tokens: int) -> int: ...
 
     keeps_time: bool
     """Whether `seconds` knows the steps' time; otherwise the caller's clock does."""
@@ -112,6 +115,10 @@ class TorchEngine:
     def seconds(self) -> float:
         return 0.0
 
+    def step_bytes(self, tokens: int) -> int:
+        """Gradients of all weights: the least that a step holds, without batch and activations."""
+        return sum(p.numel() * p.element_size() for p in self.optimizer.parameters.values())
+
 
 def same_form(a: Rows, b: Rows) -> bool:
     """Whether two batches have the same shapes and dtypes, and both or neither have targets of their own."""
@@ -130,6 +137,10 @@ class TritonEngine:
     INTERVAL = 64
     EAGER_STEPS = 2  # before a graph is captured: kernels compile and libraries allocate their workspaces
 
+    # All graphs of an engine are captured on one stream of its own and share one memory pool: temporaries are dead between replays, and only captured
+    # outputs, which `graphs` holds, keep their place. A library's workspace belongs to the stream and lies in the pool, so a graph of another engine
+    # that goes away takes nothing along. A pool ends with its last graph and cannot be used again.
+
     def __init__(self, sae: FusedTraining, settings: EngineSettings, tokens_since_fired_M: Tensor, dot: Dot) -> None:
         from switch_kernels.gpu.adam import FusedAdam
 
@@ -146,17 +157,27 @@ class TritonEngine:
         self.next_reading = 0
         self.graphs: dict[int, tuple[Any, Any]] = {}
         self.eager_steps: dict[int, int] = {}
-        self.events: list[tuple[Any, Any]] = []
-        self.elapsed = 0.0
+        self.stream: Any = None
+        self.events: list[tuple[Any, Any, bool]] = []
+        """Start and end of the steps that nobody has read yet, and whether each was replayed."""
+        self.clock = self._new_clock()
         self.rows: Rows | None = None
 
-    @torch.no_grad()
     def step(self, rows: Rows, step: int) -> Outcome:
+        with self._on_device():
+            return self._step(rows, step)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Streams, events and captures go to the current device."""
+        return torch.cuda.device(self.device) if self.keeps_time else nullcontext()
+
+    @torch.no_grad()
+    def _step(self, rows: Rows, step: int) -> Outcome:
         if step >= self.next_reading:
             self._read(step)
         if self.keeps_time:
-            self.events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self.events[-1][0].record()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
         if self.rows is None or not same_form(self.rows, rows):
             self.rows = rows.map(lambda rows_TD: torch.empty_like(rows_TD, memory_format=torch.contiguous_format))
             self.graphs.clear()
@@ -164,10 +185,12 @@ class TritonEngine:
         self.rows.x_TD.copy_(rows.x_TD)
         if rows.target_TD is not rows.x_TD:
             self.rows.target_TD.copy_(rows.target_TD)
+        is_captured = self._key() in self.graphs
         computed, grad_norm = self._replay() if self.keeps_time else self._compute()
         torch.autograd.graph.increment_version(list(self.optimizer.parameters.values()))  # kernels and graphs write where PyTorch does not see it
         if self.keeps_time:
-            self.events[-1][1].record()
+            end.record()
+            self.events.append((start, end, is_captured))
         self.optimizer.steps_taken = step + 1
         scale = self.sae.target_scale
         pairs_E = computed.pairs_E
@@ -187,21 +210,32 @@ class TritonEngine:
         mark_fired_(self.tokens_since_fired_M, computed.values_TK, computed.indices_TK, len(self.rows))
         return computed, grad_norm
 
+    def _key(self) -> int:
+        """Dead latents (rounded up), for each number of which there is a graph."""
+        return 0 if self.dead is None else self.dead.latent_B.shape[0]
+
     def _replay(self) -> tuple[Any, Tensor]:
-        """Runs `_compute` eagerly at first, then captures it once for every number of dead latents (rounded up), and replays."""
-        key = 0 if self.dead is None else self.dead.latent_B.shape[0]
+        """Runs `_compute` eagerly at first, then captures it once for every number of dead latents, and replays."""
+        key = self._key()
         if key not in self.graphs:
             done = self.eager_steps.get(key, 0)
             if done < self.EAGER_STEPS:
                 self.eager_steps[key] = done + 1
                 return self._compute()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may be fetching activations
-                captured = self._compute()
-            self.graphs[key] = (graph, captured)
+            self.graphs[key] = self._capture()
         graph, captured = self.graphs[key]
         graph.replay()
         return captured
+
+    def _capture(self) -> tuple[Any, Any]:
+        """`_compute` as a graph, and the tensors that a replay writes."""
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(self.device)
+        pool = next((graph.pool() for graph, _ in self.graphs.values()), None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool, self.stream, "thread_local"):  # other threads may be fetching activations
+            captured = self._compute()
+        return graph, captured
 
     def _read(self, step: int) -> None:
         """The one place that waits for the device."""
@@ -246,13 +280,46 @@ class TritonEngine:
             self.next_reading = step
 
     def seconds(self) -> float:
-        """Device time of the steps since it was last asked for; waits for them."""
+        """Device time of the steps since it was last asked for; waits for them.
+
+        In a step that runs eagerly or captures a graph the device waits for the host, which compiles: such a step counts as much as a replayed one
+        does on average, and as what it took only where none was replayed.
+        """
         self._read_clock()
-        elapsed, self.elapsed = self.elapsed, 0.0
-        return elapsed
+        (replayed, replays), (other, others) = self.clock[True], self.clock[False]
+        self.clock = self._new_clock()
+        return replayed * (replays + others) / replays if replays else other
+
+    @staticmethod
+    def _new_clock() -> dict[bool, tuple[float, int]]:
+        """Seconds and number of the steps that were replayed, and of those that were not."""
+        return {True: (0.0, 0), False: (0.0, 0)}
 
     def _read_clock(self) -> None:
-        if self.events:
+        if not self.events:
+            return
+        with self._on_device():
             self.events[-1][1].synchronize()
-            self.elapsed += sum(start.elapsed_time(end) for start, end in self.events) / 1e3
-            self.events.clear()
+            for start, end, replayed in self.events:
+                seconds, steps = self.clock[replayed]
+                self.clock[replayed] = seconds + start.elapsed_time(end) / 1e3, steps + 1
+        self.events.clear()
+
+    @torch.no_grad()
+    def step_bytes(self, tokens: int) -> int:
+        """What a step on so many tokens holds at most beside weights and moments: the batch, low-precision copies of encoder and decoder,
+        pre-activations, latents, rows, gradients.
+
+        The pool that all graphs share keeps it between steps too. The step is taken on meta tensors: nothing is launched, nothing held. Without dead
+        latents, of which AuxK's tensors are.
+        """
+        from switch_kernels.gpu.launch import launches_to
+
+        sae = on_meta(self.sae)
+        other = TritonEngine(sae, self.settings, self.tokens_since_fired_M.to("meta"), self.dot)
+        weights = {parameter.untyped_storage() for parameter in sae.parameters()}
+        copies = sum(copy.nbytes for copy in other.optimizer.operands.values() if copy.untyped_storage() not in weights)
+        with Held() as held, launches_to(lambda launch: None):
+            other.rows = Rows.of(torch.empty(tokens, sae.d_in, device="meta"))
+            other._compute()
+        return copies + held.peak

@@ -18,22 +18,16 @@ def state_bytes(trainer: Trainer) -> int:
     return parameters + moments + sum(b.numel() * b.element_size() for b in sae.buffers())
 
 
-def gradient_bytes(trainer: Trainer) -> int:
-    """Gradients of all weights."""
-    return sum(p.numel() * p.element_size() for p in trainer.sae.parameters() if p.requires_grad)
-
-
 def group_bytes(trainers: Iterable[Trainer]) -> int:
-    """The least that training a group needs, without batches and activations: everybody's state, and gradients.
+    """The least that training a group needs: everybody's state, and what their engines hold for a step (`Engine.step_bytes`).
 
-    PyTorch frees an SAE's gradients before the next one's step, so only the largest one's count. The fused engine keeps each SAE's in its CUDA graph,
-    and low-precision copies of its encoder and decoder beside.
+    PyTorch frees what an SAE's step took before the next one's, so only the largest counts. The fused engine keeps it, each SAE's in a pool of its
+    own, once however many graphs it has.
     """
     trainers = list(trainers)
-    fused = [trainer for trainer in trainers if trainer.execution.is_triton]
-    others = [trainer for trainer in trainers if not trainer.execution.is_triton]
-    kept = sum(gradient_bytes(trainer) + 2 * 2 * trainer.sae.decoder_weight().numel() for trainer in fused)
-    return sum(map(state_bytes, trainers)) + kept + max(map(gradient_bytes, others), default=0)
+    kept = sum(trainer.engine.step_bytes(trainer.batch_size) for trainer in trainers if trainer.execution.is_triton)
+    freed = [trainer.engine.step_bytes(trainer.batch_size) for trainer in trainers if not trainer.execution.is_triton]
+    return sum(map(state_bytes, trainers)) + kept + max(freed, default=0)
 
 
 def available_bytes(device: str | torch.device) -> int | None:

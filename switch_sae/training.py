@@ -108,25 +108,37 @@ class StepResult:
     def dead_M(self) -> Tensor:
         return self.outcome.dead_M
 
-    @torch.no_grad()
     def fvu(self) -> float:
         """Centred fraction of variance unexplained, of this batch."""
+        return self._fvu().item()
+
+    @torch.no_grad()
+    def _fvu(self) -> Tensor:
         target_TD = self.rows.target_TD.float() if self.rows.target_TD.dtype == torch.bfloat16 else self.rows.target_TD
-        return (self.outcome.squared_error() / (target_TD - target_TD.mean(dim=0)).pow(2).sum()).item()
+        return self.outcome.squared_error() / (target_TD - target_TD.mean(dim=0)).pow(2).sum()
 
     def dead_share(self) -> float:
         return self.dead_M.float().mean().item()
 
     def numbers(self) -> dict[str, float]:
         """Plain numbers for a log: `loss`, each of its terms, batch FVU, L0, dead share, gradient norm, learning rate, experts' load."""
-        row = {f"loss/{name}": term.item() for name, term in self.terms.items()}
-        grad_norm = self.outcome.grad_norm.item()
-        row = {"loss": sum(row.values()), **row, "fvu": self.fvu(), "dead": self.dead_share(), "grad_norm": grad_norm, "lr": self.lr}
-        row["l0"] = (self.outcome.values > 0).sum().item() / len(self.rows)
-        if self.outcome.load_E is not None:
-            load_E = self.outcome.load_E()
-            row |= {"load/max": load_E.max().item(), "load/min": load_E.min().item()}
-        return row
+        terms = {f"loss/{name}": term for name, term in self.terms.items()}
+        asked = {"fvu": self._fvu(), "dead": self.dead_M.float().mean(), "grad_norm": self.outcome.grad_norm}
+        load_E = self.outcome.load_E() if self.outcome.load_E is not None else None
+        loads = {} if load_E is None else {"load/max": load_E.max(), "load/min": load_E.min()}
+        read = _read({**terms, **asked, "active": (self.outcome.values > 0).sum(), **loads})
+        row = {name: read[name] for name in terms}
+        row = {"loss": sum(row.values()), **row, **{name: read[name] for name in asked}, "lr": self.lr}
+        return row | {"l0": read["active"] / len(self.rows), **{name: read[name] for name in loads}}
+
+
+def _read(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Numbers off the device, which is waited for once for each dtype."""
+    found: dict[str, float] = {}
+    for dtype in {tensor.dtype for tensor in tensors.values()}:
+        names = [name for name, tensor in tensors.items() if tensor.dtype == dtype]
+        found |= zip(names, torch.stack([tensors[name].detach().reshape(()) for name in names]).tolist(), strict=True)
+    return {name: found[name] for name in tensors}
 
 
 class Trainer:

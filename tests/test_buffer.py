@@ -9,10 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from switch_sae.activations.buffer import Block, Prefetcher, ShuffleBuffer, seeded
+from switch_sae import rows as rows_module
+from switch_sae.activations import buffer as buffer_module
+from switch_sae.activations.buffer import Block, Prefetcher, ShuffleBuffer, distinct, seeded
 from switch_sae.activations.text import Document
 from switch_sae.activations.tokens import ContextRules, LocalFeed, Packing, StreamFeed, cut, stack, tokenize
-from switch_sae.rows import Rows
+from switch_sae.rows import NormLimit, Rows
+from switch_sae.stream import Batches
 
 BOS, EOS, PAD = 1, 2, 3
 
@@ -204,6 +207,43 @@ def test_mixing_is_one_for_a_perfect_shuffle_and_low_without():
     assert perfect.mixing()["expected_documents_per_batch"] == pytest.approx(30 * (1 - (29 / 30) ** 60), rel=1e-3)
     with pytest.raises(ValueError, match="none was taken"):
         make_buffer(whole).mixing()
+
+
+@pytest.mark.parametrize("numbers", [[7], [3, 3, 9, 3], [0, 1 << 40, 5, 1 << 40, -2]])
+def test_documents_are_counted_whether_their_numbers_lie_close_or_far_apart(numbers):
+    assert distinct(torch.tensor(numbers)) == len(set(numbers))
+
+
+def test_rows_of_a_gpu_are_views_until_their_block_ends_and_nobody_waits_to_find_outliers(monkeypatch):
+    """A CPU that is taken for a GPU: the stream, its state and what is left out are the same."""
+    plain = make_buffer(local_feed())
+    limit = NormLimit.of(next(plain), 1.2)
+    batches = Batches(plain, limit)
+    expected = [(next(batches).x_TD, batches.state_dict()) for _ in range(60)]
+    monkeypatch.setattr(buffer_module, "on_gpu", lambda rows: True)
+    buffer = make_buffer(local_feed())
+    next(buffer)
+    batches = Batches(buffer, limit)
+    for x_TD, state in expected:
+        with monkeypatch.context() as context:
+            if buffer._block is not None and len(buffer._block.rows) - buffer._offset >= 30:  # else a new block may come, whose norms are read
+                context.setattr(rows_module, "norms", None)
+            assert torch.equal(next(batches).x_TD, x_TD) and batches.state_dict() == state
+    assert batches.left_out > 0
+    sizes = set()
+    rows = make_buffer(local_feed(), batch_size=10, block_rows=60)
+    for _ in range(40):
+        block, left = rows._current().rows, len(rows._current().rows) - rows._offset
+        batch = next(rows)
+        is_view = batch.x_TD.untyped_storage().data_ptr() == block.x_TD.untyped_storage().data_ptr()
+        assert is_view == (left >= 20) and torch.equal(batch.norms_CT[0], rows_module.norms(batch.x_TD))
+        sizes.add(is_view)
+    assert sizes == {True, False}
+
+
+def test_rows_of_a_cpu_never_hold_their_block():
+    rows = make_buffer(local_feed())
+    assert all(next(rows).x_TD.untyped_storage().nbytes() == 10 * 4 for _ in range(10))
 
 
 def test_local_blocks_share_an_epoch_evenly_and_orders_differ_by_epoch_and_seed():

@@ -5,6 +5,9 @@ import torch
 from torch import Tensor
 
 from switch_kernels import KERNELS, Dispatch, KernelSpec, Shape, encode_topk
+from switch_kernels import encode as encode_module
+from switch_kernels.encode import _masked_sums, _sums_by_slot
+from switch_kernels.latent_order import LatentOrder
 
 SHAPES = [
     Shape(T=64, D=16, M=48, E=4, K=5),
@@ -125,6 +128,28 @@ def test_no_latent_order_is_made_where_no_gradient_is_wanted():
     assert encode_topk(**inputs).by_latent is not None
     with torch.no_grad():
         assert encode_topk(**inputs).by_latent is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_that_are_the_same_every_time_are_those_of_adding_one_after_another(dtype):
+    generator, (T, K, M, S) = torch.Generator().manual_seed(0), (300, 6, 40, 3)
+    indices_TK, slot_TK = (torch.randint(0, most, (T, K), generator=generator) for most in (M - 1, S))  # the last latent is never selected
+    weights_TK = torch.randn(T, K, generator=generator, dtype=dtype)
+    sums_M = torch.zeros(M, dtype=dtype).index_add_(0, indices_TK.flatten(), weights_TK.flatten())
+    assert torch.equal(LatentOrder.from_indices(indices_TK, M).weight_sums(weights_TK), sums_M) and sums_M[-1] == 0
+    torch.testing.assert_close(_masked_sums(weights_TK, slot_TK, S), _sums_by_slot(weights_TK, slot_TK, S))
+    assert torch.equal(_sums_by_slot(weights_TK, slot_TK, S), torch.zeros(T, S, dtype=dtype).scatter_add_(1, slot_TK, weights_TK))
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[6]], ids=str)
+def test_no_gradient_is_added_up_in_an_order_that_a_gpu_leaves_open(shape, monkeypatch):
+    for name in ("index_add_", "scatter_add_"):
+        monkeypatch.setattr(Tensor, name, None)
+    monkeypatch.setattr(encode_module, "_sums_by_slot", encode_module._masked_sums)  # as on a GPU
+    _, grads = run(lambda **inputs: encode_topk(**inputs).values_TK, inputs_of(KERNELS["encode_topk"], shape))
+    monkeypatch.undo()
+    for name, expected in run(lambda **inputs: encode_topk(**inputs).values_TK, inputs_of(KERNELS["encode_topk"], shape))[1].items():
+        torch.testing.assert_close(grads[name], expected, rtol=1e-12, atol=1e-13, msg=name)
 
 
 def test_dispatch_gathers_and_scatters_back():

@@ -13,7 +13,7 @@ from switch_sae.engines import same_form
 from switch_sae.evaluation import evaluate
 from switch_sae.models import SwitchSAE, TopKSAE
 from switch_sae.models.base import unit_scale
-from switch_sae.rows import Rows
+from switch_sae.rows import NormLimit, Rows, moved, norms
 from switch_sae.training import Trainer, TrainerConfig, prepare, train
 
 D, T, STEPS = 8, 128, 150
@@ -63,6 +63,40 @@ def test_one_tensor_stays_one_and_two_stay_two():
     assert torch.equal(two[1:4].target_TD, two.target_TD[1:4]) and torch.equal(Rows.cat([two, two]).target_TD[6:], two.target_TD)
     mixed = Rows.cat([one, Rows(x_TD, x_TD + 1)])
     assert torch.equal(mixed.target_TD[:6], x_TD) and torch.equal(mixed.target_TD[6:], x_TD + 1)
+
+
+class OnTheCpu:
+    """A tensor that notes how it is moved."""
+
+    device, pinned = torch.device("cpu"), False
+
+    def pin_memory(self):
+        self.pinned = True
+        return self
+
+    def to(self, device, non_blocking=False):
+        return device, self.pinned, non_blocking
+
+
+def test_rows_go_to_a_gpu_by_pinned_memory_and_nowhere_else():
+    assert moved(OnTheCpu(), "cuda") == ("cuda", True, True) and moved(OnTheCpu(), torch.device("cuda:1")) == (torch.device("cuda:1"), True, True)
+    assert moved(OnTheCpu(), "cpu") == ("cpu", False, False) and moved(OnTheCpu(), "meta") == ("meta", False, False)
+
+
+def test_norms_that_were_read_stay_with_their_rows():
+    two = two_tensors()
+    known = two.measured()
+    assert torch.equal(known.norms_CT, torch.stack([norms(two.x_TD), norms(two.target_TD)])) and repr(known) == repr(two)
+    for same in (known[:], known.clone(), known.to("cpu"), Rows.cat([known])):
+        assert torch.equal(same.norms_CT, known.norms_CT)
+    assert torch.equal(known[1:4].norms_CT, known.norms_CT[:, 1:4]) and torch.equal(known[1:4].target_TD, two.target_TD[1:4])
+    for other in (known.map(lambda rows_TD: 2 * rows_TD), known[torch.tensor([0, 2])], Rows.cat([known, two])):
+        assert other.norms_CT is None
+    assert torch.equal(Rows.cat([known, known[:2]]).norms_CT, torch.cat([known.norms_CT, known.norms_CT[:, :2]], dim=1))
+    limit = NormLimit(float(known.norms_CT[0, 4]), 20.0)
+    assert torch.equal(limit.inliers(known).x_TD, limit.inliers(two).x_TD) and 0 < len(limit.inliers(two)) < 5
+    one = Rows.of(two.x_TD).measured()
+    assert one.norms_CT.shape == (1, 6) and len(NormLimit(limit.x, limit.x).inliers(one)) == 5
 
 
 def test_a_change_is_computed_once_for_one_tensor():

@@ -114,6 +114,21 @@ def test_a_checkpoint_of_other_members_is_refused():
         train({"switch": members()["switch"]}, source(), 4, save=saved.append, checkpoint_every=0, resume=saved[0])
 
 
+def test_numbers_wait_for_the_device_once_for_each_dtype(monkeypatch):
+    trainer, stream = members()["switch"], source()
+    result = trainer.step(next(stream))
+    expected = {"fvu": result.fvu(), "dead": result.dead_share(), "grad_norm": result.outcome.grad_norm.item(), "lr": result.lr}
+    expected |= {f"loss/{name}": term.item() for name, term in result.terms.items()}
+    expected |= {"l0": (result.outcome.values > 0).sum().item() / BATCH, "loss": sum(term.item() for term in result.terms.values())}
+    waits = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, real=real, name=name: (waits.append(name), real(tensor))[1])
+    numbers = result.numbers()
+    assert waits == ["tolist", "tolist"] and list(numbers)[:2] == ["loss", "loss/mse"]
+    assert {key: numbers[key] for key in expected} == expected and 0 < numbers["load/min"] < numbers["load/max"] < 1
+
+
 def test_nan_activations_stop_before_any_weight_changes():
     trainers = members()
     before = weights(trainers)

@@ -148,9 +148,9 @@ def _encode_topk_backward(
     grads = [W_enc_MD.new_empty(0) for _ in needs]
     if needs_x:
         grads[0] = F.embedding_bag(indices_TK, W_enc_MD, mode="sum", per_sample_weights=grad_pre_TK)
+    by_latent = LatentOrder(pair_P, token_P, start_M)
     if needs_b_enc or needs_b_pre:
-        column_sums_M = torch.zeros(W_enc_MD.shape[0], dtype=grad_pre_TK.dtype, device=grad_pre_TK.device)
-        column_sums_M.index_add_(0, indices_TK.flatten(), grad_pre_TK.flatten())
+        column_sums_M = by_latent.weight_sums(grad_pre_TK)
         if needs_b_pre:
             grads[1] = -(column_sums_M @ W_enc_MD)
         if needs_b_enc:
@@ -158,10 +158,21 @@ def _encode_topk_backward(
     if needs_gate:
         grad_gate_TK = grad_values_TK * active_TK
         assert gate_TS is not None
-        grads[2] = torch.zeros_like(gate_TS).scatter_add_(1, slot_TK, grad_gate_TK) if slot_TK.ndim == 2 else grad_gate_TK.sum(1, keepdim=True)
+        grads[2] = _sums_by_slot(grad_gate_TK, slot_TK, gate_TS.shape[1]) if slot_TK.ndim == 2 else grad_gate_TK.sum(1, keepdim=True)
     if needs_W_enc:
-        grads[3] = LatentOrder(pair_P, token_P, start_M).weighted_row_sums(centred_TD, grad_pre_TK)
+        grads[3] = by_latent.weighted_row_sums(centred_TD, grad_pre_TK)
     return grads
+
+
+def _sums_by_slot(grad_TK: Tensor, slot_TK: Tensor, slots: int) -> Tensor:
+    """[T, S]: each token's sums over the latents of each slot."""
+    if grad_TK.device.type == "cpu":
+        return grad_TK.new_zeros(len(grad_TK), slots).scatter_add_(1, slot_TK, grad_TK)
+    return _masked_sums(grad_TK, slot_TK, slots)  # the same every time: scatter_add_ adds in any order there
+
+
+def _masked_sums(grad_TK: Tensor, slot_TK: Tensor, slots: int) -> Tensor:
+    return torch.stack([torch.where(slot_TK == slot, grad_TK, 0.0).sum(dim=1) for slot in range(slots)], dim=1)
 
 
 @torch.library.register_fake("switch_kernels::encode_topk_backward")

@@ -37,3 +37,11 @@ class LatentOrder:
         """[M, D]: for each latent j, the sum over pairs (t, s) that selected it of weights[t, s] * rows[t]; zero where nothing did."""
         weights_P = weights_TK.flatten().index_select(0, self.pair_P)
         return F.embedding_bag(self.token_P, rows_TD, self.start_M, mode="sum", per_sample_weights=weights_P)
+
+    def weight_sums(self, weights_TK: Tensor) -> Tensor:
+        """[M]: for each latent, the sum of the weights of its pairs, one after another: the bits of `index_add_` on a CPU, and the same every time on
+        a GPU, where that adds in any order.
+        """
+        one_of_one = torch.ones(1, 1, dtype=weights_TK.dtype, device=weights_TK.device)
+        weights_P = weights_TK.flatten().index_select(0, self.pair_P)
+        return F.embedding_bag(torch.zeros_like(self.pair_P), one_of_one, self.start_M, mode="sum", per_sample_weights=weights_P)[:, 0]

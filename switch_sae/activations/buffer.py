@@ -8,7 +8,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ class Block:
     """Document number of each row, int64, on the CPU."""
     next_position: Position
 
+
+_DOCUMENT_RANGE = 1 << 18
+"""Document numbers in a batch may differ by so much for a table of flags to be faster than sorting them."""
 
 MakeBlock = Callable[[Position, threading.Event], Block]
 """Makes the block at a position; it may stop with any exception once the event is set, since nobody will take the result."""
@@ -135,14 +138,17 @@ class ShuffleBuffer:
             piece = slice(self._offset, min(self._offset + missing, len(block.rows)))
             missing -= piece.stop - piece.start
             self._offset = piece.stop
-            # Copied, so that neither a batch nor a left-over keeps a used-up block in memory while the next one arrives.
-            rows.append(block.rows[piece].map(torch.Tensor.clone))
-            documents.append(block.document_T[piece].clone())
+            # Copied, so that neither a batch nor a left-over keeps a used-up block in memory while the next one arrives. On a GPU, whose time it is,
+            # only the last two batches of a block: a caller lets go of a batch when it has the one after.
+            is_used_up_soon = len(block.rows) - piece.stop < self.batch_size
+            part = block.rows[piece]
+            rows.append(part.clone() if is_used_up_soon or not on_gpu(part) else part)
+            documents.append(block.document_T[piece])
             if piece.stop == len(block.rows):
                 self._position, self._offset, self._block = block.next_position, 0, None
             del block
         self._batches += 1
-        self._documents += len(torch.unique(torch.cat(documents)))
+        self._documents += distinct(torch.cat(documents))
         return Rows.cat(rows)
 
     @property
@@ -161,6 +167,8 @@ class ShuffleBuffer:
     def _timed(self, position: Position, cancelled: threading.Event) -> Block:
         began = time.perf_counter()
         block = self._make(position, cancelled)
+        if on_gpu(block.rows):
+            block = replace(block, rows=block.rows.measured())  # once a block, and in the thread that works ahead: no batch waits for the device
         self.rate = len(block.rows) / (time.perf_counter() - began)
         return block
 
@@ -185,3 +193,18 @@ class ShuffleBuffer:
         if self._prefetcher is not None:
             self._prefetcher.close()
         self._block = None
+
+
+def on_gpu(rows: Rows) -> bool:
+    """Whether looking at these rows means waiting for a device."""
+    return rows.x_TD.device.type != "cpu"
+
+
+def distinct(document_T: Tensor) -> int:
+    """How many different documents there are."""
+    first, last = (int(end) for end in document_T.aminmax())
+    if last - first >= _DOCUMENT_RANGE:
+        return len(document_T.unique())
+    seen = torch.zeros(last - first + 1, dtype=torch.bool)
+    seen[document_T - first] = True
+    return int(seen.sum())

@@ -28,7 +28,7 @@ from torch import Tensor
 from switch_sae.activations.base import differences
 from switch_sae.activations.buffer import Block, MakeBlock, Position
 from switch_sae.files import RunError, remove_part_files, wait_for_lock, write_atomically
-from switch_sae.rows import Rows
+from switch_sae.rows import Rows, moved
 
 FORMAT = {"format": "switch_sae.activations", "version": 1}
 _ROWS_PER_COPY = 8192
@@ -131,7 +131,7 @@ class ShardStore:
                 if cancelled.is_set():
                     raise InterruptedError(f"reading {path} was called off.")
                 part = slice(start, start + _ROWS_PER_COPY)
-                rows_TD[x_place_T[part]] = stored_TD[part].to(device, torch.float32)
+                rows_TD[x_place_T[part]] = moved(stored_TD[part], device).to(torch.float32)
             return rows_TD
 
         document_T = torch.empty(len(stored), dtype=torch.int64)

@@ -125,9 +125,10 @@ class _EncodePairs(torch.autograd.Function):
         grad_P = grads[0]
         centred_TD, W_enc_MD, position_P = ctx.saved_tensors
         token_P, latent_P = position_P // len(W_enc_MD), position_P % len(W_enc_MD)
-        column_sums_M = torch.zeros_like(W_enc_MD[:, 0]).index_add_(0, latent_P, grad_P)
+        by_latent = order_of(latent_P, len(W_enc_MD))
+        column_sums_M = by_latent.weight_sums(grad_P)
         grad_x_TD = _bag_sums(grad_P, latent_P, token_P, len(centred_TD), W_enc_MD) if ctx.needs_input_grad[0] else None
-        grad_W_MD = row_sums(grad_P, token_P, centred_TD, order_of(latent_P, len(W_enc_MD)))
+        grad_W_MD = row_sums(grad_P, token_P, centred_TD, by_latent)
         return grad_x_TD, -(column_sums_M @ W_enc_MD), grad_W_MD, column_sums_M if ctx.needs_input_grad[3] else None, None
 
 
