@@ -4,6 +4,7 @@ Products are float32 whatever the operands of the experts' products are, or sums
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -84,7 +85,7 @@ def route(x_TD: Tensor, scale: Tensor, W_ED: Tensor, b_D: Tensor, slots: int, do
         counts_BE=torch.empty(blocks, num_experts, dtype=torch.int32, device=device),
         prob_sums_BE=torch.empty(blocks, num_experts, dtype=torch.float32, device=device),
     )
-    product = {"E": num_experts, "D": D, "BLOCK_D": min(32, max(16, next_power_of_2(D))), "PRECISION": precision_of(dot)}
+    product: dict[str, Any] = {"E": num_experts, "D": D, "BLOCK_D": min(32, max(16, next_power_of_2(D))), "PRECISION": precision_of(dot)}
     whole = rows == block and width <= 128  # the block's logits are one product; of more experts they are made in tiles beforehand
     if not whole:
         size = PRODUCT_TILE
