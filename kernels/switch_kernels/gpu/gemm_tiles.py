@@ -12,10 +12,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from switch_kernels.backend import Dot, operand_dtype
-from switch_kernels.gpu.launch import ALIGN, cdiv, interpreted, next_power_of_2
+from switch_kernels.gpu.launch import ALIGN, cdiv, interpreted, next_power_of_2, round_up
 
 Product = Literal["encode", "latent_gradients", "decode_loss", "decode_rows", "weight_gradient"]
 Capability = tuple[int, int]
+
+SIZES = ["num_rows", "num_row_tiles", "E", "F"]
+"""Arguments of the products of which no form is compiled per value: Triton would take 1 and multiples of 16 for kernels of their own."""
 
 _assumed: Capability | None = None
 
@@ -28,6 +31,11 @@ class Tile(NamedTuple):
     BK: int
     num_warps: int
     num_stages: int
+
+
+def padded(latents: int) -> int:
+    """Length of a row of so many latents: of whole vectors in any dtype, and always a multiple of 16, so that one kernel serves all lengths."""
+    return round_up(latents, 16)
 
 
 def choose_tile(product: Product, rows_per_expert: int, F: int, D: int, precision: str, capability: Capability = (9, 0)) -> Tile:
@@ -59,6 +67,11 @@ def choose_tile(product: Product, rows_per_expert: int, F: int, D: int, precisio
 def _at_most(size: int, needed: int) -> int:
     """A tile's side cut down to what the matrix fills, but not below 32."""
     return min(size, max(32, next_power_of_2(needed)))
+
+
+def tile_width(F: int, any_width: bool) -> int:
+    """The F that a tile is chosen for: with `any_width` the same for all, where F changes while a model trains and nothing may be compiled then."""
+    return 128 if any_width else F
 
 
 def row_tiles(num_rows: int, num_experts: int, BM: int) -> int:
@@ -108,13 +121,14 @@ class Grouped(NamedTuple):
     """The compile-time constants that all such kernels share."""
 
 
-def grouped(product: Product, rows: Tensor, start_E1: Tensor, F: int, D: int, precision: str, group: int = 1) -> Grouped:
-    """The cut of `product` for `rows` [N, .] of E experts, with tiles of at least `group` columns."""
+def grouped(product: Product, rows: Tensor, start_E1: Tensor, F: int, D: int, precision: str, group: int = 1, any_width: bool = False) -> Grouped:
+    """The cut of `product` for `rows` [N, .] of E experts, with tiles of at least `group` columns; `any_width` as in `tile_width`."""
     num_rows, E, capability = rows.shape[0], start_E1.shape[0] - 1, capability_of(rows)
-    tile = choose_tile(product, num_rows // E, F, D, precision, capability)
+    tile = choose_tile(product, num_rows // E, tile_width(F, any_width), D, precision, capability)
     tile = tile._replace(BN=max(tile.BN, group))
     descriptors = has_descriptors(capability)
-    constants = {"E": E, "EP": next_power_of_2(E + 1), "ALIGN": ALIGN, "DESCRIPTORS": descriptors}
+    # all but very many experts are searched like 255, so that they share kernels
+    constants = {"EP": max(256, next_power_of_2(E + 1)), "ALIGN": ALIGN, "DESCRIPTORS": descriptors}
     return Grouped(tile, descriptors, row_tiles(num_rows, E, tile.BM), constants | tile._asdict())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.gemm import halves, tiles_of_rows
-from switch_kernels.gpu.gemm_tiles import capability_of, check_operands, choose_tile, has_descriptors, source
+from switch_kernels.gpu.gemm_tiles import SIZES, capability_of, check_operands, choose_tile, has_descriptors, source, tile_width
 from switch_kernels.gpu.launch import cdiv, launch
 
 
@@ -26,19 +26,7 @@ class WeightGradient(NamedTuple):
 
 @triton.jit
 def _finish_slice(
-    grad,
-    expert,
-    first,
-    column,
-    square_part,
-    slot_M,
-    extra_AD,
-    grad_MD,
-    square_parts,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    grad, expert, first, column, square_part, slot_M, extra_AD, grad_MD, square_parts, F, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
     """Adds the extra rows to a gradient [BM, BN], at the expert's latents from `first` on and columns from `column` on;
     writes it and its sum of squares.
@@ -56,7 +44,7 @@ def _finish_slice(
     tl.store(corner + i[:, None] * D + j[None, :], grad.to(grad_MD.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _weight_gradient_kernel(
     left_NF,
     right_ND,
@@ -67,10 +55,10 @@ def _weight_gradient_kernel(
     square_parts,
     column_sums_M,
     num_rows,
+    F,
+    FP,
     D: tl.constexpr,
     DP: tl.constexpr,
-    F: tl.constexpr,
-    FP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -78,14 +66,14 @@ def _weight_gradient_kernel(
 ):
     left = tiles_of_rows(left_NF, num_rows, FP, BK, BM, DESCRIPTORS)
     right = tiles_of_rows(right_ND, num_rows, DP, BK, BN, DESCRIPTORS)
-    F_TILES: tl.constexpr = (F + BM - 1) // BM
+    f_tiles = (F + BM - 1) // BM
     D_TILES: tl.constexpr = (D + BN - 1) // BN
     # one tile more per strip of latents sums left's columns: the strip's other programs are reading the same tiles
     STRIP: tl.constexpr = D_TILES + 1 if column_sums_M is not None else D_TILES
     pid = tl.program_id(0)
     d_tile = pid % STRIP
-    f_tile = (pid // STRIP) % F_TILES
-    expert = pid // (STRIP * F_TILES)
+    f_tile = (pid // STRIP) % f_tiles
+    expert = pid // (STRIP * f_tiles)
     begin = tl.load(start_E1 + expert)
     stop = tl.load(start_E1 + expert + 1)
     if d_tile < D_TILES:
@@ -96,8 +84,8 @@ def _weight_gradient_kernel(
         parts = halves(acc, BM, BN)
         for h in tl.static_range(2):
             column = d_tile * BN + h * (BN // 2)
-            square_part = ((expert * F_TILES + f_tile) * D_TILES + d_tile) * 2 + h
-            _finish_slice(parts[h], expert, f_tile * BM, column, square_part, slot_M, extra_AD, grad_MD, square_parts, D, F, BM, BN // 2)
+            square_part = ((expert * f_tiles + f_tile) * D_TILES + d_tile) * 2 + h
+            _finish_slice(parts[h], expert, f_tile * BM, column, square_part, slot_M, extra_AD, grad_MD, square_parts, F, D, BM, BN // 2)
     elif column_sums_M is not None:
         total = tl.zeros((BK, BM), tl.float32)
         for r in range(begin, stop, BK):
@@ -116,17 +104,18 @@ def weight_gradient(
     out_dtype: torch.dtype,
     extra: Extra | None = None,
     column_sums: bool = False,
+    any_width: bool = False,
 ) -> WeightGradient:
     """left[e]^T @ right[e] for every expert e, plus the rows of `extra`: see `WeightGradient`.
 
     left_NF [N, Fp] and right_ND [N, Dp] have the operands' dtype and pad columns 0. On each expert's padding rows one of them must be 0 and the other
-    finite (for the column sums: left must be 0); rows behind the last expert are not read.
+    finite (for the column sums: left must be 0); rows behind the last expert are not read. With `any_width` every F takes the same kernel.
     """
     check_operands(precision, left_NF=left_NF, right_ND=right_ND)
     num_rows, FP = left_NF.shape
     E = start_E1.shape[0] - 1
     capability = capability_of(left_NF)
-    tile = choose_tile("weight_gradient", num_rows // E, F, D, precision, capability)
+    tile = choose_tile("weight_gradient", num_rows // E, tile_width(F, any_width), D, precision, capability)
     f_tiles, d_tiles = cdiv(F, tile.BM), cdiv(D, tile.BN)
     grad_MD = torch.empty(E * F, D, dtype=out_dtype, device=left_NF.device)
     square_parts = torch.empty(E * f_tiles, d_tiles, 2, dtype=torch.float32, device=left_NF.device)
@@ -144,10 +133,10 @@ def weight_gradient(
         square_parts,
         column_sums_M,
         num_rows,
+        F,
+        FP,
         D=D,
         DP=right_ND.shape[1],
-        F=F,
-        FP=FP,
         DESCRIPTORS=descriptors,
         **tile._asdict(),
     )

@@ -15,7 +15,7 @@ from switch_kernels.gpu import gemm, gemm_decode, gemm_weights, pairs, sparse, u
 from switch_kernels.gpu.dispatch import count_experts
 from switch_kernels.gpu.encode import encode_pairs
 from switch_kernels.gpu.extra import Extra
-from switch_kernels.gpu.launch import round_up
+from switch_kernels.gpu.gemm_tiles import padded
 from switch_kernels.gpu.route import Routed, route, route_backward
 from switch_kernels.gpu.scatter import scatter_latents
 from switch_kernels.gpu.topk import group_of, keep_topk_, select_jointly
@@ -213,7 +213,7 @@ class _Dense:
         self.batch, self.s, D = batch, s, batch.target_TD.shape[1]
         F, start_E1 = batch.latents_per_expert, batch.start_E1
         self.z_NF = scatter_latents(
-            batch.values_TK, batch.indices_TK, batch.slot_TK, batch.expert_TS, batch.row_R, batch.rows_ND.shape[0], F, round_up(F, 8)
+            batch.values_TK, batch.indices_TK, batch.slot_TK, batch.expert_TS, batch.row_R, batch.rows_ND.shape[0], F, padded(F)
         )
         target = (batch.target_TD, batch.target_scale, weights.b_out_D, batch.grad_scale)
         if s.slots == 1:
@@ -267,7 +267,7 @@ class _Sparse:
         batch, s = self.batch, self.s
         recomputed = s.plan.gradients is GradientMode.recomputed
         grads = pairs.latent_gradients(
-            pairs.pairs_by_latent(batch.indices_TK, self.num_latents), self.loss, batch.rows_ND, batch.row_R, batch.slot_TK, s.slots, s.k,
+            pairs.pairs_by_latent(batch.indices_TK, self.num_latents), self.loss, batch.rows_ND, batch.row_R, batch.slot_TK, s.slots,
             batch.x_TD.shape[1], batch.target_TD.shape[1], None if recomputed else s.operand_dtype, extra_dec, extra_enc,
         )  # fmt: skip
         return _WeightGradients(grads.encoder_MD, grads.decoder_MD, grads if recomputed else None, grads.bias_M, grads.square_parts.sum())

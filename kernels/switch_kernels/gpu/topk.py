@@ -60,12 +60,13 @@ def select_rows(pre_NF: Tensor, group_max_NG: Tensor, F: int, group: int, expert
     if group > 1 and groups < padded:
         raise ValueError(f"group={group} leaves {groups} groups of {F} latents; k={k} needs at least {padded}: use group_of(F, k).")
     float32 = pre_NF.dtype != torch.bfloat16
+    first_length = groups if group > 1 else F
     by_position = not float32 and group > 1 and F > 1 << 16
-    wide_first = float32 or (groups if group > 1 else F) > 1 << 16
+    wide_first = float32 or first_length > 1 << 16
     first_keys = WIDE_KEYS if wide_first else NARROW_KEYS
     second_keys = WIDE_KEYS if float32 else NARROW_KEYS // 2 if by_position else NARROW_KEYS
     warps = min(16, max(cdiv(2 * padded, first_keys), cdiv(padded * group, second_keys) if group > 1 else 1))
-    chunk = max(padded, min(next_power_of_2(groups), first_keys * warps))
+    chunk = max(padded, min(next_power_of_2(first_length), first_keys * warps))
     pairs = row_R.shape[0]
     values_RK = torch.empty(pairs, k, dtype=pre_NF.dtype, device=pre_NF.device)
     indices_RK = torch.empty(pairs, k, dtype=torch.int32, device=pre_NF.device)
@@ -78,13 +79,15 @@ def select_rows(pre_NF: Tensor, group_max_NG: Tensor, F: int, group: int, expert
         row_R,
         values_RK,
         indices_RK,
-        F=F,
-        FP=pre_NF.shape[1],
+        F,
+        pre_NF.stride(0),
+        groups,
+        group_max_NG.stride(0),
         G=group,
-        GROUPS=groups,
         K=k,
         K2=padded,
         CHUNK=chunk,
+        ONE_CHUNK=first_length <= chunk,
         WIDE_FIRST=wide_first,
         WIDE_SECOND=float32,
         BY_POSITION=by_position,
@@ -129,22 +132,22 @@ def _value_of(key, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _top_keys(row, LENGTH: tl.constexpr, K2: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
-    """The K2 largest keys of LENGTH values, descending: CHUNK at a time, each chunk's best merged with the best so far."""
+def _top_keys(row, length, K2: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, WIDE: tl.constexpr):
+    """The K2 largest keys of `length` values, descending: CHUNK at a time, each chunk's best merged with the best so far."""
     i = tl.arange(0, CHUNK)
-    if LENGTH <= CHUNK:
-        top = tl.topk(_pack(tl.load(row + i, mask=i < LENGTH, other=0.0), i, i < LENGTH, WIDE), K2)
+    if ONE_CHUNK:
+        top = tl.topk(_pack(tl.load(row + i, mask=i < length, other=0.0), i, i < length, WIDE), K2)
     else:
         nothing = tl.arange(0, K2)
         top = _pack(nothing, nothing, nothing < 0, WIDE)
-        for first in range(0, LENGTH, CHUNK):
+        for first in range(0, length, CHUNK):
             j = first + i
-            more = tl.topk(_pack(tl.load(row + j, mask=j < LENGTH, other=0.0), j, j < LENGTH, WIDE), K2)
+            more = tl.topk(_pack(tl.load(row + j, mask=j < length, other=0.0), j, j < length, WIDE), K2)
             top = tl.topk(tl.reshape(tl.join(top, more), (2 * K2,)), K2)
     return top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["F", "groups"])
 def _select_rows(
     pre_NF,
     group_max_NG,
@@ -152,13 +155,15 @@ def _select_rows(
     row_R,
     values_RK,
     indices_RK,
-    F: tl.constexpr,
-    FP: tl.constexpr,
+    F,
+    FP,
+    groups,
+    GP,
     G: tl.constexpr,
-    GROUPS: tl.constexpr,
     K: tl.constexpr,
     K2: tl.constexpr,
     CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
     WIDE_FIRST: tl.constexpr,
     WIDE_SECOND: tl.constexpr,
     BY_POSITION: tl.constexpr,
@@ -169,7 +174,7 @@ def _select_rows(
     offset = tl.load(expert_R + r) * F
     pre = pre_NF + n * FP
     if G > 1:
-        best = _index_of(_top_keys(group_max_NG + n * GROUPS, GROUPS, K2, CHUNK, WIDE_FIRST), WIDE_FIRST)
+        best = _index_of(_top_keys(group_max_NG + n * GP, groups, K2, CHUNK, ONE_CHUNK, WIDE_FIRST), WIDE_FIRST)
         if BY_POSITION:
             best = tl.sort(best)
         g = tl.arange(0, G)
@@ -183,7 +188,7 @@ def _select_rows(
             index = tl.gather(best, index // G, 0) * G + index % G
         value = _value_of(top, WIDE_SECOND)
     else:
-        top = _top_keys(pre, F, K2, CHUNK, WIDE_FIRST)
+        top = _top_keys(pre, F, K2, CHUNK, ONE_CHUNK, WIDE_FIRST)
         index = _index_of(top, WIDE_FIRST)
         value = _value_of(top, WIDE_FIRST)
     i = tl.arange(0, K2)
@@ -388,7 +393,7 @@ def mark_fired_(tokens_since_M: Tensor, values_TK: Tensor, indices_TK: Tensor, t
     launch(_mark_fired, (cdiv(pairs, 1024),), tokens_since_M, values_TK, indices_TK, pairs, BLOCK=1024)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _mark_fired(tokens_since_M, values_P, indices_P, P, BLOCK: tl.constexpr):
     """Programs may store to one address, always the same 0."""
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
