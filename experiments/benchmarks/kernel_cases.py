@@ -55,7 +55,7 @@ WIDE = replace(MAIN, M=131072)
 TRAIN: dict[Case, dict[str, Any]] = {
     Case(MAIN, dead=256): {"x_dtype": torch.bfloat16},
     Case(replace(MAIN, E=8), dead=1024): {},
-    Case(replace(MAIN, E=1)): {},
+    Case(replace(MAIN, E=1), dead=64): {},
     Case(replace(MAIN, M=24576, E=128, K=64)): {},
     Case(replace(WIDE, K=64, T=32768)): {},
     Case(replace(WIDE, E=128, T=2048)): {"bias": False},

@@ -6,6 +6,7 @@ Loss: mean_t ||x - recon||^2 + balance * E * sum_i f_i P_i + auxk, with x scaled
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.gemm_tiles import padded
 from switch_kernels.gpu.route import Routed, route, route_backward
 from switch_kernels.gpu.scatter import scatter_latents
-from switch_kernels.gpu.topk import group_of, keep_topk_, select_jointly
+from switch_kernels.gpu.topk import keep_topk_, select_jointly
 from switch_kernels.plan import GradientMode, Plan, Regime
 
 
@@ -285,7 +286,8 @@ def _auxk(batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, resid
     b_enc_M = weights.b_enc_M if weights.b_enc_M is not None else torch.zeros(weights.W_enc_MD.shape[0], device=residual_TD.device)
     b_enc_B = b_enc_M.index_select(0, dead.latent_B).masked_fill(dead.is_padding_B, float("-inf"))
     shape = (batch.start_E1, A)
-    z_NA, _ = gemm.encode(batch.rows_ND, W_enc_BD, b_enc_B, *shape, group_of(A, 1), s.dot)
+    # the number of dead latents changes while a model trains: `any_width`, so that nothing is compiled then
+    z_NA, _ = gemm.encode(batch.rows_ND, W_enc_BD, b_enc_B, *shape, 1, s.dot, any_width=True)
     keep_topk_(z_NA, A, min(dead.k, A), batch.order_N)
     y_ND = gemm_decode.decode_rows(z_NA, W_dec_BD, *shape, D_out, s.dot)
     gate_TS = batch.gate_TS if batch.gate_TS is not None else torch.ones(tokens, 1, device=residual_TD.device)
@@ -293,10 +295,11 @@ def _auxk(batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, resid
     loss = gemm_decode.combine_slots(y_ND, batch.row_R, s.slots, gate_TS, residual_TD, unit, nowhere_D, 1.0, s.operand_dtype)
     variance = (residual_TD - residual_TD.mean(0)).square().sum()
     factor = torch.where(variance > 0, dead.coefficient / variance, 0.0)
-    dz_NA, _ = gemm.latent_gradients(loss.grad_rows_ND, W_dec_BD, z_NA, *shape, s.dot)
-    dec = gemm_weights.weight_gradient(z_NA, loss.grad_rows_ND, *shape, D_out, s.dot, torch.float32)
-    enc = gemm_weights.weight_gradient(dz_NA, batch.rows_ND, *shape, batch.x_TD.shape[1], s.dot, torch.float32, column_sums=True)
-    assert enc.column_sums_M is not None
+    dz_NA, _ = gemm.latent_gradients(loss.grad_rows_ND, W_dec_BD, z_NA, *shape, s.dot, any_width=True)
     twice = 2 * factor
-    bias_M = torch.where(dead.slot_M >= 0, (enc.column_sums_M * twice).index_select(0, dead.slot_M.clamp(min=0)), 0.0)
-    return factor * loss.square_parts.sum(), Extra(dead.slot_M, enc.grad_MD * twice), Extra(dead.slot_M, dec.grad_MD * twice), bias_M
+    scaled: Any = {"scale": twice, "any_width": True}
+    dec = gemm_weights.weight_gradient(z_NA, loss.grad_rows_ND, *shape, D_out, s.dot, torch.float32, **scaled)
+    enc = gemm_weights.weight_gradient(dz_NA, batch.rows_ND, *shape, batch.x_TD.shape[1], s.dot, torch.float32, column_sums=True, **scaled)
+    assert enc.column_sums_M is not None
+    bias_M = torch.where(dead.slot_M >= 0, enc.column_sums_M.index_select(0, dead.slot_M.clamp(min=0)), 0.0)
+    return factor * loss.square_parts.sum(), Extra(dead.slot_M, enc.grad_MD), Extra(dead.slot_M, dec.grad_MD), bias_M
