@@ -1,6 +1,8 @@
 """The offline compilation finds what it is there to find."""
 
 import os
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ import triton
 import triton.language as tl
 
 from experiments.benchmarks.compile_kernels import TARGETS, Job, Report, StubDriver, collect, compile_all, labels
+from experiments.benchmarks.kernel_cases import MAIN, Case, train
+from switch_kernels import Shape
 from switch_kernels.gpu.launch import Launch, launch
 
 
@@ -54,6 +58,14 @@ def test_each_distinct_kernel_is_compiled_once() -> None:
     assert [job.case for job in jobs] == ["aligned", "odd"]
     jobs += collect({"other": lambda: launch_powers(64, 64)})
     assert len(set(labels(jobs))) >= 2
+
+
+@pytest.mark.parametrize("shape", [MAIN, replace(MAIN, E=1), replace(MAIN, E=8, S=2)], ids=str)
+def test_another_number_of_dead_latents_compiles_nothing(shape: Shape) -> None:
+    steps = {str(dead): partial(train, Case(shape, dead=dead)) for dead in (64, 128, 512)}
+    alone = collect({"64": steps["64"]})
+    assert "_keep_topk" in {job.launch.kernel.__name__ for job in alone}
+    assert [job.case for job in collect(steps)] == ["64"] * len(alone)
 
 
 def test_a_kernel_that_fits_passes() -> None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from switch_kernels.gpu.step import DeadLatents, StepTensors
 
 
+MOST_DEAD = 16384
+"""Most dead latents of an expert that AuxK works on at once: it bounds their share of a step's memory and time."""
+
+
 class FusedTraining(SparseAutoencoder):
     """For SAEs that select k latents among those of the experts of each token, with the reconstruction, load-balance and AuxK losses."""
 
@@ -71,11 +75,14 @@ class FusedTraining(SparseAutoencoder):
     def dead_latents(self, dead_M: Tensor) -> "DeadLatents | None":
         """What AuxK needs of the dead latents; None if there are none. Reads the device: not for use inside a captured step.
 
-        Each expert's dead latents are padded to the same power of two, at least 64, so that shapes seldom change.
+        Each expert's dead latents are padded to the same power of two, at least 64, so that shapes seldom change. Of more than `MOST_DEAD` in an
+        expert those of the lowest numbers take part, until they live: AuxK uses D / 2 of them for a token in any case.
         """
         from switch_kernels.gpu.step import DeadLatents
 
-        counts_E = dead_M.view(self.num_experts, -1).sum(dim=1)
+        dead_EF = dead_M.view(self.num_experts, -1)
+        dead_EF = dead_EF & (dead_EF.cumsum(dim=1) <= MOST_DEAD)
+        dead_M, counts_E = dead_EF.flatten(), dead_EF.sum(dim=1)
         most = int(counts_E.max())
         if most == 0 or self.config.auxk == 0:
             return None

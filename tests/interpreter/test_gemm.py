@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from switch_kernels.gpu import gemm_tiles, gemm_weights
 from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.gemm import encode, latent_gradients
 from switch_kernels.gpu.gemm_decode import combine_slots, decode_loss, decode_rows
-from switch_kernels.gpu.gemm_tiles import choose_tile, compiling_for, operand_dtype, row_tiles
-from switch_kernels.gpu.gemm_weights import weight_gradient
-from switch_kernels.gpu.launch import ALIGN, round_up
+from switch_kernels.gpu.gemm_tiles import choose_tile, compiling_for, has_descriptors, operand_dtype, row_tiles
+from switch_kernels.gpu.gemm_weights import WeightGradient, chunks_of_rows, weight_gradient
+from switch_kernels.gpu.launch import ALIGN, launches_to, round_up
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -124,8 +125,6 @@ def precision(request: pytest.FixtureRequest):
 
 @pytest.mark.parametrize("group", [1, 8, 32])
 def test_encode(routing, precision, group):
-    if group == 32 and precision == "bf16":
-        pytest.skip("one precision is enough for the widest group")
     p = make_problem(*routing, operand_dtype(precision))
     bias_N = torch.cat([p.b_M.view(p.E, p.F), torch.zeros(1, p.F)])[p.expert_N]
     for b_M, added in ((p.b_M, bias_N.double()), (None, 0.0)) if group == 8 else ((p.b_M, bias_N.double()),):
@@ -219,6 +218,66 @@ def test_weight_gradient(routing, precision, extra):
     assert_close(column_sums_M, sums)
     without = weight_gradient(left_NF, p.rows_ND, p.start_E1, p.F, p.D, precision, out_dtype, more if extra else None)
     assert without.column_sums_M is None and torch.equal(without.grad_MD, grad_MD)
+
+
+def test_rows_are_cut_into_chunks_where_programs_are_few(monkeypatch):
+    """Few latents and many rows, as of dead latents: the same gradient as without chunks, and the same bits every time."""
+    p = make_problem([1000], 40, 33, torch.float32)
+    left_NF = torch.where(p.real_N[:, None], p.z_NF, 0.0)
+    more = Extra(torch.full((40,), -1, dtype=torch.int32), torch.randn(1, 33))
+    more.slot_M[7] = 0
+    arguments = (left_NF, p.rows_ND, p.start_E1, p.F, p.D, "ieee", torch.float32, more, True, torch.tensor(0.3))
+    grids = []
+
+    def cut() -> WeightGradient:
+        with launches_to(lambda request: (grids.append((request.kernel.__name__, request.grid)), request.run())):
+            return weight_gradient(*arguments)
+
+    first, second = cut(), cut()
+    assert grids[:2] == grids[2:] == [("_weight_gradient_kernel", (3, 8)), ("_sum_chunks_of_rows", (3, 1))]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    monkeypatch.setattr(gemm_weights, "MULTIPROCESSORS", 5)
+    whole = cut()
+    assert grids[4:] == [("_weight_gradient_kernel", (3, 1))]
+    truth = 0.3 * left_NF[:, :40].double().T @ p.rows_ND[:, :33].double()
+    truth[7] += more.rows_AD[0].double()
+    for found in (first, whole):
+        assert_close(found.grad_MD, truth)
+        assert_close(found.square_parts.sum(), truth.square().sum())
+        assert_close(found.column_sums_M, 0.3 * left_NF[:, :40].double().sum(0))
+
+
+def test_only_products_of_few_programs_are_cut():
+    assert [chunks_of_rows(programs, 8192, 64) for programs in (1, 3, 12, 66, 67, 132, 5000)] == [32, 32, 11, 2, 1, 1, 1]
+    assert chunks_of_rows(3, 255, 64) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "tiles"),
+    [
+        ((9, 0), {(64, 64, 16), (64, 32, 16), (64, 128, 64), (128, 128, 64), (128, 256, 64), (64, 256, 64)}),
+        ((8, 0), {(64, 64, 16), (64, 32, 16), (64, 128, 32), (128, 128, 32)}),
+    ],
+)
+def test_the_tiles_of_a_gpu(capability, tiles, monkeypatch):
+    """Every branch of `choose_tile` computes what the small tiles of the interpreter do, halves, quarters and group maxima included."""
+    monkeypatch.setattr(gemm_tiles, "interpreted", lambda: False)
+    used = set()
+    few, many, most = ([60, 0, 5], 130, 72), ([200], 520, 136), ([1030], 40, 200)
+
+    def run(request) -> None:
+        used.add(tuple(request.kwargs.get(side) for side in ("BM", "BN", "BK")))
+        request.run()
+
+    with compiling_for(capability), launches_to(run):
+        for routing, precision in ((few, "ieee"), (few, "bf16"), (many, "bf16"), (most, "bf16")):
+            if routing is not most:
+                test_encode(routing, precision, 32)
+                test_latent_gradients(routing, precision)
+                test_decode_loss(routing, precision, True)
+                test_decode_rows(routing, precision)
+            test_weight_gradient(routing, precision, True)
+    assert tiles <= used
 
 
 @pytest.mark.parametrize("loads", [(9, 0), (8, 0)], ids=["descriptors", "pointers"])
@@ -324,6 +383,16 @@ def test_operands_are_checked():
         decode_rows(p.z_NF[:, :15], p.W_MD, p.start_E1, 15, 24, "ieee")
     with pytest.raises(ValueError, match=r"precision 'fp8' is unknown"):
         decode_rows(p.z_NF, p.W_MD, p.start_E1, 16, 24, "fp8")
+
+
+def test_an_amd_gpu_gets_none_of_hoppers_tiles_whatever_its_number(monkeypatch):
+    """ROCm says (9, 0) of gfx90a, which has 64 KiB of shared memory and no bulk copies."""
+    assert has_descriptors((9, 0)) and has_descriptors((10, 0))
+    assert not any(has_descriptors(capability) for capability in ((8, 0), (8, 9), (9, 4), (12, 0)))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not has_descriptors((9, 0)) and not has_descriptors((9, 4))
+    monkeypatch.setattr(gemm_tiles, "interpreted", lambda: False)
+    assert choose_tile("encode", 1024, 1024, 768, "bf16", (9, 0)) == choose_tile("encode", 1024, 1024, 768, "bf16", (8, 0))
 
 
 def test_tiles_are_pure_functions_of_the_shape():

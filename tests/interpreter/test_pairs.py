@@ -9,7 +9,7 @@ from torch import Tensor
 from switch_kernels.gpu import pairs as pairs_module
 from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.launch import round_up
-from switch_kernels.gpu.pairs import LatentGradients, latent_gradients, pairs_by_latent, update_from_pairs_
+from switch_kernels.gpu.pairs import LatentGradients, division, latent_gradients, pairs_by_latent, update_from_pairs_
 from switch_kernels.gpu.sparse import TokenLoss
 from switch_kernels.gpu.update import MatrixState, update_rows_
 
@@ -32,8 +32,7 @@ class Problem:
 
     def run(self, out: torch.dtype | None, extra_dec: Extra | None = None, extra_enc: Extra | None = None) -> LatentGradients:
         order = pairs_by_latent(self.indices_TK, self.M)
-        K = self.indices_TK.shape[1]
-        return latent_gradients(order, self.loss, self.rows_ND, self.row_R, self.slot_TK, self.S, K, self.D, self.D, out, extra_dec, extra_enc)
+        return latent_gradients(order, self.loss, self.rows_ND, self.row_R, self.slot_TK, self.S, self.D, self.D, out, extra_dec, extra_enc)
 
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
         """dW_dec, dW_enc, db_enc in float64."""
@@ -114,6 +113,15 @@ def test_pairs_are_sorted_by_latent_in_token_order() -> None:
         assert order.pair_P.tolist() == [2, 0, 3, 5, 1, 4] and order.pair_P.dtype == torch.int32
         assert order.latent_P.tolist() == [0, 3, 3, 3, M - 1, M - 1] and order.latent_P.dtype == key
         assert order.start_M1[[0, 1, 2, 3, 4, M - 1, M]].tolist() == [0, 1, 1, 1, 4, 4, 6] and order.start_M1.dtype == torch.int32
+
+
+def test_pairs_are_divided_exactly() -> None:
+    for divisor in (*range(1, 300), 1023, 1024, 65537, 2**31 - 1):
+        multiplier, shift = division(divisor)
+        quotients = {0, 1, 2, 77, (2**31 - 1) // divisor}
+        pairs = [p for q in quotients for p in (q * divisor - 1, q * divisor, q * divisor + divisor - 1) if 0 <= p < 2**31] + [2**31 - 1]
+        assert [p * multiplier >> shift for p in pairs] == [p // divisor for p in pairs]
+        assert max(pairs) * multiplier < 2**63
 
 
 @pytest.mark.parametrize(

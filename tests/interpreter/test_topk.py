@@ -7,6 +7,7 @@ from torch import Tensor
 from switch_kernels.gpu import topk
 from switch_kernels.gpu.launch import cdiv, next_power_of_2, round_up
 from switch_kernels.gpu.topk import group_of, keep_topk_, mark_fired_, select_jointly, select_rows
+from switch_sae.models import SwitchSAE, fused
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -142,26 +143,23 @@ def _check_keep(F: int, k: int, dtype: torch.dtype, kind: str, rows: int = 5) ->
     assert torch.equal(z_NF, expected_NF)
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("width", [32, 1024])
 @pytest.mark.parametrize("kind", ["normal", "ties", "negative"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("F", "k"), [(1, 1), (5, 5), (33, 7), (129, 48), (1000, 384)])
-def test_keep_topk_is_exact(F: int, k: int, dtype: torch.dtype, kind: str, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if streamed:
-        monkeypatch.setattr(topk, "RESIDENT", 0)
+def test_keep_topk_is_exact(F: int, k: int, dtype: torch.dtype, kind: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk, "KEEP_WIDTH", width)
     _check_keep(F, k, dtype, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["normal", "ties"])
-def test_keep_topk_streams_wide_rows(kind: str, dtype: torch.dtype) -> None:
+def test_keep_topk_takes_wide_rows(kind: str, dtype: torch.dtype) -> None:
     _check_keep(20_001, 384, dtype, kind, rows=2)
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_keep_topk_zeroes_padding_rows(streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if streamed:
-        monkeypatch.setattr(topk, "RESIDENT", 0)
+def test_keep_topk_zeroes_padding_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk, "KEEP_WIDTH", 16)
     z_NF = _values(6, 20, torch.float32, "normal")
     expected_NF = z_NF.clone()
     keep_topk_(expected_NF, 20, 4)
@@ -172,21 +170,30 @@ def test_keep_topk_zeroes_padding_rows(streamed: bool, monkeypatch: pytest.Monke
     assert torch.equal(z_NF, expected_NF)
 
 
-@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_keep_topk_keeps_nan_and_infinity(dtype: torch.dtype, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if streamed:
-        monkeypatch.setattr(topk, "RESIDENT", 0)
+def test_keep_topk_keeps_nan_and_infinity(dtype: torch.dtype) -> None:
     z_NF = torch.tensor([[1.0, float("nan"), 3.0, -0.0, float("-inf"), float("inf"), 2.0, 0.0]]).to(dtype)
     keep_topk_(z_NF, 8, 3)
     torch.testing.assert_close(z_NF.float(), torch.tensor([[0, float("nan"), 3.0, 0, 0, float("inf"), 0, 0]]), equal_nan=True)
 
 
+def test_of_very_many_dead_latents_the_lowest_of_each_expert_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "MOST_DEAD", 64)
+    sae = SwitchSAE(SwitchSAE.Config(num_latents=400, k=4, num_experts=2), 16)
+    dead_M = torch.ones(400, dtype=torch.bool)
+    dead_M[[3, 200]] = False
+    dead_M[300:] = False
+    dead = sae.dead_latents(dead_M)
+    assert dead is not None
+    first, second = dead.latent_B.view(2, 64)
+    assert first.tolist() == [n for n in range(65) if n != 3] and second.tolist() == list(range(201, 265))
+    assert not dead.is_padding_B.any() and int((dead.slot_M >= 0).sum()) == 128
+    assert torch.equal(dead.latent_B[dead.slot_M[dead.slot_M >= 0].long()], dead.latent_B)
+
+
 def test_keep_topk_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="k=9 must lie between 1 and the number of latents per expert, 8"):
         keep_topk_(torch.zeros(1, 8), 8, 9)
-    with pytest.raises(ValueError, match="F=2088968 latents per expert: keep_topk_ counts at most 2088960 of them"):
-        keep_topk_(torch.empty(1, 2088968, device="meta"), 2088968, 9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from switch_kernels.gpu.gemm_tiles import check_operands, grouped, source
-from switch_kernels.gpu.launch import cdiv, launch, round_up
+from switch_kernels.gpu.gemm_tiles import SIZES, check_operands, grouped, padded, source
+from switch_kernels.gpu.launch import cdiv, launch
 
 
 class LatentGradients(NamedTuple):
@@ -25,19 +25,19 @@ class LatentGradients(NamedTuple):
 
 
 @triton.jit
-def find_tile(num_row_tiles, COLUMN_TILES: tl.constexpr, BAND: tl.constexpr = 16):
+def find_tile(num_row_tiles, column_tiles, BAND: tl.constexpr = 16):
     """This program's (row tile, column tile). Bands of BAND row tiles are crossed column by column:
     programs that run together share rows and weights in L2.
     """
     pid = tl.program_id(0)
-    band = pid // (BAND * COLUMN_TILES)
+    band = pid // (BAND * column_tiles)
     height = tl.minimum(num_row_tiles - band * BAND, BAND)
-    inside = pid % (BAND * COLUMN_TILES)
+    inside = pid % (BAND * column_tiles)
     return band * BAND + inside % height, inside // height
 
 
 @triton.jit
-def find_rows(row_tile, start_E1, num_rows, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, ALIGN: tl.constexpr):
+def find_rows(row_tile, start_E1, num_rows, E, EP: tl.constexpr, BM: tl.constexpr, ALIGN: tl.constexpr):
     """Expert, first row and end row of a row tile; the tile is empty where first >= end. Expert E stands for the rows behind the last expert.
 
     Expert e's tiles begin at tile ceil((start_e + e * (BM - ALIGN)) / BM): far enough apart for any sizes that are multiples of ALIGN, so that no
@@ -54,16 +54,16 @@ def find_rows(row_tile, start_E1, num_rows, E: tl.constexpr, EP: tl.constexpr, B
 
 
 @triton.jit
-def tiles_of_rows(matrix, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """Tiles [ROWS, COLUMNS] of a [num_rows, WIDTH] matrix; what lies outside it reads as 0."""
+def tiles_of_rows(matrix, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """Tiles [ROWS, COLUMNS] of a [num_rows, width] matrix; what lies outside it reads as 0."""
     if DESCRIPTORS:
         return matrix
     else:
-        return tl.make_tensor_descriptor(matrix, [num_rows, WIDTH], [WIDTH, 1], [ROWS, COLUMNS])
+        return tl.make_tensor_descriptor(matrix, [num_rows, width], [width, 1], [ROWS, COLUMNS])
 
 
 @triton.jit
-def latents_of(expert, matrix, F: tl.constexpr, WIDTH: tl.constexpr, LATENTS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def latents_of(expert, matrix, F, WIDTH: tl.constexpr, LATENTS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr):
     """Tiles of an expert's [F, WIDTH] part of an [E, F, WIDTH] matrix, for `load_latents`.
 
     What lies past its F rows reads as 0, not as the next expert's.
@@ -84,19 +84,19 @@ def load_latents(tiles, expert, latent, column, LATENTS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def store_tile(matrix, tile, row, stop, column, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr):
-    """Writes a [BM, BN] tile at (row, column) of a [., WIDTH] matrix, cast to its dtype: rows below `stop` and columns below WIDTH.
+def store_tile(matrix, tile, row, stop, column, width, BM: tl.constexpr, BN: tl.constexpr, INSIDE: tl.constexpr = False):
+    """Writes a [BM, BN] tile at (row, column) of a [., width] matrix, cast to its dtype: rows below `stop` and columns below `width`.
 
-    STEP is the columns per program, BN or a multiple of it: where it divides WIDTH, no tile reaches past the edge.
+    INSIDE says that no tile reaches past the last column.
     """
     i = tl.arange(0, BM)
     j = tl.arange(0, BN)
     inside = (row + i < stop)[:, None]
-    if WIDTH % STEP != 0:
-        inside = inside & (column + j < WIDTH)[None, :]
+    if not INSIDE:
+        inside = inside & (column + j < width)[None, :]
     # 64 bits for the corner only: offsets inside the tile fit 32, and 64-bit ones would cost as many registers as the tile itself
-    corner = matrix + row.to(tl.int64) * WIDTH + column
-    tl.store(corner + i[:, None] * WIDTH + j[None, :], tile.to(matrix.dtype.element_ty), mask=inside)
+    corner = matrix + row.to(tl.int64) * width + column
+    tl.store(corner + i[:, None] * width + j[None, :], tile.to(matrix.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -107,18 +107,7 @@ def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _rows_times_latents(
-    rows,
-    W_MD,
-    row,
-    expert,
-    latent,
-    DP: tl.constexpr,
-    F: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    rows, W_MD, row, expert, latent, F, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DESCRIPTORS: tl.constexpr
 ):
     """float32 [BM, BN]: rows @ W[expert, latent : latent + BN]^T."""
     weights = latents_of(expert, W_MD, F, DP, BN, BK, DESCRIPTORS)
@@ -126,11 +115,11 @@ def _rows_times_latents(
     for k in range(0, DP, BK):
         left = rows.load([row, k])
         right = load_latents(weights, expert, latent, k, BN, BK, DESCRIPTORS)
-        acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right.T, acc, input_precision="ieee")  # of float32; tensor cores would cut it off to 10 bits of mantissa
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _encode_kernel(
     rows_ND,
     W_MD,
@@ -140,60 +129,60 @@ def _encode_kernel(
     group_max_NG,
     num_rows,
     num_row_tiles,
+    E,
+    F,
+    FP,
+    GP,
     DP: tl.constexpr,
-    F: tl.constexpr,
-    FP: tl.constexpr,
-    E: tl.constexpr,
     EP: tl.constexpr,
     GROUP: tl.constexpr,
+    RAGGED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     ALIGN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     rows = tiles_of_rows(rows_ND, num_rows, DP, BM, BK, DESCRIPTORS)
     row_tile, column_tile = find_tile(num_row_tiles, (F + BN - 1) // BN)
     expert, row, stop = find_rows(row_tile, start_E1, num_rows, E, EP, BM, ALIGN)
     if row < stop:
         first = column_tile * BN
-        NUM_GROUPS: tl.constexpr = (F + GROUP - 1) // GROUP
         if expert < E:
-            acc = _rows_times_latents(rows, W_MD, row, expert, first, DP, F, BM, BN, BK, DESCRIPTORS, PRECISION)
+            acc = _rows_times_latents(rows, W_MD, row, expert, first, F, DP, BM, BN, BK, DESCRIPTORS)
             j = first + tl.arange(0, BN)
             if b_M is not None:
-                if F % BN != 0:
-                    acc += tl.load(b_M + expert * F + j, mask=j < F, other=0.0)[None, :]
-                else:
-                    acc += tl.load(b_M + expert * F + j)[None, :]
-            store_tile(pre_NF, acc, row, stop, first, FP, BM, BN, BN)
+                acc += tl.load(b_M + expert * F + j, mask=j < F, other=0.0)[None, :]
+            store_tile(pre_NF, acc, row, stop, first, FP, BM, BN)
             if GROUP > 1:
-                if F % BN != 0:
+                if RAGGED:
                     acc = tl.where((j < F)[None, :], acc, float("-inf"))
                 # rounding is monotone: the largest of the rounded values is the rounded largest
                 largest = tl.max(tl.reshape(acc, (BM, BN // GROUP, GROUP)), axis=2)
-                store_tile(group_max_NG, largest, row, stop, column_tile * (BN // GROUP), NUM_GROUPS, BM, BN // GROUP, BN // GROUP)
+                store_tile(group_max_NG, largest, row, stop, column_tile * (BN // GROUP), GP, BM, BN // GROUP)
         else:
-            store_tile(pre_NF, tl.zeros((BM, BN), tl.float32), row, stop, first, FP, BM, BN, BN)
+            store_tile(pre_NF, tl.zeros((BM, BN), tl.float32), row, stop, first, FP, BM, BN)
             if GROUP > 1:
                 zeros = tl.zeros((BM, BN // GROUP), tl.float32)
-                store_tile(group_max_NG, zeros, row, stop, column_tile * (BN // GROUP), NUM_GROUPS, BM, BN // GROUP, BN // GROUP)
+                store_tile(group_max_NG, zeros, row, stop, column_tile * (BN // GROUP), GP, BM, BN // GROUP)
 
 
-def encode(rows_ND: Tensor, W_MD: Tensor, b_M: Tensor | None, start_E1: Tensor, F: int, group: int, precision: str) -> tuple[Tensor, Tensor]:
+def encode(
+    rows_ND: Tensor, W_MD: Tensor, b_M: Tensor | None, start_E1: Tensor, F: int, group: int, precision: str, any_width: bool = False
+) -> tuple[Tensor, Tensor]:
     """(pre_NF [N, Fp], group_max_NG [N, ceil(F / group)]) in the operands' dtype: pre = rows @ W[e]^T + b of each row's expert, and its maxima over
     groups.
 
     rows_ND is [N, Dp], W_MD [M, Dp], b_M float32; their pad columns hold 0. Pad columns of pre hold 0, padding rows whatever a row of zeros gives,
-    rows behind the last expert 0. `group` is a power of two up to 128; with group 1 the maxima are pre itself, not a copy.
+    rows behind the last expert 0. `group` is a power of two up to 128; with group 1 the maxima are pre itself, not a copy. With `any_width` every F
+    takes the same kernel.
     """
     check_operands(precision, rows_ND=rows_ND, W_MD=W_MD)
     num_rows, DP = rows_ND.shape
-    E, FP = start_E1.shape[0] - 1, round_up(F, 8)
-    tile, descriptors, num_row_tiles, constants = grouped("encode", rows_ND, start_E1, F, DP, precision, group)
-    pre_NF = rows_ND.new_empty(num_rows, FP)
-    group_max_NG = pre_NF[:, :F] if group == 1 else rows_ND.new_empty(num_rows, cdiv(F, group))
+    E, groups = start_E1.shape[0] - 1, cdiv(F, group)
+    tile, descriptors, num_row_tiles, constants = grouped("encode", rows_ND, start_E1, F, DP, precision, group, any_width)
+    pre_NF = rows_ND.new_empty(num_rows, padded(F))
+    group_max_NG = pre_NF[:, :F] if group == 1 else rows_ND.new_empty(num_rows, padded(groups))[:, :groups]
     launch(
         _encode_kernel,
         (num_row_tiles * cdiv(F, tile.BN),),
@@ -205,16 +194,19 @@ def encode(rows_ND: Tensor, W_MD: Tensor, b_M: Tensor | None, start_E1: Tensor, 
         group_max_NG,
         num_rows,
         num_row_tiles,
+        E,
+        F,
+        pre_NF.stride(0),
+        group_max_NG.stride(0),
         DP=DP,
-        F=F,
-        FP=FP,
         GROUP=group,
+        RAGGED=group > 1 and F % tile.BN != 0,
         **constants,
     )
     return pre_NF, group_max_NG
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _latent_gradients_kernel(
     grad_rows_ND,
     W_MD,
@@ -224,17 +216,16 @@ def _latent_gradients_kernel(
     gate_parts_NP,
     num_rows,
     num_row_tiles,
+    E,
+    F,
+    FP,
     DP: tl.constexpr,
-    F: tl.constexpr,
-    FP: tl.constexpr,
-    E: tl.constexpr,
     EP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     ALIGN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     rows = tiles_of_rows(grad_rows_ND, num_rows, DP, BM, BK, DESCRIPTORS)
     latents = tiles_of_rows(z_NF, num_rows, FP, BM, BN, DESCRIPTORS)
@@ -245,24 +236,27 @@ def _latent_gradients_kernel(
         r = row + tl.arange(0, BM)
         gate_part = gate_parts_NP + r.to(tl.int64) * ((F + BN - 1) // BN) + column_tile
         if expert < E:
-            acc = _rows_times_latents(rows, W_MD, row, expert, first, DP, F, BM, BN, BK, DESCRIPTORS, PRECISION)
+            acc = _rows_times_latents(rows, W_MD, row, expert, first, F, DP, BM, BN, BK, DESCRIPTORS)
             z = latents.load([row, first]).to(tl.float32)
             tl.store(gate_part, tl.sum(z * acc, axis=1), mask=r < stop)
-            store_tile(dz_NF, tl.where(z > 0, acc, 0.0), row, stop, first, FP, BM, BN, BN)
+            store_tile(dz_NF, tl.where(z > 0, acc, 0.0), row, stop, first, FP, BM, BN)
         else:
-            store_tile(dz_NF, tl.zeros((BM, BN), tl.float32), row, stop, first, FP, BM, BN, BN)
+            store_tile(dz_NF, tl.zeros((BM, BN), tl.float32), row, stop, first, FP, BM, BN)
             tl.store(gate_part, tl.zeros((BM,), tl.float32), mask=r < stop)
 
 
-def latent_gradients(grad_rows_ND: Tensor, W_dec_MD: Tensor, z_NF: Tensor, start_E1: Tensor, F: int, precision: str) -> LatentGradients:
+def latent_gradients(
+    grad_rows_ND: Tensor, W_dec_MD: Tensor, z_NF: Tensor, start_E1: Tensor, F: int, precision: str, any_width: bool = False
+) -> LatentGradients:
     """Back through the decoder and the ReLU, for all F latents of each row's expert: see `LatentGradients`.
 
-    grad_rows_ND [N, Dp] is what `decode_loss` left, z_NF [N, Fp] the latents that it decoded; both have the operands' dtype.
+    grad_rows_ND [N, Dp] is what `decode_loss` left, z_NF [N, Fp] the latents that it decoded; both have the operands' dtype. With
+    `any_width` every F takes the same kernel.
     """
     check_operands(precision, grad_rows_ND=grad_rows_ND, W_dec_MD=W_dec_MD, z_NF=z_NF)
     num_rows, DP = grad_rows_ND.shape
-    E, FP = start_E1.shape[0] - 1, z_NF.shape[1]
-    tile, descriptors, num_row_tiles, constants = grouped("latent_gradients", grad_rows_ND, start_E1, F, DP, precision)
+    E = start_E1.shape[0] - 1
+    tile, descriptors, num_row_tiles, constants = grouped("latent_gradients", grad_rows_ND, start_E1, F, DP, precision, any_width=any_width)
     dz_NF = torch.empty_like(z_NF)
     gate_parts_NP = torch.empty(num_rows, cdiv(F, tile.BN), dtype=torch.float32, device=z_NF.device)
     launch(
@@ -276,9 +270,10 @@ def latent_gradients(grad_rows_ND: Tensor, W_dec_MD: Tensor, z_NF: Tensor, start
         gate_parts_NP,
         num_rows,
         num_row_tiles,
+        E,
+        F,
+        z_NF.stride(0),
         DP=DP,
-        F=F,
-        FP=FP,
         **constants,
     )
     return LatentGradients(dz_NF, gate_parts_NP)

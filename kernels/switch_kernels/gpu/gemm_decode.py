@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from switch_kernels.gpu.gemm import find_rows, find_tile, halves, latents_of, load_latents, store_tile, tiles_of_rows
-from switch_kernels.gpu.gemm_tiles import check_operands, grouped, source
+from switch_kernels.gpu.gemm_tiles import SIZES, check_operands, grouped, source
 from switch_kernels.gpu.launch import cdiv, interpreted, launch, next_power_of_2
 
 
@@ -25,18 +25,7 @@ class RowLoss(NamedTuple):
 
 @triton.jit
 def _latents_times_rows(
-    latents,
-    W_MD,
-    row,
-    expert,
-    column,
-    DP: tl.constexpr,
-    F: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    latents, W_MD, row, expert, column, F, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DESCRIPTORS: tl.constexpr
 ):
     """float32 [BM, BN]: z @ W[expert][:, column : column + BN]."""
     weights = latents_of(expert, W_MD, F, DP, BK, BN, DESCRIPTORS)
@@ -44,7 +33,7 @@ def _latents_times_rows(
     for k in range(0, F, BK):
         left = latents.load([row, k])
         right = load_latents(weights, expert, k, column, BK, BN, DESCRIPTORS)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     return acc
 
 
@@ -88,10 +77,10 @@ def _loss_of_slice(
     tl.store(column_sums_PD + sums_row * D + c, tl.sum(g, axis=0), mask=c < D)
     if gate_T is not None:
         g = g * gate[:, None]
-    store_tile(grad_rows_ND, g, row, stop, column, DP, BM, BN, STEP)
+    store_tile(grad_rows_ND, g, row, stop, column, DP, BM, BN, DP % STEP == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _decode_loss_kernel(
     z_NF,
     W_MD,
@@ -106,19 +95,18 @@ def _decode_loss_kernel(
     column_sums_PD,
     num_rows,
     num_row_tiles,
+    E,
+    F,
+    FP,
     grad_scale,
     D: tl.constexpr,
     DP: tl.constexpr,
-    F: tl.constexpr,
-    FP: tl.constexpr,
-    E: tl.constexpr,
     EP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     ALIGN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     latents = tiles_of_rows(z_NF, num_rows, FP, BM, BK, DESCRIPTORS)
     COLUMN_TILES: tl.constexpr = (D + BN - 1) // BN
@@ -128,7 +116,7 @@ def _decode_loss_kernel(
     column = column_tile * BN
     part = (row_tile * COLUMN_TILES + column_tile) * 4
     if (expert < E) & (row < stop):
-        acc = _latents_times_rows(latents, W_MD, row, expert, column, DP, F, BM, BN, BK, DESCRIPTORS, PRECISION)
+        acc = _latents_times_rows(latents, W_MD, row, expert, column, F, DP, BM, BN, BK, DESCRIPTORS)
         # quarter by quarter: beside a whole tile of x and of errors the registers would not hold two programs on a multiprocessor
         left, right = halves(acc, BM, BN)
         quarters = halves(left, BM, BN // 2) + halves(right, BM, BN // 2)
@@ -159,7 +147,7 @@ def _decode_loss_kernel(
         c = column + tl.arange(0, BN)
         tl.store(square_parts + part + tl.arange(0, 4), tl.zeros((4,), tl.float32))
         tl.store(column_sums_PD + row_tile * D + c, tl.zeros((BN,), tl.float32), mask=c < D)
-        store_tile(grad_rows_ND, tl.zeros((BM, BN), tl.float32), row, stop, column, DP, BM, BN, BN)
+        store_tile(grad_rows_ND, tl.zeros((BM, BN), tl.float32), row, stop, column, DP, BM, BN, DP % BN == 0)
 
 
 def decode_loss(
@@ -204,17 +192,18 @@ def decode_loss(
         column_sums,
         num_rows,
         num_row_tiles,
+        E,
+        F,
+        FP,
         grad_scale,
         D=D,
         DP=DP,
-        F=F,
-        FP=FP,
         **constants,
     )
     return RowLoss(grad_rows_ND, square_parts, column_sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _decode_rows_kernel(
     z_NF,
     W_MD,
@@ -222,28 +211,27 @@ def _decode_rows_kernel(
     y_ND,
     num_rows,
     num_row_tiles,
+    E,
+    F,
+    FP,
     D: tl.constexpr,
     DP: tl.constexpr,
-    F: tl.constexpr,
-    FP: tl.constexpr,
-    E: tl.constexpr,
     EP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     ALIGN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     latents = tiles_of_rows(z_NF, num_rows, FP, BM, BK, DESCRIPTORS)
     row_tile, column_tile = find_tile(num_row_tiles, (D + BN - 1) // BN)
     expert, row, stop = find_rows(row_tile, start_E1, num_rows, E, EP, BM, ALIGN)
     column = column_tile * BN
     if (expert < E) & (row < stop):
-        y = _latents_times_rows(latents, W_MD, row, expert, column, DP, F, BM, BN, BK, DESCRIPTORS, PRECISION)
-        store_tile(y_ND, y, row, stop, column, DP, BM, BN, BN)
+        y = _latents_times_rows(latents, W_MD, row, expert, column, F, DP, BM, BN, BK, DESCRIPTORS)
+        store_tile(y_ND, y, row, stop, column, DP, BM, BN, DP % BN == 0)
     else:
-        store_tile(y_ND, tl.zeros((BM, BN), tl.float32), row, stop, column, DP, BM, BN, BN)
+        store_tile(y_ND, tl.zeros((BM, BN), tl.float32), row, stop, column, DP, BM, BN, DP % BN == 0)
 
 
 def decode_rows(z_NF: Tensor, W_MD: Tensor, start_E1: Tensor, F: int, D: int, precision: str) -> Tensor:
@@ -262,16 +250,17 @@ def decode_rows(z_NF: Tensor, W_MD: Tensor, start_E1: Tensor, F: int, D: int, pr
         y_ND,
         num_rows,
         num_row_tiles,
+        E,
+        F,
+        FP,
         D=D,
         DP=DP,
-        F=F,
-        FP=FP,
         **constants,
     )
     return y_ND
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _combine_slots_kernel(
     y_ND,
     row_R,

@@ -88,7 +88,6 @@ def latent_gradients(
     row_R: Tensor,
     slot_TK: Tensor | None,
     S: int,
-    K: int,
     D_in: int,
     D_out: int,
     out: torch.dtype | None,
@@ -118,7 +117,7 @@ def latent_gradients(
             grad_MD if grad_MD is not None else squares,
             squares,
             bias_M,
-            **_sum_constants(sums, K),
+            **_sum_constants(sums),
             D=D,
             DP=sums.table.stride(0),
             WIDTH=tiling.width,
@@ -135,7 +134,6 @@ def update_from_pairs_(
     gradients: LatentGradients, W_dec: MatrixState, W_enc: MatrixState, hyper: Tensor, total_square: Tensor, step_seed: Tensor | None = None
 ) -> None:
     """The update of `update_rows_` for both matrices, with gradients that are gathered again instead of read."""
-    K = gradients.decoder_sums.weights_TK.shape[1]
     for state, sums in ((W_dec, gradients.decoder_sums), (W_enc, gradients.encoder_sums)):
         check_state(state, step_seed)
         M, D = state.weight_MD.shape
@@ -145,7 +143,7 @@ def update_from_pairs_(
             (M,),
             *_sum_arguments(gradients.pairs, sums),
             *state_arguments(state, hyper, total_square, step_seed),
-            **_sum_constants(sums, K),
+            **_sum_constants(sums),
             TABLE_DP=sums.table.stride(0),
             **state_constants(state, tiling),
             num_warps=tiling.warps,
@@ -162,7 +160,7 @@ def _row_sums(
     chunk_weights = torch.empty(chunks, dtype=torch.float32, device=table.device)
     sums = RowSums(weights_TK, table, row_R, slot_TK, num_slots, extra, chunk_sums, chunk_weights)
     tiling = RowTiling.of(D)
-    constants = _sum_constants(sums, K)
+    constants = _sum_constants(sums)
     launch(
         sum_chunks,
         (chunks,),
@@ -182,22 +180,34 @@ def _row_sums(
     return sums
 
 
-def _table_arguments(sums: RowSums) -> tuple[Tensor, ...]:
-    """Where a tensor is absent another stands in, which the kernel does not touch."""
+def division(divisor: int) -> tuple[int, int]:
+    """(multiplier, shift) with p // divisor == p * multiplier >> shift for 0 <= p < 2^31, in 64 bits.
+
+    Three instructions where a division by a number that the compiler does not know takes twenty, which would be a fifth of all that a pair costs.
+    """
+    shift = 31 + (divisor - 1).bit_length()
+    return cdiv(1 << shift, divisor), shift
+
+
+def _table_arguments(sums: RowSums) -> tuple[Tensor | int, ...]:
+    """Where a tensor is absent another stands in, which the kernel does not touch.
+
+    Pair t * K + k is divided into its token t, or where each slot owns K / S neighbours into its (token, slot) pair t * S + s.
+    """
     row_R = sums.row_R if sums.row_R is not None else sums.weights_TK
-    return sums.weights_TK, sums.table, row_R, sums.slot_TK if sums.slot_TK is not None else row_R
+    K = sums.weights_TK.shape[1]
+    divisor = K if sums.slot_TK is not None else K // sums.num_slots
+    return sums.weights_TK, sums.table, row_R, sums.slot_TK if sums.slot_TK is not None else row_R, *division(divisor), sums.num_slots
 
 
-def _sum_arguments(pairs: LatentPairs, sums: RowSums) -> tuple[Tensor, ...]:
+def _sum_arguments(pairs: LatentPairs, sums: RowSums) -> tuple[Tensor | int, ...]:
     extra = sums.extra
     of_extra = (extra.slot_M, extra.rows_AD) if extra is not None else (sums.chunk_weights,) * 2
     return pairs.start_M1, pairs.pair_P, *_table_arguments(sums), sums.chunk_sums, sums.chunk_weights, *of_extra
 
 
-def _sum_constants(sums: RowSums, K: int) -> dict[str, int | bool]:
+def _sum_constants(sums: RowSums) -> dict[str, int | bool]:
     return {
-        "K": K,
-        "S": sums.num_slots,
         "BY_ROW": sums.row_R is not None,
         "HAS_SLOT": sums.slot_TK is not None,
         "HAS_EXTRA": sums.extra is not None,

@@ -10,10 +10,9 @@ from switch_kernels.gpu.launch import cdiv, launch
 BLOCK_P = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "K", "S", "F", "FP"])
 def _scatter_latents(
-    values_TK, indices_TK, slot_TK, expert_TS, row_R, z_NF, pairs,
-    K: tl.constexpr, S: tl.constexpr, F: tl.constexpr, Fp: tl.constexpr, JOINT: tl.constexpr, BLOCK: tl.constexpr,
+    values_TK, indices_TK, slot_TK, expert_TS, row_R, z_NF, pairs, K, S, F, FP, JOINT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = p < pairs
@@ -24,7 +23,7 @@ def _scatter_latents(
     expert = tl.load(expert_TS + pair, mask=live, other=0)
     local = tl.load(indices_TK + p, mask=live, other=0) - expert * F
     value = tl.load(values_TK + p, mask=live, other=0.0)
-    tl.store(z_NF + row.to(tl.int64) * Fp + local, value, mask=live)
+    tl.store(z_NF + row.to(tl.int64) * FP + local, value, mask=live)
 
 
 def scatter_latents(
@@ -40,6 +39,6 @@ def scatter_latents(
     launch(
         _scatter_latents, (cdiv(pairs, BLOCK_P),),
         values_TK, indices_TK, slot_TK if slot_TK is not None else indices_TK, expert_TS, row_R, z_NF, pairs,
-        K=k, S=slots, F=latents_per_expert, Fp=width, JOINT=slot_TK is not None, BLOCK=BLOCK_P, num_warps=4,
+        k, slots, latents_per_expert, width, JOINT=slot_TK is not None, BLOCK=BLOCK_P, num_warps=4,
     )  # fmt: skip
     return z_NF

@@ -9,17 +9,18 @@ import triton.language as tl
 
 from switch_kernels.gpu.update import appended, is_finite, row_product, update_row_in_registers
 
+NUMBERS = ["multiplier", "shift", "S"]
+"""Arguments whose values no kernel is compiled for."""
+
 
 @triton.jit
-def _locate(q, end, pair, weights, row_R, slots, K: tl.constexpr, S: tl.constexpr, BY_ROW: tl.constexpr, HAS_SLOT: tl.constexpr):
-    """(row of the table, weight) of the q-th pair; past the end some row and weight 0."""
+def _locate(q, end, pair, weights, row_R, slots, multiplier, shift, S, BY_ROW: tl.constexpr, HAS_SLOT: tl.constexpr):
+    """(row of the table, weight) of the q-th pair; past the end some row and weight 0. The multiplier and the shift divide: see `pairs.division`."""
     p = tl.load(pair + tl.minimum(q, tl.maximum(end - 1, 0)))
-    row = p // K
+    row = ((p.to(tl.int64) * multiplier) >> shift).to(tl.int32)
+    if HAS_SLOT:
+        row = row * S + tl.load(slots + p)
     if BY_ROW:
-        if HAS_SLOT:
-            row = row * S + tl.load(slots + p)
-        elif S > 1:
-            row = row * S + (p % K) // (K // S)
         row = tl.load(row_R + row)
     return row, tl.where(q < end, tl.load(weights + p), 0.0)
 
@@ -35,10 +36,11 @@ def _add_pairs(
     table,
     row_R,
     slots,
+    multiplier,
+    shift,
+    S,
     D: tl.constexpr,
     DP: tl.constexpr,
-    K: tl.constexpr,
-    S: tl.constexpr,
     BY_ROW: tl.constexpr,
     HAS_SLOT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -51,7 +53,7 @@ def _add_pairs(
     rows = ()
     factors = ()
     for u in tl.static_range(UNROLL):
-        row, factor = _locate(first + u, end, pair, weights, row_R, slots, K, S, BY_ROW, HAS_SLOT)
+        row, factor = _locate(first + u, end, pair, weights, row_R, slots, multiplier, shift, S, BY_ROW, HAS_SLOT)
         rows = appended(rows, row)
         factors = appended(factors, factor)
     for i in range(first, end, UNROLL):
@@ -64,7 +66,7 @@ def _add_pairs(
         next_rows = ()
         next_factors = ()
         for u in tl.static_range(UNROLL):
-            row, factor = _locate(i + UNROLL + u, end, pair, weights, row_R, slots, K, S, BY_ROW, HAS_SLOT)
+            row, factor = _locate(i + UNROLL + u, end, pair, weights, row_R, slots, multiplier, shift, S, BY_ROW, HAS_SLOT)
             next_rows = appended(next_rows, row)
             next_factors = appended(next_factors, factor)
         for u in tl.static_range(UNROLL):
@@ -86,7 +88,7 @@ def _zero_sums(WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", *NUMBERS])
 def sum_chunks(
     pair,
     latent,
@@ -94,13 +96,14 @@ def sum_chunks(
     table,
     row_R,
     slots,
+    multiplier,
+    shift,
+    S,
     chunk_sums,
     chunk_weights,
     num_pairs,
     D: tl.constexpr,
     DP: tl.constexpr,
-    K: tl.constexpr,
-    S: tl.constexpr,
     BY_ROW: tl.constexpr,
     HAS_SLOT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -126,10 +129,11 @@ def sum_chunks(
         table,
         row_R,
         slots,
+        multiplier,
+        shift,
+        S,
         D,
         DP,
-        K,
-        S,
         BY_ROW,
         HAS_SLOT,
         WIDTH,
@@ -151,14 +155,15 @@ def _sum_segment(
     table,
     row_R,
     slots,
+    multiplier,
+    shift,
+    S,
     chunk_sums,
     chunk_weights,
     extra_slot,
     extra_rows,
     D: tl.constexpr,
     DP: tl.constexpr,
-    K: tl.constexpr,
-    S: tl.constexpr,
     BY_ROW: tl.constexpr,
     HAS_SLOT: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
@@ -177,9 +182,13 @@ def _sum_segment(
     tail = tl.where(has_chunks, end_chunk * CHUNK, end)
     sums = _zero_sums(WIDTH, CHUNKS)
     total = tl.full((), 0.0, tl.float32)
-    sums, total = _add_pairs(sums, total, first, head_end, pair, weights, table, row_R, slots, D, DP, K, S, BY_ROW, HAS_SLOT, WIDTH, CHUNKS, UNROLL)
+    sums, total = _add_pairs(
+        sums, total, first, head_end, pair, weights, table, row_R, slots, multiplier, shift, S, D, DP, BY_ROW, HAS_SLOT, WIDTH, CHUNKS, UNROLL
+    )
     if has_chunks:
-        sums, total = _add_pairs(sums, total, tail, end, pair, weights, table, row_R, slots, D, DP, K, S, BY_ROW, HAS_SLOT, WIDTH, CHUNKS, UNROLL)
+        sums, total = _add_pairs(
+            sums, total, tail, end, pair, weights, table, row_R, slots, multiplier, shift, S, D, DP, BY_ROW, HAS_SLOT, WIDTH, CHUNKS, UNROLL
+        )
     column = tl.arange(0, WIDTH)[None, :]
     for b in range(first_chunk, end_chunk):
         added = ()
@@ -198,7 +207,7 @@ def _sum_segment(
     return sums, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def gradient_rows(
     start,
     pair,
@@ -206,6 +215,9 @@ def gradient_rows(
     table,
     row_R,
     slots,
+    multiplier,
+    shift,
+    S,
     chunk_sums,
     chunk_weights,
     extra_slot,
@@ -215,8 +227,6 @@ def gradient_rows(
     totals,
     D: tl.constexpr,
     DP: tl.constexpr,
-    K: tl.constexpr,
-    S: tl.constexpr,
     BY_ROW: tl.constexpr,
     HAS_SLOT: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
@@ -237,14 +247,15 @@ def gradient_rows(
         table,
         row_R,
         slots,
+        multiplier,
+        shift,
+        S,
         chunk_sums,
         chunk_weights,
         extra_slot,
         extra_rows,
         D,
         DP,
-        K,
-        S,
         BY_ROW,
         HAS_SLOT,
         HAS_EXTRA,
@@ -262,7 +273,7 @@ def gradient_rows(
             tl.store(grad + j * D + n * WIDTH + column, sums[n].to(grad.dtype.element_ty), mask=n * WIDTH + column < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def update_latents(
     start,
     pair,
@@ -270,6 +281,9 @@ def update_latents(
     table,
     row_R,
     slots,
+    multiplier,
+    shift,
+    S,
     chunk_sums,
     chunk_weights,
     extra_slot,
@@ -282,8 +296,6 @@ def update_latents(
     total_square,
     seed,
     TABLE_DP: tl.constexpr,
-    K: tl.constexpr,
-    S: tl.constexpr,
     BY_ROW: tl.constexpr,
     HAS_SLOT: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
@@ -309,14 +321,15 @@ def update_latents(
         table,
         row_R,
         slots,
+        multiplier,
+        shift,
+        S,
         chunk_sums,
         chunk_weights,
         extra_slot,
         extra_rows,
         D,
         TABLE_DP,
-        K,
-        S,
         BY_ROW,
         HAS_SLOT,
         HAS_EXTRA,

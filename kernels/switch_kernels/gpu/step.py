@@ -6,6 +6,7 @@ Loss: mean_t ||x - recon||^2 + balance * E * sum_i f_i P_i + auxk, with x scaled
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ from switch_kernels.gpu.dispatch import count_experts
 from switch_kernels.gpu.encode import encode_pairs
 from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.finish import Balance, Columns, finish
-from switch_kernels.gpu.launch import round_up
+from switch_kernels.gpu.gemm_tiles import padded
 from switch_kernels.gpu.route import GateParts, Routed, route, route_backward, router_gradients
 from switch_kernels.gpu.scatter import scatter_latents
-from switch_kernels.gpu.topk import group_of, keep_topk_, select_jointly
+from switch_kernels.gpu.topk import keep_topk_, select_jointly
 from switch_kernels.gpu.update import row_sum_parts
 from switch_kernels.plan import GradientMode, Plan, Regime
 
@@ -220,7 +221,7 @@ class _Dense:
         self.batch, self.s, D = batch, s, batch.target_TD.shape[1]
         F, start_E1 = batch.latents_per_expert, batch.start_E1
         self.z_NF = scatter_latents(
-            batch.values_TK, batch.indices_TK, batch.slot_TK, batch.expert_TS, batch.row_R, batch.rows_ND.shape[0], F, round_up(F, 8)
+            batch.values_TK, batch.indices_TK, batch.slot_TK, batch.expert_TS, batch.row_R, batch.rows_ND.shape[0], F, padded(F)
         )
         target = (batch.target_TD, batch.target_scale, weights.b_out_D, batch.grad_scale)
         if s.slots == 1:
@@ -272,7 +273,7 @@ class _Sparse:
         batch, s = self.batch, self.s
         recomputed = s.plan.gradients is GradientMode.recomputed
         grads = pairs.latent_gradients(
-            pairs.pairs_by_latent(batch.indices_TK, self.num_latents), self.loss, batch.rows_ND, batch.row_R, batch.slot_TK, s.slots, s.k,
+            pairs.pairs_by_latent(batch.indices_TK, self.num_latents), self.loss, batch.rows_ND, batch.row_R, batch.slot_TK, s.slots,
             batch.x_TD.shape[1], batch.target_TD.shape[1], None if recomputed else s.operand_dtype, extra_dec, extra_enc,
         )  # fmt: skip
         return _WeightGradients(grads.encoder_MD, grads.decoder_MD, grads if recomputed else None, grads.bias_M, (grads.square_parts,))
@@ -290,7 +291,8 @@ def _auxk(batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, resid
     b_enc_M = weights.b_enc_M if weights.b_enc_M is not None else torch.zeros(weights.W_enc_MD.shape[0], device=residual_TD.device)
     b_enc_B = b_enc_M.index_select(0, dead.latent_B).masked_fill(dead.is_padding_B, float("-inf"))
     shape = (batch.start_E1, A)
-    z_NA, _ = gemm.encode(batch.rows_ND, W_enc_BD, b_enc_B, *shape, group_of(A, 1), s.dot)
+    # the number of dead latents changes while a model trains: `any_width`, so that nothing is compiled then
+    z_NA, _ = gemm.encode(batch.rows_ND, W_enc_BD, b_enc_B, *shape, 1, s.dot, any_width=True)
     keep_topk_(z_NA, A, min(dead.k, A), batch.order_N)
     y_ND = gemm_decode.decode_rows(z_NA, W_dec_BD, *shape, D_out, s.dot)
     gate_TS = batch.gate_TS if batch.gate_TS is not None else torch.ones(tokens, 1, device=residual_TD.device)
@@ -298,10 +300,11 @@ def _auxk(batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, resid
     loss = gemm_decode.combine_slots(y_ND, batch.row_R, s.slots, gate_TS, residual_TD, unit, nowhere_D, 1.0, s.operand_dtype)
     variance = (residual_TD - residual_TD.mean(0)).square().sum()
     factor = torch.where(variance > 0, dead.coefficient / variance, 0.0)
-    dz_NA, _ = gemm.latent_gradients(loss.grad_rows_ND, W_dec_BD, z_NA, *shape, s.dot)
-    dec = gemm_weights.weight_gradient(z_NA, loss.grad_rows_ND, *shape, D_out, s.dot, torch.float32)
-    enc = gemm_weights.weight_gradient(dz_NA, batch.rows_ND, *shape, batch.x_TD.shape[1], s.dot, torch.float32, column_sums=True)
-    assert enc.column_sums_M is not None
+    dz_NA, _ = gemm.latent_gradients(loss.grad_rows_ND, W_dec_BD, z_NA, *shape, s.dot, any_width=True)
     twice = 2 * factor
-    bias_M = torch.where(dead.slot_M >= 0, (enc.column_sums_M * twice).index_select(0, dead.slot_M.clamp(min=0)), 0.0)
-    return factor * loss.square_parts.sum(), Extra(dead.slot_M, enc.grad_MD * twice), Extra(dead.slot_M, dec.grad_MD * twice), bias_M
+    scaled: Any = {"scale": twice, "any_width": True}
+    dec = gemm_weights.weight_gradient(z_NA, loss.grad_rows_ND, *shape, D_out, s.dot, torch.float32, **scaled)
+    enc = gemm_weights.weight_gradient(dz_NA, batch.rows_ND, *shape, batch.x_TD.shape[1], s.dot, torch.float32, column_sums=True, **scaled)
+    assert enc.column_sums_M is not None
+    bias_M = torch.where(dead.slot_M >= 0, enc.column_sums_M.index_select(0, dead.slot_M.clamp(min=0)), 0.0)
+    return factor * loss.square_parts.sum(), Extra(dead.slot_M, enc.grad_MD), Extra(dead.slot_M, dec.grad_MD), bias_M

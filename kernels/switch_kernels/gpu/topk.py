@@ -19,10 +19,8 @@ MAX_GROUP = 64
 """Largest group; the product that writes group maxima needs whole groups in its tiles."""
 MAX_CANDIDATES = 2048
 """Most columns that the second level of `select_rows` sorts."""
-RESIDENT = 16384
-"""Widest row that `keep_topk_` holds in registers; wider ones are streamed, several times, from the L2 cache."""
-STREAM_CHUNK = 8192
-"""Columns that the streamed `keep_topk_` reads at once; 255 chunks are the most that its byte counters can count."""
+KEEP_WIDTH = 1024
+"""Columns that `keep_topk_` reads at once, of rows of any length: one kernel, whatever the number of dead latents."""
 
 
 def _padded_k(k: int) -> int:
@@ -60,12 +58,13 @@ def select_rows(pre_NF: Tensor, group_max_NG: Tensor, F: int, group: int, expert
     if group > 1 and groups < padded:
         raise ValueError(f"group={group} leaves {groups} groups of {F} latents; k={k} needs at least {padded}: use group_of(F, k).")
     float32 = pre_NF.dtype != torch.bfloat16
+    first_length = groups if group > 1 else F
     by_position = not float32 and group > 1 and F > 1 << 16
-    wide_first = float32 or (groups if group > 1 else F) > 1 << 16
+    wide_first = float32 or first_length > 1 << 16
     first_keys = WIDE_KEYS if wide_first else NARROW_KEYS
     second_keys = WIDE_KEYS if float32 else NARROW_KEYS // 2 if by_position else NARROW_KEYS
     warps = min(16, max(cdiv(2 * padded, first_keys), cdiv(padded * group, second_keys) if group > 1 else 1))
-    chunk = max(padded, min(next_power_of_2(groups), first_keys * warps))
+    chunk = max(padded, min(next_power_of_2(first_length), first_keys * warps))
     pairs = row_R.shape[0]
     values_RK = torch.empty(pairs, k, dtype=pre_NF.dtype, device=pre_NF.device)
     indices_RK = torch.empty(pairs, k, dtype=torch.int32, device=pre_NF.device)
@@ -78,13 +77,15 @@ def select_rows(pre_NF: Tensor, group_max_NG: Tensor, F: int, group: int, expert
         row_R,
         values_RK,
         indices_RK,
-        F=F,
-        FP=pre_NF.shape[1],
+        F,
+        pre_NF.stride(0),
+        groups,
+        group_max_NG.stride(0),
         G=group,
-        GROUPS=groups,
         K=k,
         K2=padded,
         CHUNK=chunk,
+        ONE_CHUNK=first_length <= chunk,
         WIDE_FIRST=wide_first,
         WIDE_SECOND=float32,
         BY_POSITION=by_position,
@@ -129,22 +130,22 @@ def _value_of(key, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _top_keys(row, LENGTH: tl.constexpr, K2: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
-    """The K2 largest keys of LENGTH values, descending: CHUNK at a time, each chunk's best merged with the best so far."""
+def _top_keys(row, length, K2: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, WIDE: tl.constexpr):
+    """The K2 largest keys of `length` values, descending: CHUNK at a time, each chunk's best merged with the best so far."""
     i = tl.arange(0, CHUNK)
-    if LENGTH <= CHUNK:
-        top = tl.topk(_pack(tl.load(row + i, mask=i < LENGTH, other=0.0), i, i < LENGTH, WIDE), K2)
+    if ONE_CHUNK:
+        top = tl.topk(_pack(tl.load(row + i, mask=i < length, other=0.0), i, i < length, WIDE), K2)
     else:
         nothing = tl.arange(0, K2)
         top = _pack(nothing, nothing, nothing < 0, WIDE)
-        for first in range(0, LENGTH, CHUNK):
+        for first in range(0, length, CHUNK):
             j = first + i
-            more = tl.topk(_pack(tl.load(row + j, mask=j < LENGTH, other=0.0), j, j < LENGTH, WIDE), K2)
+            more = tl.topk(_pack(tl.load(row + j, mask=j < length, other=0.0), j, j < length, WIDE), K2)
             top = tl.topk(tl.reshape(tl.join(top, more), (2 * K2,)), K2)
     return top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["F", "groups"])
 def _select_rows(
     pre_NF,
     group_max_NG,
@@ -152,13 +153,15 @@ def _select_rows(
     row_R,
     values_RK,
     indices_RK,
-    F: tl.constexpr,
-    FP: tl.constexpr,
+    F,
+    FP,
+    groups,
+    GP,
     G: tl.constexpr,
-    GROUPS: tl.constexpr,
     K: tl.constexpr,
     K2: tl.constexpr,
     CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
     WIDE_FIRST: tl.constexpr,
     WIDE_SECOND: tl.constexpr,
     BY_POSITION: tl.constexpr,
@@ -169,7 +172,7 @@ def _select_rows(
     offset = tl.load(expert_R + r) * F
     pre = pre_NF + n * FP
     if G > 1:
-        best = _index_of(_top_keys(group_max_NG + n * GROUPS, GROUPS, K2, CHUNK, WIDE_FIRST), WIDE_FIRST)
+        best = _index_of(_top_keys(group_max_NG + n * GP, groups, K2, CHUNK, ONE_CHUNK, WIDE_FIRST), WIDE_FIRST)
         if BY_POSITION:
             best = tl.sort(best)
         g = tl.arange(0, G)
@@ -183,7 +186,7 @@ def _select_rows(
             index = tl.gather(best, index // G, 0) * G + index % G
         value = _value_of(top, WIDE_SECOND)
     else:
-        top = _top_keys(pre, F, K2, CHUNK, WIDE_FIRST)
+        top = _top_keys(pre, F, K2, CHUNK, ONE_CHUNK, WIDE_FIRST)
         index = _index_of(top, WIDE_FIRST)
         value = _value_of(top, WIDE_FIRST)
     i = tl.arange(0, K2)
@@ -264,19 +267,9 @@ def keep_topk_(z_NF: Tensor, F: int, k: int, order_N: Tensor | None = None) -> N
     """
     if not 1 <= k <= F:
         raise ValueError(f"k={k} must lie between 1 and the number of latents per expert, {F}.")
-    if F > 255 * STREAM_CHUNK:
-        raise ValueError(f"F={F} latents per expert: keep_topk_ counts at most {255 * STREAM_CHUNK} of them.")
-    leading = z_NF.shape[1]
     bits = 15 if z_NF.dtype == torch.bfloat16 else 31
-    width = next_power_of_2(leading)
-    order = z_NF if order_N is None else order_N
-    constants = {"F": F, "FP": leading, "K": k, "PADDED": order_N is not None}
-    grid = (z_NF.shape[0],)
-    if width <= RESIDENT:
-        launch(_keep_topk, grid, z_NF, order, **constants, BITS=bits, WIDTH=width, num_warps=min(16, max(1, width // 1024)))
-    else:
-        # 1024 threads are one program per multiprocessor: the rows in work then fit the L2 cache
-        launch(_keep_topk_streamed, grid, z_NF, order, **constants, BITS=bits, WIDTH=STREAM_CHUNK, num_warps=32)
+    order, padded = (z_NF, False) if order_N is None else (order_N, True)
+    launch(_keep_topk, (z_NF.shape[0],), z_NF, order, F, z_NF.shape[1], k, PADDED=padded, BITS=bits, WIDTH=KEEP_WIDTH, num_warps=4)
 
 
 @triton.jit
@@ -292,46 +285,9 @@ def _from_magnitudes(key, BITS: tl.constexpr):
     return (key << (31 - BITS)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def _keep_topk(z_NF, order_N, F: tl.constexpr, FP: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
-    """One row, held in registers."""
-    n = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, WIDTH)
-    row = z_NF + n * FP
-    live = True
-    if PADDED:
-        live = tl.load(order_N + n) >= 0
-    if live:
-        key = _magnitudes(tl.load(row + column, mask=column < F, other=0.0), column < F, BITS)
-        # `count` >= K keys reach threshold, `above` < K keys reach threshold + 2 * bit; with count == K the answer is known early
-        threshold = 0
-        count = F
-        above = 0
-        bit = 1 << (BITS - 1)
-        while (bit > 0) & (count != K):
-            upper = threshold + bit
-            larger = tl.sum((key >= upper).to(tl.int32), axis=0)
-            enough = larger >= K
-            threshold = tl.where(enough, upper, threshold)
-            count = tl.where(enough, larger, count)
-            above = tl.where(enough, above, larger)
-            bit = bit >> 1
-        keep = key >= threshold
-        if count != K:
-            tie = key == threshold
-            rank = tl.cumsum(tie.to(tl.int32), 0)
-            keep = (key > threshold) | (tie & (rank <= K - above))
-        z = tl.where(keep, _from_magnitudes(key, BITS), 0.0)
-        tl.store(row + column, z.to(z_NF.dtype.element_ty), mask=column < FP)
-    else:
-        tl.store(row + column, tl.zeros((WIDTH,), z_NF.dtype.element_ty), mask=column < FP)
-
-
-@triton.jit
-def _keep_topk_streamed(
-    z_NF, order_N, F: tl.constexpr, FP: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """One row, read once for every three bits of the k-th largest value, WIDTH columns at a time."""
+@triton.jit(do_not_specialize=["F", "K"])
+def _keep_topk(z_NF, order_N, F, FP, K, PADDED: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """One row, read once for every bit of the k-th largest value, WIDTH columns at a time; after the first time it lies in the L1 cache."""
     n = tl.program_id(0).to(tl.int64)
     row = z_NF + n * FP
     i = tl.arange(0, WIDTH)
@@ -339,32 +295,23 @@ def _keep_topk_streamed(
     if PADDED:
         live = tl.load(order_N + n) >= 0
     if live:
-        # as in `_keep_topk`, with 8 << shift where that has 2 * bit
+        # `count` >= K keys reach threshold, `above` < K keys reach threshold + 2 * bit; with count == K the answer is known early
         threshold = 0
         count = F
         above = 0
-        shift = (BITS - 1) // 3 * 3
-        while (shift >= 0) & (count != K):
-            # eight counters of a byte each in every lane: a lane sees at most 255 columns
-            counters = tl.zeros((WIDTH,), tl.int64)
+        bit = 1 << (BITS - 1)
+        while (bit > 0) & (count != K):
+            upper = threshold + bit
+            reached = tl.zeros((WIDTH,), tl.int32)
             for first in range(0, F, WIDTH):
-                column = first + i
-                key = _magnitudes(tl.load(row + column, mask=column < F, other=0.0), column < F, BITS)
-                digit = (key - threshold) >> shift
-                inside = (digit >= 0) & (digit < 8)
-                counters += tl.where(inside, inside.to(tl.int64) << (8 * (digit & 7)).to(tl.int64), 0)
-            best = 0
-            reached = above
-            for j in tl.static_range(7, 0, -1):
-                larger = reached + tl.sum(((counters >> (8 * j)) & 0xFF).to(tl.int32), axis=0)
-                found = (larger >= K) & (best == 0)
-                best = tl.where(found, j, best)
-                count = tl.where(found, larger, count)
-                above = tl.where(found, reached, above)
-                reached = larger
-            above = tl.where(best == 0, reached, above)
-            threshold += best << shift
-            shift -= 3
+                key = _magnitudes(tl.load(row + first + i, mask=first + i < F, other=0.0), first + i < F, BITS)
+                reached += (key >= upper).to(tl.int32)
+            larger = tl.sum(reached, axis=0)
+            enough = larger >= K
+            threshold = tl.where(enough, upper, threshold)
+            count = tl.where(enough, larger, count)
+            above = tl.where(enough, above, larger)
+            bit = bit >> 1
         room = tl.where(count == K, F, K - above)
         ties = 0
         for first in range(0, FP, WIDTH):
@@ -388,7 +335,7 @@ def mark_fired_(tokens_since_M: Tensor, values_TK: Tensor, indices_TK: Tensor, t
     launch(_mark_fired, (cdiv(pairs, 1024),), tokens_since_M, values_TK, indices_TK, pairs, BLOCK=1024)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _mark_fired(tokens_since_M, values_P, indices_P, P, BLOCK: tl.constexpr):
     """Programs may store to one address, always the same 0."""
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
