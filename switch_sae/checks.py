@@ -102,6 +102,7 @@ def _member(name: str, kind: type[Enum], value: Any) -> Enum:
         return value
     if isinstance(value, str) and value in kind.__members__:
         return kind[value]
+    kind._missing_(value)  # a choice may say what has become of a name that it no longer has
     raise ValueError(f"{name}={value!r} is not one of {', '.join(kind.__members__)}.{_meant(value, kind.__members__)}")
 
 

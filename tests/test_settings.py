@@ -196,6 +196,13 @@ def test_functions_that_take_a_choice_take_its_name():
             wrong()
 
 
+def test_a_saved_run_in_tf32_is_told_what_became_of_it():
+    saved = config_to_plain(RunConfig(precision="bf16"))
+    for make in (lambda: config_from_plain({**saved, "precision": "tf32"}), lambda: RunConfig(precision="tf32"), lambda: Execution("triton", "tf32")):
+        with pytest.raises(ValueError, match=r"^precision='tf32' is no longer one of auto, bf16, float32: .* Use bf16, or float32 .*config.json"):
+            make()
+
+
 def test_settings_of_another_library_need_only_inherit():
     @dataclass
     class Config(SigmoidRouter.Config):

@@ -64,8 +64,6 @@ TRAIN: dict[Case, dict[str, Any]] = {
     Case(replace(WIDE, E=8, D=4096), moments=Moments.bfloat16): {},
     Case(replace(MAIN, S=2)): {},
     Case(replace(MAIN, E=8, S=4, joint=False)): {},
-    Case(MAIN, Precision.tf32): {},
-    Case(replace(MAIN, E=8), Precision.tf32): {},
     Case(MAIN, Precision.float32): {},
     Case(MAIN, moments=Moments.bfloat16): {},
 }

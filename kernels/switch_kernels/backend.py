@@ -4,12 +4,12 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 
-Dot = Literal["bf16", "tf32", "ieee"]
-"""How Triton kernels multiply: bfloat16 operands, float32 operands through TF32, or full float32."""
+Dot = Literal["bf16", "ieee"]
+"""How Triton kernels multiply: bfloat16 operands, or full float32."""
 
 
 def operand_dtype(dot: str) -> torch.dtype:
@@ -31,8 +31,15 @@ class Precision(Enum):
     auto = "auto"
     """bf16 with Triton, float32 with PyTorch."""
     bf16 = "bf16"
-    tf32 = "tf32"
     float32 = "float32"
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        if value == "tf32":
+            raise ValueError(
+                "precision='tf32' is no longer one of auto, bf16, float32: Triton cuts its operands off instead of rounding them, which biases every "
+                "product. Use bf16, or float32 to be exact; of a saved run, write it into config.json."
+            )
 
 
 class Moments(Enum):
@@ -61,8 +68,8 @@ class Execution:
 
     @property
     def dot(self) -> Dot:
-        """The name that the kernels give the precision: bf16, tf32, or ieee for full float32."""
-        return "ieee" if self.precision is Precision.float32 else cast(Dot, self.precision.value)
+        """The name that the kernels give the precision: bf16, or ieee for full float32."""
+        return "bf16" if self.precision is Precision.bf16 else "ieee"
 
     def __str__(self) -> str:
         return f"{self.backend.value}, {self.precision.value} operands ({self.reason})"
@@ -80,10 +87,8 @@ def resolve(backend: Backend, precision: Precision, device: torch.device | str) 
         reason = obstacle or f"a GPU of compute capability {_capability(device)}"
     elif backend is Backend.triton and obstacle:
         raise ValueError(f"backend=triton cannot run: {obstacle}. Use backend=auto or backend=torch.")
-    if backend is Backend.torch and precision in (Precision.bf16, Precision.tf32):
-        raise ValueError(
-            f"precision={precision.value} needs backend=triton; here the backend is torch ({reason}), whose path is float32. Use precision=auto."
-        )
+    if backend is Backend.torch and precision is Precision.bf16:
+        raise ValueError(f"precision=bf16 needs backend=triton; here the backend is torch ({reason}), whose path is float32. Use precision=auto.")
     if precision is Precision.auto:
         precision = Precision.bf16 if backend is Backend.triton else Precision.float32
     return Execution(backend, precision, reason)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from switch_kernels.gpu import gemm_tiles
 from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.gemm import encode, latent_gradients
 from switch_kernels.gpu.gemm_decode import combine_slots, decode_loss, decode_rows
-from switch_kernels.gpu.gemm_tiles import choose_tile, compiling_for, operand_dtype, row_tiles
+from switch_kernels.gpu.gemm_tiles import choose_tile, compiling_for, has_descriptors, operand_dtype, row_tiles
 from switch_kernels.gpu.gemm_weights import weight_gradient
 from switch_kernels.gpu.launch import ALIGN, round_up
 
@@ -324,6 +325,16 @@ def test_operands_are_checked():
         decode_rows(p.z_NF[:, :15], p.W_MD, p.start_E1, 15, 24, "ieee")
     with pytest.raises(ValueError, match=r"precision 'fp8' is unknown"):
         decode_rows(p.z_NF, p.W_MD, p.start_E1, 16, 24, "fp8")
+
+
+def test_an_amd_gpu_gets_none_of_hoppers_tiles_whatever_its_number(monkeypatch):
+    """ROCm says (9, 0) of gfx90a, which has 64 KiB of shared memory and no bulk copies."""
+    assert has_descriptors((9, 0)) and has_descriptors((10, 0))
+    assert not any(has_descriptors(capability) for capability in ((8, 0), (8, 9), (9, 4), (12, 0)))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not has_descriptors((9, 0)) and not has_descriptors((9, 4))
+    monkeypatch.setattr(gemm_tiles, "interpreted", lambda: False)
+    assert choose_tile("encode", 1024, 1024, 768, "bf16", (9, 0)) == choose_tile("encode", 1024, 1024, 768, "bf16", (8, 0))
 
 
 def test_tiles_are_pure_functions_of_the_shape():

@@ -118,7 +118,6 @@ def _rows_times_latents(
     BN: tl.constexpr,
     BK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """float32 [BM, BN]: rows @ W[expert, latent : latent + BN]^T."""
     weights = latents_of(expert, W_MD, F, DP, BN, BK, DESCRIPTORS)
@@ -126,7 +125,7 @@ def _rows_times_latents(
     for k in range(0, DP, BK):
         left = rows.load([row, k])
         right = load_latents(weights, expert, latent, k, BN, BK, DESCRIPTORS)
-        acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right.T, acc, input_precision="ieee")  # of float32; tensor cores would cut it off to 10 bits of mantissa
     return acc
 
 
@@ -151,7 +150,6 @@ def _encode_kernel(
     BK: tl.constexpr,
     ALIGN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     rows = tiles_of_rows(rows_ND, num_rows, DP, BM, BK, DESCRIPTORS)
     row_tile, column_tile = find_tile(num_row_tiles, (F + BN - 1) // BN)
@@ -160,7 +158,7 @@ def _encode_kernel(
         first = column_tile * BN
         NUM_GROUPS: tl.constexpr = (F + GROUP - 1) // GROUP
         if expert < E:
-            acc = _rows_times_latents(rows, W_MD, row, expert, first, DP, F, BM, BN, BK, DESCRIPTORS, PRECISION)
+            acc = _rows_times_latents(rows, W_MD, row, expert, first, DP, F, BM, BN, BK, DESCRIPTORS)
             j = first + tl.arange(0, BN)
             if b_M is not None:
                 if F % BN != 0:
@@ -234,7 +232,6 @@ def _latent_gradients_kernel(
     BK: tl.constexpr,
     ALIGN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     rows = tiles_of_rows(grad_rows_ND, num_rows, DP, BM, BK, DESCRIPTORS)
     latents = tiles_of_rows(z_NF, num_rows, FP, BM, BN, DESCRIPTORS)
@@ -245,7 +242,7 @@ def _latent_gradients_kernel(
         r = row + tl.arange(0, BM)
         gate_part = gate_parts_NP + r.to(tl.int64) * ((F + BN - 1) // BN) + column_tile
         if expert < E:
-            acc = _rows_times_latents(rows, W_MD, row, expert, first, DP, F, BM, BN, BK, DESCRIPTORS, PRECISION)
+            acc = _rows_times_latents(rows, W_MD, row, expert, first, DP, F, BM, BN, BK, DESCRIPTORS)
             z = latents.load([row, first]).to(tl.float32)
             tl.store(gate_part, tl.sum(z * acc, axis=1), mask=r < stop)
             store_tile(dz_NF, tl.where(z > 0, acc, 0.0), row, stop, first, FP, BM, BN, BN)

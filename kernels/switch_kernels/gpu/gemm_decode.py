@@ -36,7 +36,6 @@ def _latents_times_rows(
     BN: tl.constexpr,
     BK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """float32 [BM, BN]: z @ W[expert][:, column : column + BN]."""
     weights = latents_of(expert, W_MD, F, DP, BK, BN, DESCRIPTORS)
@@ -44,7 +43,7 @@ def _latents_times_rows(
     for k in range(0, F, BK):
         left = latents.load([row, k])
         right = load_latents(weights, expert, k, column, BK, BN, DESCRIPTORS)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     return acc
 
 
@@ -118,7 +117,6 @@ def _decode_loss_kernel(
     BK: tl.constexpr,
     ALIGN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     latents = tiles_of_rows(z_NF, num_rows, FP, BM, BK, DESCRIPTORS)
     COLUMN_TILES: tl.constexpr = (D + BN - 1) // BN
@@ -128,7 +126,7 @@ def _decode_loss_kernel(
     column = column_tile * BN
     part = (row_tile * COLUMN_TILES + column_tile) * 4
     if (expert < E) & (row < stop):
-        acc = _latents_times_rows(latents, W_MD, row, expert, column, DP, F, BM, BN, BK, DESCRIPTORS, PRECISION)
+        acc = _latents_times_rows(latents, W_MD, row, expert, column, DP, F, BM, BN, BK, DESCRIPTORS)
         # quarter by quarter: beside a whole tile of x and of errors the registers would not hold two programs on a multiprocessor
         left, right = halves(acc, BM, BN)
         quarters = halves(left, BM, BN // 2) + halves(right, BM, BN // 2)
@@ -233,14 +231,13 @@ def _decode_rows_kernel(
     BK: tl.constexpr,
     ALIGN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     latents = tiles_of_rows(z_NF, num_rows, FP, BM, BK, DESCRIPTORS)
     row_tile, column_tile = find_tile(num_row_tiles, (D + BN - 1) // BN)
     expert, row, stop = find_rows(row_tile, start_E1, num_rows, E, EP, BM, ALIGN)
     column = column_tile * BN
     if (expert < E) & (row < stop):
-        y = _latents_times_rows(latents, W_MD, row, expert, column, DP, F, BM, BN, BK, DESCRIPTORS, PRECISION)
+        y = _latents_times_rows(latents, W_MD, row, expert, column, DP, F, BM, BN, BK, DESCRIPTORS)
         store_tile(y_ND, y, row, stop, column, DP, BM, BN, BN)
     else:
         store_tile(y_ND, tl.zeros((BM, BN), tl.float32), row, stop, column, DP, BM, BN, BN)

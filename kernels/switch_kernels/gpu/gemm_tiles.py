@@ -5,21 +5,17 @@ The letters of a tile: BM rows of the output, BN columns of the output, BK eleme
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from switch_kernels.backend import operand_dtype
+from switch_kernels.backend import Dot, operand_dtype
 from switch_kernels.gpu.launch import ALIGN, cdiv, interpreted, next_power_of_2
 
 Product = Literal["encode", "latent_gradients", "decode_loss", "decode_rows", "weight_gradient"]
 Capability = tuple[int, int]
-
-DOT_PRECISION = {"bf16": "tf32", "tf32": "tf32", "ieee": "ieee"}
-"""What tl.dot is told in each precision: bf16, operands bfloat16 (tl.dot then ignores it); tf32, float32 operands that the tensor cores round to 10
-bits of mantissa; ieee, float32 as it is. Sums are float32 in all of them."""
 
 _assumed: Capability | None = None
 
@@ -39,7 +35,7 @@ def choose_tile(product: Product, rows_per_expert: int, F: int, D: int, precisio
 
     Large tiles save traffic between L2 and the tensor cores (one of 128 x 256 moves 3/4 of what two of 128 x 128 do); tiles of 64 rows waste none on
     experts that have few; two programs on a multiprocessor hide each other's epilogue, which is why only products with a light epilogue or a long sum
-    get 128 x 256. float32 operands are twice as wide, and "ieee" products run on the ordinary cores, from registers: their tiles are small so that
+    get 128 x 256. float32 operands are twice as wide, and their products run on the ordinary cores, from registers: their tiles are small so that
     nothing spills.
     """
     few_rows = rows_per_expert <= 3 * ALIGN
@@ -47,8 +43,6 @@ def choose_tile(product: Product, rows_per_expert: int, F: int, D: int, precisio
         tile = Tile(64 if few_rows else 128, 32, 32, 4, 1)
     elif precision == "ieee":
         tile = Tile(64, 32 if product == "decode_loss" else 64, 16, 4, 3)
-    elif precision == "tf32":
-        tile = Tile(64, 64, 32, 4, 3) if few_rows or product == "weight_gradient" else Tile(128, 128, 32, 8, 3)
     elif not has_descriptors(capability):
         tile = Tile(64, 128, 32, 4, 4) if few_rows and product != "weight_gradient" else Tile(128, 128, 32, 8, 4)
     elif product == "weight_gradient":
@@ -93,9 +87,10 @@ def compiling_for(capability: Capability) -> Iterator[None]:
 def has_descriptors(capability: Capability) -> bool:
     """Whether tiles are large and moved by the hardware's bulk copies, from descriptors made on the host: NVIDIA's Hopper and data-centre Blackwell.
 
-    Others, older (8.x), smaller (12.x: 99 KiB of shared memory) or AMD's (9.4), get tiles that fit them and loads that they have.
+    Others get tiles that fit them and loads that they have: older (8.x), smaller (12.x: 99 KiB of shared memory), and AMD's, whose numbers mean
+    something else (gfx90a says (9, 0), gfx942 (9, 4)).
     """
-    return capability[0] == 10 or (9, 0) <= capability < (9, 4)
+    return torch.version.hip is None and (capability[0] == 10 or (9, 0) <= capability < (9, 4))
 
 
 def source(tensor: Tensor, block: list[int], descriptors: bool) -> TensorDescriptor | Tensor:
@@ -119,14 +114,14 @@ def grouped(product: Product, rows: Tensor, start_E1: Tensor, F: int, D: int, pr
     tile = choose_tile(product, num_rows // E, F, D, precision, capability)
     tile = tile._replace(BN=max(tile.BN, group))
     descriptors = has_descriptors(capability)
-    constants = {"E": E, "EP": next_power_of_2(E + 1), "ALIGN": ALIGN, "DESCRIPTORS": descriptors, "PRECISION": DOT_PRECISION[precision]}
+    constants = {"E": E, "EP": next_power_of_2(E + 1), "ALIGN": ALIGN, "DESCRIPTORS": descriptors}
     return Grouped(tile, descriptors, row_tiles(num_rows, E, tile.BM), constants | tile._asdict())
 
 
 def check_operands(precision: str, **operands: Tensor) -> None:
     """Raises ValueError for an operand of another dtype than the precision's, or one whose rows are not contiguous and 16-byte aligned."""
-    if precision not in DOT_PRECISION:
-        raise ValueError(f"precision {precision!r} is unknown: it must be one of {', '.join(DOT_PRECISION)}.")
+    if precision not in get_args(Dot):
+        raise ValueError(f"precision {precision!r} is unknown: it must be one of {', '.join(get_args(Dot))}.")
     dtype = operand_dtype(precision)
     for name, operand in operands.items():
         if operand.dtype != dtype:

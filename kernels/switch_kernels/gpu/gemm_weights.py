@@ -9,7 +9,7 @@ from torch import Tensor
 
 from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.gemm import halves, tiles_of_rows
-from switch_kernels.gpu.gemm_tiles import DOT_PRECISION, capability_of, check_operands, choose_tile, has_descriptors, source
+from switch_kernels.gpu.gemm_tiles import capability_of, check_operands, choose_tile, has_descriptors, source
 from switch_kernels.gpu.launch import cdiv, launch
 
 
@@ -75,7 +75,6 @@ def _weight_gradient_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     left = tiles_of_rows(left_NF, num_rows, FP, BK, BM, DESCRIPTORS)
     right = tiles_of_rows(right_ND, num_rows, DP, BK, BN, DESCRIPTORS)
@@ -92,7 +91,7 @@ def _weight_gradient_kernel(
     if d_tile < D_TILES:
         acc = tl.zeros((BM, BN), tl.float32)
         for r in range(begin, stop, BK):
-            acc = tl.dot(left.load([r, f_tile * BM]).T, right.load([r, d_tile * BN]), acc, input_precision=PRECISION)
+            acc = tl.dot(left.load([r, f_tile * BM]).T, right.load([r, d_tile * BN]), acc, input_precision="ieee")
         # one half after the other: a whole tile and the extra rows beside it would leave room for fewer programs on a multiprocessor
         parts = halves(acc, BM, BN)
         for h in tl.static_range(2):
@@ -150,7 +149,6 @@ def weight_gradient(
         F=F,
         FP=FP,
         DESCRIPTORS=descriptors,
-        PRECISION=DOT_PRECISION[precision],
         **tile._asdict(),
     )
     return WeightGradient(grad_MD, square_parts, column_sums_M)
