@@ -179,15 +179,12 @@ class TritonEngine:
     def _compute(self) -> tuple[Any, Tensor]:
         """All device work of one step, on buffers that stay where they are."""
         from switch_kernels.gpu.topk import mark_fired_
+        from switch_kernels.gpu.update_small import Schedule
 
         assert self.rows is not None
         computed = self.sae.training_step(self.rows, self.optimizer.operands, self.dead, self.dot)
-        hyper = self.hyper_IH.index_select(0, self.position)[0]
-        grad_norm = self.optimizer.step(computed.gradients, hyper, self.seed)
+        grad_norm = self.optimizer.step(computed.gradients, Schedule(self.hyper_IH, self.position, self.seed, self.worst_norm))
         mark_fired_(self.tokens_since_fired_M, computed.values_TK, computed.indices_TK, len(self.rows))
-        self.worst_norm.copy_(torch.maximum(self.worst_norm, grad_norm))  # keeps NaN
-        self.position.add_(1)
-        self.seed.add_(1)
         return computed, grad_norm
 
     def _replay(self) -> tuple[Any, Tensor]:

@@ -16,6 +16,7 @@ from switch_kernels import Dispatch, Execution, Moments, Precision, Shape, choos
 from switch_kernels.gpu import inference, topk
 from switch_kernels.gpu.adam import FusedAdam
 from switch_kernels.gpu.step import DeadLatents, Settings, Weights, training_step
+from switch_kernels.gpu.update_small import Schedule
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -25,13 +26,13 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def train(case: Case, x_dtype: torch.dtype = torch.float32, bias: bool = True) -> None:
     """One training step and its update."""
     s, dot = case.shape, Execution(precision=case.precision).dot
-    parameters = {"W_enc_MD": meta(s.M, s.D), "W_dec_MD": meta(s.M, s.D), "b_in_D": meta(s.D), "b_out_D": meta(s.D)}
+    parameters = {"W_enc_MD": meta(s.M, s.D), "W_dec_MD": meta(s.M, s.D), "b_in_D": meta(s.D)}
     if bias:
         parameters["b_enc_M"] = meta(s.M)
     if s.E > 1:
         parameters |= {"W_router_ED": meta(s.E, s.D), "b_router_D": meta(s.D)}
     adam = FusedAdam(parameters, dot, torch.bfloat16 if case.moments is Moments.bfloat16 else torch.float32)
-    weights = Weights(**{"b_enc_M": None, **parameters, **adam.operands})
+    weights = Weights(**{"b_enc_M": None, "b_out_D": parameters["b_in_D"], **parameters, **adam.operands})
     plan = choose_plan(s.T, s.M, s.E, s.K, s.S, case.regime)
     settings = Settings(s.E, s.S, s.K, s.joint, balance=3.0, train_router=s.E > 1, dot=dot, plan=plan)
     dead = None
@@ -41,7 +42,7 @@ def train(case: Case, x_dtype: torch.dtype = torch.float32, bias: bool = True) -
     x_TD, scale = meta(s.T, s.D, dtype=x_dtype), meta()
     step = training_step(x_TD, x_TD, scale, scale, weights, settings, dead)
     topk.mark_fired_(meta(s.M, dtype=torch.int64), step.values_TK, step.indices_TK, s.T)
-    adam.step(step.gradients, meta(6), meta(1, dtype=torch.int32))
+    adam.step(step.gradients, Schedule(meta(64, 6), meta(1, dtype=torch.int64), meta(1, dtype=torch.int32), meta()))
 
 
 def evaluate(s: Shape) -> None:

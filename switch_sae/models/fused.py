@@ -62,7 +62,7 @@ class FusedTraining(SparseAutoencoder):
         rows = rows.map(lambda rows_TD: rows_TD.to(self.activation_scale.dtype))
         computed = training_step(rows.x_TD, rows.target_TD, self.activation_scale, self.target_scale, weights, settings, dead)
         small = computed.gradients.small
-        small["b_pre_D"] = small.pop("b_out_D") + small.pop("b_in_D")  # an autoencoder's bias has both roles
+        small["b_pre_D"] = small.pop("b_in_D")  # an autoencoder's bias has both roles
         if router is not None and router.is_trained:
             names = {id(parameter): name for name, parameter in self.named_parameters()}
             small[names[id(router.W_ED)]], small[names[id(router.b_D)]] = small.pop("W_router_ED"), small.pop("b_router_D")

@@ -10,6 +10,7 @@ from switch_kernels.adam import Adam
 from switch_kernels.gpu.adam import FusedAdam
 from switch_kernels.gpu.inference import operand
 from switch_kernels.gpu.step import Settings, Weights, training_step
+from switch_kernels.gpu.update_small import Schedule
 from switch_kernels.plan import GradientMode, Plan
 from switch_sae.engines import TritonEngine, trainable
 from switch_sae.models import SwitchSAE, TopKSAE, fused
@@ -93,8 +94,25 @@ def test_losses_and_gradients_equal_autograd(name, plan, dead, poisoned_memory):
     assert gradients.keys() == expected.keys()
     for parameter, gradient in expected.items():
         assert (gradients[parameter] - gradient).norm() <= 2e-5 * gradient.norm(), parameter
-    norm = torch.stack([expected[name].norm() for name in ("W_enc_MD", "W_dec_MD")]).norm()
-    assert found.gradients.matrices_square.sqrt().item() == pytest.approx(norm.item(), rel=2e-5)
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert found.gradients.square.sqrt().item() == pytest.approx(norm.item(), rel=2e-5)
+
+
+@pytest.mark.parametrize("plan", ["dense", "sparse"])
+def test_gates_that_underflow_give_no_gradient_and_no_nan(plan):
+    sae = build(CONFIGS["two experts per token, joint"], PLANS[plan])
+    with torch.no_grad():
+        sae.router.W_ED.mul_(300)
+        x_TD = activations()
+        assert (sae.route(x_TD)[0].gate_TS == 0).any()
+        exact = build(CONFIGS["two experts per token, joint"]).double()
+        exact.router.W_ED.mul_(300)
+        found = sae.training_step(Rows.of(x_TD), FusedAdam(trainable(sae), "ieee").operands, None, "ieee")
+    terms = exact.loss_terms(Rows.of(x_TD.double()), exact(x_TD.double()), None)
+    parameters = trainable(exact)
+    gradients = gradients_of(sae, found)
+    for name, gradient in zip(parameters, torch.autograd.grad(sum(terms.values()), list(parameters.values())), strict=True):
+        assert (gradients[name] - gradient).norm() <= 2e-5 * gradient.norm() + 1e-4, name
 
 
 @pytest.mark.parametrize(
@@ -268,6 +286,11 @@ def test_input_and_target_have_sizes_scales_and_biases_of_their_own(E, S, plan, 
         assert (gradients[name] - gradient).norm() <= 2e-5 * gradient.norm(), name
 
 
+def schedule(optimizer: FusedAdam, clip: float) -> Schedule:
+    position, seed = (torch.zeros(1, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    return Schedule(torch.tensor([optimizer.hyper(0, 1e-2, clip)]), position, seed, torch.zeros(()))
+
+
 class WithAnother(Group):
     """Two processes, of which the other's gradients are known: those of another batch, in the order in which they are averaged."""
 
@@ -291,7 +314,7 @@ def test_gradients_are_averaged_over_the_group_before_their_norm_is_taken(plan):
         averaged = {name: (gradient + other_by_name[name]) / 2 for name, gradient in mine_by_name.items()}
         optimizer.group = WithAnother([other.W_enc_MD, other.W_dec_MD, *(other.small[name] for name in mine.small)])
         expected = Adam(trainable(plain), "W_dec_MD", fused=None).step(averaged, 1e-2, 0.5)
-        norm = optimizer.step(mine, torch.tensor(optimizer.hyper(0, 1e-2, 0.5)), torch.zeros(1, dtype=torch.int32))
+        norm = optimizer.step(mine, schedule(optimizer, clip=0.5))
     assert norm.item() == pytest.approx(expected.item(), rel=1e-5) and norm > 0.5
     for (name, parameter), same in zip(sae.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter, same, rtol=1e-5, atol=1e-6, msg=name)
@@ -303,4 +326,4 @@ def test_gradients_that_are_recomputed_cannot_be_averaged():
     with torch.no_grad():
         gradients = sae.training_step(Rows.of(activations()), optimizer.operands, None, "ieee").gradients
     with pytest.raises(ValueError, match=r"recomputed in the update cannot be averaged over processes\. Use GradientMode\.buffered"):
-        optimizer.step(gradients, torch.tensor(optimizer.hyper(0, 1e-2, 1.0)), torch.zeros(1, dtype=torch.int32))
+        optimizer.step(gradients, schedule(optimizer, clip=1.0))

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from switch_kernels.gpu.launch import round_up
-from switch_kernels.gpu.update import MatrixState, update_flat_, update_rows_, weighted_row_sum
+from switch_kernels.gpu.update import MatrixState, row_sum_parts, update_rows_
+from switch_kernels.gpu.update_small import Schedule, SmallState, begin_update_, update_small_
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -75,13 +76,39 @@ def test_a_float32_operand_or_none() -> None:
     assert torch.equal(padded.weight_MD, alone.weight_MD)
 
 
-def test_flat_update_is_adam() -> None:
-    weight, grads = torch.randn(3, 411, generator=torch.Generator().manual_seed(2)), gradients(3, 411, 3)
-    expected = torch_steps(weight, grads, unit_norm=False, clip=2.0)
-    exp_avg, exp_avg_sq = torch.zeros_like(weight), torch.zeros_like(weight)
-    for step, grad in enumerate(grads, 1):
-        update_flat_(weight, exp_avg, exp_avg_sq, grad, hyper(step, 2.0), grad.square().sum())
-    torch.testing.assert_close(weight.double(), expected, atol=1e-6, rtol=1e-5)
+def test_small_parameters_are_updated_by_adam_all_at_once() -> None:
+    """Sizes on both sides of a program's block, all clipped by one norm."""
+    shapes = [(3, 411), (1,), (1024,), (1025,)]
+    generator = torch.Generator().manual_seed(2)
+    weights, *grads = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(4)]
+    flat = [torch.cat([grad.flatten() for grad in step]) for step in grads]
+    expected = torch_steps(torch.cat([weight.flatten() for weight in weights])[None], [step[None] for step in flat], unit_norm=False, clip=2.0)
+    moments = [(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in weights]
+    for step in range(3):
+        states = [SmallState(*tensors) for tensors in zip(weights, *zip(*moments, strict=True), grads[step], strict=True)]
+        update_small_(states, hyper(step + 1, 2.0), flat[step].square().sum())
+    torch.testing.assert_close(torch.cat([weight.flatten() for weight in weights])[None].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_small_parameters_say_what_is_wrong_with_their_state() -> None:
+    w = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"grad has shape \(5,\): it must be contiguous and have the weight's, \(4,\)"):
+        update_small_([SmallState(w, w.clone(), w.clone(), torch.zeros(5))], hyper(1), torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"exp_avg is torch\.bfloat16: small parameters keep float32 state"):
+        update_small_([SmallState(w, w.bfloat16(), w.clone(), w.clone())], hyper(1), torch.tensor(1.0))
+
+
+def test_every_update_moves_the_schedule_on_and_a_norm_of_nan_stays() -> None:
+    rows = torch.arange(18.0).view(3, 6)
+    schedule = Schedule(rows, torch.zeros(1, dtype=torch.int64), torch.tensor([7], dtype=torch.int32), torch.zeros(()))
+    worst = []
+    for step, square in enumerate((9.0, 4.0, 16.0, float("nan"), 1.0)):
+        hyper_H, norm = begin_update_(schedule, torch.tensor(square))
+        assert torch.equal(hyper_H, rows[min(step, 2)])  # past the last row: the last
+        torch.testing.assert_close(norm, torch.tensor(square).sqrt(), equal_nan=True)
+        assert schedule.position.item() == step + 1 and schedule.seed.item() == 8 + step
+        worst.append(schedule.worst_norm.item())
+    assert worst == pytest.approx([3, 3, 4, float("nan"), float("nan")], nan_ok=True)
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
@@ -89,7 +116,7 @@ def test_a_norm_that_is_not_finite_changes_nothing(norm: float) -> None:
     state, grad_MD = make_state(3, 20, True), torch.full((3, 20), float("nan"))
     before = [tensor.clone() for tensor in (state.weight_MD, state.exp_avg, state.exp_avg_sq)]
     update_rows_(state, grad_MD, hyper(1, 1.0), torch.tensor(norm))
-    update_flat_(state.weight_MD, state.exp_avg, state.exp_avg_sq, grad_MD, hyper(1, 1.0), torch.tensor(norm))
+    update_small_([SmallState(state.weight_MD, state.exp_avg, state.exp_avg_sq, grad_MD)], hyper(1, 1.0), torch.tensor(norm))
     for tensor, old in zip((state.weight_MD, state.exp_avg, state.exp_avg_sq), before, strict=True):
         assert torch.equal(tensor, old)
 
@@ -159,13 +186,17 @@ def test_bfloat16_moments_without_a_seed_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("M", "D", "dtype"), [(1, 7, torch.float32), (300, 33, torch.bfloat16), (257, 260, torch.float32)])
-def test_weighted_row_sum(M: int, D: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("weighted", [True, False])
+def test_sums_of_rows(M: int, D: int, dtype: torch.dtype, weighted: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     weights_M = torch.randn(M, generator=generator)
     W_MD = torch.randn(M, round_up(D, 8), generator=generator).to(dtype)
     W_MD[:, D:] = float("nan")
-    weights_M[1::3], W_MD[1::3] = 0, float("nan")
-    expected_D = weights_M.double() @ W_MD[:, :D].double().nan_to_num()
-    found_D = weighted_row_sum(weights_M, W_MD, D)
-    torch.testing.assert_close(found_D.double(), expected_D, atol=1e-5, rtol=1e-5)
-    assert torch.equal(found_D, weighted_row_sum(weights_M, W_MD, D))
+    if weighted:
+        weights_M[1::3], W_MD[1::3] = 0, float("nan")
+    else:
+        weights_M.fill_(1)
+    expected_D = -2 * (weights_M.double() @ W_MD[:, :D].double().nan_to_num())
+    parts_PD = row_sum_parts(W_MD, D, weights_M if weighted else None, -2.0)
+    torch.testing.assert_close(parts_PD.double().sum(0), expected_D, atol=1e-5, rtol=1e-5)
+    assert torch.equal(parts_PD, row_sum_parts(W_MD, D, weights_M if weighted else None, -2.0))

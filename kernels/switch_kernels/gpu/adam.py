@@ -11,6 +11,7 @@ from switch_kernels.gpu import pairs, update
 from switch_kernels.gpu.inference import operand
 from switch_kernels.gpu.step import Gradients
 from switch_kernels.gpu.update import MatrixState
+from switch_kernels.gpu.update_small import Schedule, SmallState, begin_update_, update_small_
 from switch_kernels.group import ALONE, Group
 
 MATRICES = ("W_enc_MD", "W_dec_MD")
@@ -46,33 +47,33 @@ class FusedAdam:
         return [lr, beta1, beta2, 1 / (1 - beta1 ** (step + 1)), 1 / (1 - beta2 ** (step + 1)), clip]
 
     @torch.no_grad()
-    def step(self, gradients: Gradients, hyper: Tensor, seed: Tensor) -> Tensor:
-        """One step with `hyper` on the device (float32 [6]) and `seed` (int32, another each step); returns the norm before clipping.
+    def step(self, gradients: Gradients, schedule: Schedule) -> Tensor:
+        """The next step of `schedule`, whose rows are `hyper`'s; returns the norm before clipping, float32 [].
 
         Raises ValueError for a recipe of gradients with several processes: what is never written cannot be averaged.
         """
         square = self._reduced_square(gradients)
+        hyper, norm = begin_update_(schedule, square)
         enc, dec = (self._matrix(name) for name in MATRICES)
         if gradients.recipe is not None:
-            pairs.update_from_pairs_(gradients.recipe, dec, enc, hyper, square, seed)
+            pairs.update_from_pairs_(gradients.recipe, dec, enc, hyper, square, schedule.seed)
         else:
             assert gradients.W_enc_MD is not None and gradients.W_dec_MD is not None
-            update.update_rows_(enc, gradients.W_enc_MD, hyper, square, seed)
-            update.update_rows_(dec, gradients.W_dec_MD, hyper, square, seed)
-        for name, gradient in gradients.small.items():
-            update.update_flat_(self.parameters[name].detach(), *self.moments[name], gradient, hyper, square)
-        return square.sqrt()
+            update.update_rows_(enc, gradients.W_enc_MD, hyper, square, schedule.seed)
+            update.update_rows_(dec, gradients.W_dec_MD, hyper, square, schedule.seed)
+        small = [SmallState(self.parameters[name].detach(), *self.moments[name], grad) for name, grad in gradients.small.items()]
+        update_small_(small, hyper, square)
+        return norm
 
     def _reduced_square(self, gradients: Gradients) -> Tensor:
         """Averages the gradients over the group and returns the squared norm of the result."""
-        matrices_square = gradients.matrices_square
-        if self.group.size > 1:
-            if gradients.W_enc_MD is None or gradients.W_dec_MD is None:
-                raise ValueError("gradients that are recomputed in the update cannot be averaged over processes. Use GradientMode.buffered.")
-            matrices = (gradients.W_enc_MD, gradients.W_dec_MD)
-            self.group.mean_([*matrices, *gradients.small.values()])
-            matrices_square = torch.stack([matrix.float().square().sum() for matrix in matrices]).sum()
-        return matrices_square + torch.stack(torch._foreach_norm(list(gradients.small.values()))).square().sum()
+        if self.group.size == 1:
+            return gradients.square
+        if gradients.W_enc_MD is None or gradients.W_dec_MD is None:
+            raise ValueError("gradients that are recomputed in the update cannot be averaged over processes. Use GradientMode.buffered.")
+        averaged = [gradients.W_enc_MD, gradients.W_dec_MD, *gradients.small.values()]
+        self.group.mean_(averaged)
+        return torch.stack([gradient.float().square().sum() for gradient in averaged]).sum()
 
     def _matrix(self, name: str) -> MatrixState:
         exp_avg, exp_avg_sq = self.moments[name]

@@ -195,7 +195,7 @@ def _route_backward(
     at = row[:, None] * E + e[None, :]
     raw = tl.load(raw_TE + at, mask=real, other=0.0)
     shift = tl.load(shift_E + e, mask=e < E, other=0.0)
-    lse = tl.load(lse_T + t, mask=live, other=0.0)
+    lse = tl.load(lse_T + t, mask=live, other=float("inf"))
     p = tl.where(real, tl.exp(raw * tl.load(scale) - shift[None, :] - lse[:, None]), 0.0)
     grad_p = tl.load(grad_prob_E + e, mask=e < E, other=0.0)[None, :] + tl.zeros((ROWS, WIDTH), tl.float32)
     for s in tl.static_range(S):

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from switch_kernels.backend import Dot, operand_dtype
-from switch_kernels.gpu import gemm, gemm_decode, gemm_weights, pairs, sparse, update
+from switch_kernels.gpu import gemm, gemm_decode, gemm_weights, pairs, sparse
 from switch_kernels.gpu.dispatch import count_experts
 from switch_kernels.gpu.encode import encode_pairs
 from switch_kernels.gpu.extra import Extra
+from switch_kernels.gpu.finish import Balance, Columns, finish
 from switch_kernels.gpu.launch import round_up
 from switch_kernels.gpu.route import Routed, route, route_backward
 from switch_kernels.gpu.scatter import scatter_latents
 from switch_kernels.gpu.topk import group_of, keep_topk_, select_jointly
+from switch_kernels.gpu.update import row_sum_parts
 from switch_kernels.plan import GradientMode, Plan, Regime
 
 
@@ -34,7 +36,7 @@ class Weights:
     b_in_D: Tensor
     """Subtracted from scaled activations before they are encoded."""
     b_out_D: Tensor
-    """Added by the decoder. An autoencoder gives one tensor for both."""
+    """Added by the decoder. An autoencoder gives one tensor for both, and finds the gradient of both roles under `b_in_D`."""
     W_router_ED: Tensor | None = None
     b_router_D: Tensor | None = None
     """No router: one expert takes all, with gate 1."""
@@ -84,8 +86,8 @@ class Gradients:
     recipe: pairs.LatentGradients | None
     small: dict[str, Tensor]
     """By name in `Weights`: b_enc_M, b_in_D, b_out_D, W_router_ED, b_router_D as far as they are trained."""
-    matrices_square: Tensor
-    """float32 []: squared norm of the gradients of both matrices."""
+    square: Tensor
+    """float32 []: squared norm of all of them together."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ class _WeightGradients:
     W_dec_MD: Tensor | None
     recipe: pairs.LatentGradients | None
     bias_M: Tensor
-    square: Tensor
-    """Squared norm of the gradients of both matrices."""
+    square_parts: tuple[Tensor, ...]
+    """Their sum is the squared norm of the gradients of both matrices."""
 
 
 def training_step(
@@ -155,29 +157,39 @@ def training_step(
         routed = route(raw_TE, scale, shift_E, s.slots)
     batch = _select(x_TD, target_TD, scale, target_scale, weights, s, routed)
     decoded = (_Dense if s.plan.regime is Regime.dense else _Sparse)(batch, weights, s)
-    terms = {"mse": decoded.squared_error / tokens}
-    small: dict[str, Tensor] = {}
+    columns: dict[str, Columns] = {}
+    balance = None
     if routed is not None:
         assert weights.W_router_ED is not None and weights.b_router_D is not None and raw_TE is not None and shift_E is not None
-        load_E, probability_E = batch.counts_E / routed.expert_TS.numel(), routed.prob_sums_BE.sum(0) / tokens
         if s.balance > 0:
-            terms["load_balance"] = s.balance * s.num_experts * torch.dot(load_E, probability_E)
+            balance = Balance(routed.prob_sums_BE, batch.counts_E, s.balance * s.num_experts / (routed.expert_TS.numel() * tokens))
         if s.train_router:
             assert decoded.grad_gate_TS is not None
-            grad_prob_E = load_E * (s.balance * s.num_experts / tokens)
+            grad_prob_E = batch.counts_E * (s.balance * s.num_experts / (routed.expert_TS.numel() * tokens))
             grad_TE = route_backward(raw_TE, scale, shift_E, routed.lse_T, routed.expert_TS, decoded.grad_gate_TS, grad_prob_E)
             sums_E = grad_TE.sum(0)
-            small["W_router_ED"] = torch.addr(scale * (grad_TE.T @ x32_TD), sums_E, weights.b_router_D, alpha=-1)
-            small["b_router_D"] = -(sums_E @ weights.W_router_ED)
-    extra_enc = extra_dec = auxk_bias_M = None
+            grad_ED = torch.addr(scale * (grad_TE.T @ x32_TD), sums_E, weights.b_router_D, alpha=-1)
+            columns["W_router_ED"] = Columns(grad_ED.shape, grad_ED)
+            columns["b_router_D"] = Columns((D,), -(sums_E @ weights.W_router_ED))
+    auxk = extra_enc = extra_dec = auxk_bias_M = None
     if dead is not None:
-        terms["auxk"], extra_enc, extra_dec, auxk_bias_M = _auxk(batch, weights, s, dead, decoded.residual())
+        auxk, extra_enc, extra_dec, auxk_bias_M = _auxk(batch, weights, s, dead, decoded.residual())
     grads = decoded.weight_gradients(extra_enc, extra_dec)
-    small["b_out_D"], small["b_in_D"] = decoded.column_sums_D, -update.weighted_row_sum(grads.bias_M, weights.W_enc_MD, D)
+    b_in_parts = row_sum_parts(weights.W_enc_MD, D, grads.bias_M, -1.0)
+    if weights.b_in_D is weights.b_out_D:
+        columns["b_in_D"] = Columns((D,), decoded.column_parts, b_in_parts)
+    else:
+        columns |= {"b_out_D": Columns((target_TD.shape[1],), decoded.column_parts), "b_in_D": Columns((D,), b_in_parts)}
     if weights.b_enc_M is not None:
-        small["b_enc_M"] = grads.bias_M if auxk_bias_M is None else grads.bias_M + auxk_bias_M
+        columns["b_enc_M"] = Columns((weights.W_enc_MD.shape[0],), grads.bias_M, auxk_bias_M)
+    done = finish(columns, grads.square_parts, decoded.error_parts, tokens, balance)
+    terms = {"mse": done.mse}
+    if balance is not None:
+        terms["load_balance"] = done.load_balance
+    if auxk is not None:
+        terms["auxk"] = auxk
     return StepTensors(
-        terms, Gradients(grads.W_enc_MD, grads.W_dec_MD, grads.recipe, small, grads.square), decoded.squared_error,
+        terms, Gradients(grads.W_enc_MD, grads.W_dec_MD, grads.recipe, done.gradients, done.square), done.squared_error,
         batch.values_TK, batch.indices_TK, None if routed is None else batch.counts_E,
     )  # fmt: skip
 
@@ -223,11 +235,12 @@ class _Dense:
             assert batch.gate_TS is not None
             y_ND = gemm_decode.decode_rows(self.z_NF, weights.W_dec_MD, start_E1, F, D, s.dot)
             loss = gemm_decode.combine_slots(y_ND, batch.row_R, s.slots, batch.gate_TS, *target, s.operand_dtype)
-        self.loss, self.squared_error, self.column_sums_D = loss, loss.square_parts.sum(), loss.column_sums.sum(0)
+        self.loss, self.error_parts, self.column_parts = loss, loss.square_parts, loss.column_sums
         self.dz_NF, gate_parts_NP = gemm.latent_gradients(loss.grad_rows_ND, weights.W_dec_MD, self.z_NF, start_E1, F, s.dot)
         self.grad_gate_TS = None
         if batch.gate_TS is not None:  # the rows carry the gate: sum_j z_j <gate * g, W_j> / gate
-            self.grad_gate_TS = gate_parts_NP.sum(1).index_select(0, batch.row_R).view_as(batch.gate_TS) / batch.gate_TS
+            parts_TS = gate_parts_NP.sum(1).index_select(0, batch.row_R).view_as(batch.gate_TS)
+            self.grad_gate_TS = torch.where(batch.gate_TS == 0, 0.0, parts_TS / batch.gate_TS)  # softmax's own gradient is 0 there
 
     def residual(self) -> Tensor:
         """target - recon, scaled, float32 [T, D], from the gradient rows of each token's first slot."""
@@ -244,7 +257,7 @@ class _Dense:
         dec = gemm_weights.weight_gradient(self.z_NF, self.loss.grad_rows_ND, batch.start_E1, F, D_out, s.dot, s.operand_dtype, extra_dec)
         enc = gemm_weights.weight_gradient(self.dz_NF, batch.rows_ND, batch.start_E1, F, D, s.dot, s.operand_dtype, extra_enc, column_sums=True)
         assert enc.column_sums_M is not None
-        return _WeightGradients(enc.grad_MD, dec.grad_MD, None, enc.column_sums_M, enc.square_parts.sum() + dec.square_parts.sum())
+        return _WeightGradients(enc.grad_MD, dec.grad_MD, None, enc.column_sums_M, (enc.square_parts, dec.square_parts))
 
 
 class _Sparse:
@@ -256,8 +269,8 @@ class _Sparse:
             batch.values_TK, batch.indices_TK, batch.slot_TK, batch.gate_TS, weights.W_dec_MD, batch.target_TD.shape[1], weights.b_out_D,
             batch.target_TD, batch.target_scale, batch.grad_scale, batch.order_N if s.slots == 1 else None,
         )  # fmt: skip
-        self.squared_error, self.grad_gate_TS = self.loss.loss_T.sum(), self.loss.grad_gate_TS
-        self.column_sums_D = self.loss.grad_TD[:, : batch.target_TD.shape[1]].sum(0, dtype=torch.float32)
+        self.error_parts, self.grad_gate_TS = self.loss.loss_T, self.loss.grad_gate_TS
+        self.column_parts = row_sum_parts(self.loss.grad_TD, batch.target_TD.shape[1])
 
     def residual(self) -> Tensor:
         """As `_Dense.residual`."""
@@ -270,7 +283,7 @@ class _Sparse:
             pairs.pairs_by_latent(batch.indices_TK, self.num_latents), self.loss, batch.rows_ND, batch.row_R, batch.slot_TK, s.slots, s.k,
             batch.x_TD.shape[1], batch.target_TD.shape[1], None if recomputed else s.operand_dtype, extra_dec, extra_enc,
         )  # fmt: skip
-        return _WeightGradients(grads.encoder_MD, grads.decoder_MD, grads if recomputed else None, grads.bias_M, grads.square_parts.sum())
+        return _WeightGradients(grads.encoder_MD, grads.decoder_MD, grads if recomputed else None, grads.bias_M, (grads.square_parts,))
 
 
 def _auxk(batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, residual_TD: Tensor) -> tuple[Tensor, Extra, Extra, Tensor]:

@@ -242,57 +242,34 @@ def state_constants(state: MatrixState, tiling: RowTiling) -> dict[str, int | bo
 
 
 @triton.jit
-def _update_flat(weight, exp_avg, exp_avg_sq, grad, hyper, total_square, n, BLOCK: tl.constexpr):
-    if is_finite(total_square) == 0:
-        return
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < n
-    lr, beta1, beta2, correction1, correction2, scale = load_hyper(hyper, total_square)
-    w = tl.load(weight + i, mask=mask, other=0.0)
-    g = tl.load(grad + i, mask=mask, other=0.0).to(tl.float32) * scale
-    average = tl.load(exp_avg + i, mask=mask, other=0.0)
-    square = tl.load(exp_avg_sq + i, mask=mask, other=0.0)
-    w, average, square = adam_step(w, g, average, square, lr, beta1, beta2, correction1, correction2)
-    tl.store(weight + i, w, mask=mask)
-    tl.store(exp_avg + i, average, mask=mask)
-    tl.store(exp_avg_sq + i, square, mask=mask)
-
-
-def update_flat_(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, hyper: Tensor, total_square: Tensor) -> None:
-    """The same clipped Adam for a small contiguous parameter of any shape; weight and moments float32."""
-    for name, tensor in (("weight", weight), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("grad", grad)):
-        if tensor.shape != weight.shape or not tensor.is_contiguous():
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be contiguous and have the weight's, {tuple(weight.shape)}.")
-        if tensor.dtype != torch.float32 and tensor is not grad:
-            raise ValueError(f"{name} is {tensor.dtype}: small parameters keep float32 state.")
-    block = 1024
-    launch(
-        _update_flat, (cdiv(weight.numel(), block),), weight, exp_avg, exp_avg_sq, grad, hyper, total_square, weight.numel(), BLOCK=block, num_warps=4
-    )
-
-
-@triton.jit
-def _weighted_row_sum(
-    weights, W, out, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
+def _row_sum_parts(weights, W, out, M, factor, D: tl.constexpr, DP: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * SPAN
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     for i in range(0, SPAN, ROWS):
         rows = first + i + tl.arange(0, ROWS)
-        a = tl.load(weights + rows, mask=rows < M, other=0.0)
-        mask = (a != 0.0)[:, None] & (c < D)[None, :]
-        acc += a[:, None] * tl.load(W + rows[:, None] * DP + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + tl.program_id(0) * D + c, tl.sum(acc, axis=0), mask=c < D)
+        inside = (rows < M)[:, None] & (c < D)[None, :]
+        if weights is not None:
+            a = tl.load(weights + rows, mask=rows < M, other=0.0)
+            inside = inside & (a != 0.0)[:, None]
+            acc += a[:, None] * tl.load(W + rows[:, None] * DP + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        else:
+            acc += tl.load(W + rows[:, None] * DP + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + tl.program_id(0) * D + c, tl.sum(acc, axis=0) * factor, mask=c < D)
 
 
-def weighted_row_sum(weights_M: Tensor, W_MD: Tensor, D: int) -> Tensor:
-    """sum_D = sum over rows j of weights[j] * W[j, :D], float32; rows of weight zero are not read. W is [M, Dp], float32 or bfloat16."""
+def row_sum_parts(W_MD: Tensor, D: int, weights_M: Tensor | None = None, factor: float = 1.0) -> Tensor:
+    """float32 [P, D], whose sum over P is factor * sum over rows j of weights[j] * W[j, :D]; no weights: all 1. Rows of weight zero are not read.
+
+    W is [M, Dp], float32 or bfloat16; P is at most 512.
+    """
     M = W_MD.shape[0]
     rows = 16
     span = rows * max(8, cdiv(M, 512 * rows))  # at most 512 partial sums, each of at least 128 rows
     width = min(256, next_power_of_2(D))
     parts = torch.empty(cdiv(M, span), D, dtype=torch.float32, device=W_MD.device)
     grid = (parts.shape[0], cdiv(D, width))
-    launch(_weighted_row_sum, grid, weights_M, W_MD, parts, M=M, D=D, DP=W_MD.stride(0), SPAN=span, ROWS=rows, WIDTH=width, num_warps=4, num_stages=2)
-    return parts.sum(0)
+    launch(
+        _row_sum_parts, grid, weights_M, W_MD, parts, M, factor, D=D, DP=W_MD.stride(0), SPAN=span, ROWS=rows, WIDTH=width, num_warps=4, num_stages=2
+    )
+    return parts
