@@ -170,6 +170,18 @@ def tensors_of(names: list[str], arguments: list[Any]) -> Iterator[tuple[str, di
                 yield name, tensor
 
 
+def kernel_of(launch: Recorded) -> Any:
+    """The kernel as it is now. Raises StaleError where it is gone or takes other arguments."""
+    try:
+        kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    except (ImportError, AttributeError):
+        raise StaleError(f"{launch.module}.{launch.kernel} is no more: record again.") from None
+    if list(kernel.arg_names) != launch.names:
+        changed = sorted(set(launch.names) ^ set(kernel.arg_names)) or "their order"
+        raise StaleError(f"{launch.kernel} takes other arguments than when it was recorded ({changed}): record again.")
+    return kernel
+
+
 def interpreter() -> None:
     """Makes the interpreter right for bfloat16, as the project's tests do. Raises RuntimeError where Triton compiles, or where the tests are not."""
     import triton

@@ -10,14 +10,12 @@ floating point may differ by `LIMITS`. Recordings hold no code and are made agai
 """
 
 import argparse
-import importlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +26,7 @@ from experiments.benchmarks.recording import (
     Recording,
     StaleError,
     interpreter,
+    kernel_of,
     rebuilt,
     record,
     source_hash,
@@ -55,18 +54,6 @@ class Difference:
     @property
     def holds(self) -> bool:
         return self.error <= 1  # NaN does not
-
-
-def kernel_of(launch: Recorded) -> Any:
-    """The kernel as it is now. Raises StaleError where it is gone or takes other arguments."""
-    try:
-        kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    except (ImportError, AttributeError):
-        raise StaleError(f"{launch.module}.{launch.kernel} is no more: record again.") from None
-    if list(kernel.arg_names) != launch.names:
-        changed = sorted(set(launch.names) ^ set(kernel.arg_names)) or "their order"
-        raise StaleError(f"{launch.kernel} takes other arguments than when it was recorded ({changed}): record again.")
-    return kernel
 
 
 def run(recording: Recording, launch: Recorded, device: torch.device) -> list[Tensor]:

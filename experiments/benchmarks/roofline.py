@@ -14,12 +14,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from switch_kernels import Shape
+from experiments.benchmarks.cases import Case
+from switch_kernels import Backend, Shape
 
 L2_RESIDENT = 40e6
 """Bytes of rows that stay in an H200's L2 cache while they are gathered; larger tables are read at the memory's speed."""
 CLOCK_HZ, SCHEDULERS = 1.755e9, 4
-LAUNCHES = 12
+NODES = 38
+"""Of a dense step of one expert per token, as `experiments.benchmarks.nodes` counts them."""
 FLUSH_BYTES = 512 * 2**20
 
 
@@ -36,7 +38,7 @@ class Roofs:
     gather: float = 5.5e12
     """Bytes per second of random 1.5 KB rows read from a 16 MB table."""
     launch_us: float = 2.5
-    """One empty kernel inside a CUDA graph."""
+    """One kernel that does next to nothing inside a CUDA graph and waits for the one before: what each node costs beyond its work."""
     replay_us: float = 10.0
     """Replaying a CUDA graph of one empty kernel; for comparison only."""
     multiprocessors: int = 132
@@ -75,13 +77,16 @@ class Floor:
         return sum(self.stages.values())
 
 
-def floor(shape: Shape, roofs: Roofs, moment_bytes: int = 4, x_bytes: int = 2, plan: str | None = None) -> Floor:
-    """The cheapest plan's floor, or that of one plan: "sparse" or "dense", then "recomputed" or "buffered", as in "dense, buffered"."""
+def floor(shape: Shape, roofs: Roofs, moment_bytes: int = 4, x_bytes: int = 2, plan: str | None = None, nodes: int = NODES) -> Floor:
+    """The cheapest plan's floor, or that of one plan: "sparse" or "dense", then "recomputed" or "buffered", as in "dense, buffered".
+
+    Of the step's `nodes`, each kernel or copy costs a launch's latency whatever it does.
+    """
     names = [f"{regime}, {gradients}" for regime in ("sparse", "dense") for gradients in ("recomputed", "buffered")] if plan is None else [plan]
-    return min((_plan(shape, roofs, moment_bytes, x_bytes, *name.split(", ")) for name in names), key=lambda floor: floor.total_us)
+    return min((_plan(shape, roofs, moment_bytes, x_bytes, nodes, *name.split(", ")) for name in names), key=lambda floor: floor.total_us)
 
 
-def _plan(shape: Shape, roofs: Roofs, moment_bytes: int, x_bytes: int, regime: str, gradient: str) -> Floor:
+def _plan(shape: Shape, roofs: Roofs, moment_bytes: int, x_bytes: int, nodes: int, regime: str, gradient: str) -> Floor:
     T, D, M, E, K, F, R = shape.T, shape.D, shape.M, shape.E, shape.K, shape.F, shape.R
 
     def us(flops: float = 0.0, bytes: float = 0.0, gathered: float = 0.0) -> float:
@@ -115,8 +120,17 @@ def _plan(shape: Shape, roofs: Roofs, moment_bytes: int, x_bytes: int, regime: s
     else:
         stages["clip"] = us(bytes=2 * parameters)
         stages["update"] = us(bytes=(update + 2) * parameters)
-    stages["launches"] = LAUNCHES * roofs.launch_us
+    stages["launches"] = nodes * roofs.launch_us
     return Floor(f"{regime}, {gradient}", stages)
+
+
+def count_nodes(case: Case, backend: Backend) -> int:
+    """Kernels and operators of our step, counted on meta tensors; `NODES` where PyTorch computes, whose step is not captured."""
+    if backend is not Backend.triton:
+        return NODES
+    from experiments.benchmarks.nodes import nodes  # needs triton
+
+    return len(nodes(case))
 
 
 def synchronize(device: torch.device) -> None:
