@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import cpu, gates, gpu
+from experiments.benchmarks import cpu, gates, gpu, roofline
 from experiments.benchmarks import suite as suite_module
 from experiments.benchmarks.cases import (
     MAIN,
@@ -44,7 +44,7 @@ from experiments.benchmarks.contenders import (
 )
 from experiments.benchmarks.gpu import OURS, Benchmark, disagreement, recorder
 from experiments.benchmarks.record import append
-from experiments.benchmarks.roofline import NODES, Roofs, alone_us, calibrate, floor, graph_us, times_and_host_us
+from experiments.benchmarks.roofline import NODES, Roofs, alone_us, calibrate, floor, graph_us, modelled, times_and_host_us
 from experiments.benchmarks.stages import STAGE_OF, KernelTime, stage_table, stage_times
 from experiments.benchmarks.suite import COLUMNS, SECTIONS, Budget
 from switch_kernels import Backend, Moments, Precision, Regime, Shape
@@ -91,6 +91,13 @@ def test_floors_follow_the_roofs_and_the_work():
     # moments in half the bytes: 8 of the 26 bytes of each of 2 M D parameters
     saved = floor(MAIN, Roofs()).stages["update"] - floor(MAIN, Roofs(), moment_bytes=2).stages["update"]
     assert saved == pytest.approx(8 * 2 * 32768 * 768 / 4.3e12 * 1e6)
+
+
+def test_steps_are_modelled_by_their_number_of_nodes(capsys):
+    assert modelled(Case(MAIN), 59) - modelled(Case(MAIN), 30) == pytest.approx(58)
+    roofline.main(["--nodes", "59", "30", "--node-us", "3"])
+    text = capsys.readouterr().out
+    assert "not measured" in text and text.count("59 -> 30") == 4 and text.count(" 87 ") == 4
 
 
 def test_roofs_are_measured_and_not_assumed():
@@ -525,7 +532,7 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 before = set(sys.modules)
 sys.meta_path.insert(0, Missing())
-import experiments.benchmarks.gpu
+import experiments.benchmarks.gpu, experiments.benchmarks.first_contact, experiments.benchmarks.replay
 print(sorted((set(sys.modules) - before) & set({blocked})))
 """
     root = Path(gpu.__file__).parents[2]

@@ -121,8 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the compilers too
     started, capability = time.monotonic(), (int(major), int(minor))
     triton.runtime.driver.set_active(Driver(capability))
-    cases = {} if options.only_recording else requests(options.sections, options.quick)
-    cases |= {} if options.recording is None else replays(options.recording)
+    cases = {} if options.recording is None else replays(options.recording)
+    cases |= {} if options.only_recording else requests(options.sections, options.quick)
     with compiling_for(capability):
         jobs = collect(cases)
     print(f"   triton {triton.__version__}, capability {options.capability}: {len(jobs)} kernels", flush=True)

@@ -263,8 +263,9 @@ class Suite:
         floor_us, ratio = (f"{m.floor_us:.0f}" if m.floor_us else "", f"{m.ratio:.2f}" if m.ratio else "")
         rate = case.shape.T / m.mean_us * 1e6
         waits = f"; the host needs {m.host_us:.0f} us a step" if m.host_us > 0.8 * m.median_us and self.device.type == "cuda" else ""
+        nodes = f", {m.nodes} nodes" if m.nodes else ""
         times = f"{floor_us:>9}{m.median_us:>9.0f}{m.mean_us:>9.0f}{m.min_us:>9.0f}{ratio:>6}"
-        say(f"   {case!s:<62}{times}{rate:>10.3g}{m.peak_mb:>9.0f}  {m.plan}, {m.nodes} nodes{waits}")
+        say(f"   {case!s:<62}{times}{rate:>10.3g}{m.peak_mb:>9.0f}  {m.plan}{nodes}{waits}")
         kind = {"precision": case.precision.value, "moments": case.moments.value, "plan": m.plan}
         columns = {"floor_us": m.floor_us, "measured_us": m.median_us, "mean_us": m.mean_us, "min_us": m.min_us, "ratio": m.ratio}
         columns |= {"tokens_per_s": rate, "peak_mb": m.peak_mb}
@@ -290,7 +291,7 @@ class Suite:
         nodes = count_nodes(case, self.backend)
         least = floor(case.shape, self.roofs, 2 if case.moments is Moments.bfloat16 else 4, x_bytes=4, nodes=nodes).total_us
         modelled = case.precision is Precision.bf16 and not case.dead
-        m = Measured(median(times), mean(times), min(times), host_us, peak, plan, least if modelled else None, nodes)
+        m = Measured(median(times), mean(times), min(times), host_us, peak, plan, least if modelled else None, nodes if step.plan else 0)
         self.measured[case] = m
         return m
 
