@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiments.benchmarks.cases import MAIN, Case
 from switch_kernels import Dispatch, Execution, Moments, Precision, Shape, choose_plan
-from switch_kernels.gpu import inference, topk
+from switch_kernels.gpu import inference, route, topk
 from switch_kernels.gpu.adam import FusedAdam
 from switch_kernels.gpu.step import DeadLatents, Settings, Weights, training_step
 from switch_kernels.gpu.update_small import Schedule
@@ -52,6 +52,13 @@ def evaluate(s: Shape) -> None:
     inference.decode(values_RK, indices_RK, meta(s.M, s.D), "bf16")
 
 
+def many_experts(E: int, T: int = 8192, D: int = 768) -> None:
+    """The router of more experts than the training steps have."""
+    x_TD, W_ED, b_D, counts_E = meta(T, D), meta(E, D), meta(D), meta(E, dtype=torch.int32)
+    routed = route.route(x_TD, meta(), W_ED, b_D, 1, "bf16")
+    route.router_gradients(route.route_backward(routed, meta(T, 1), counts_E, 1.0), x_TD, meta(), W_ED, b_D, "bf16")
+
+
 WIDE = replace(MAIN, M=131072)
 TRAIN: dict[Case, dict[str, Any]] = {
     Case(MAIN, dead=256): {"x_dtype": torch.bfloat16},
@@ -71,3 +78,4 @@ TRAIN: dict[Case, dict[str, Any]] = {
 """With what differs from a plain step."""
 CASES: dict[str, Callable[[], None]] = {f"train {case}": partial(train, case, **changes) for case, changes in TRAIN.items()}
 CASES["evaluate"] = partial(evaluate, MAIN)
+CASES |= {f"router of {E} experts": partial(many_experts, E) for E in (256, 4096)}

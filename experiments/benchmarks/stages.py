@@ -14,7 +14,10 @@ from switch_kernels import Backend, Shape
 from switch_sae.models import TopKSAE
 
 KERNELS_OF = {
-    "router, dispatch": ("_route", "_route_backward", "_count_experts", "_sum_counts", "_place_pairs", "_gather_rows"),
+    "router, dispatch": (
+        *("_route", "_router_logits", "_route_backward", "_router_gradients"),
+        *("_count_experts", "_sum_counts", "_place_pairs", "_gather_rows"),
+    ),
     "encode": ("_encode_kernel",),
     "top-k": ("_select_rows", "_select_jointly", "_scatter_latents"),
     "decode, loss, dz": ("_decode_loss_kernel", "_decode_rows_kernel", "_combine_slots_kernel", "_latent_gradients_kernel", "_decode_loss"),

@@ -58,7 +58,8 @@ def test_counts_are_summed_over_more_blocks_than_one_chunk() -> None:
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_the_counts_of_route_serve(slots: int, poisoned_memory: None) -> None:
-    routed = route(torch.randn(150, 6, generator=torch.Generator().manual_seed(0)), torch.tensor(1.0), torch.zeros(6), slots)
+    x_TD = torch.randn(150, 6, generator=torch.Generator().manual_seed(0))
+    routed = route(x_TD, torch.tensor(1.0), torch.eye(6), torch.zeros(6), slots, "ieee")
     assert torch.equal(routed.counts_BE, count_experts(routed.expert_TS, 6))
     _check(sort_pairs(routed.expert_TS, routed.counts_BE, 6), routed.expert_TS, 6)
 

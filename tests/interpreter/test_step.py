@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experiments.benchmarks.cases import MAIN, Case
+from experiments.benchmarks.nodes import is_operator, nodes
 from switch_kernels import Backend, Execution, Group, Moments, Precision, Regime
 from switch_kernels.adam import Adam
 from switch_kernels.gpu.adam import FusedAdam
@@ -289,6 +291,15 @@ def test_input_and_target_have_sizes_scales_and_biases_of_their_own(E, S, plan, 
 def schedule(optimizer: FusedAdam, clip: float) -> Schedule:
     position, seed = (torch.zeros(1, dtype=dtype) for dtype in (torch.int64, torch.int32))
     return Schedule(torch.tensor([optimizer.hyper(0, 1e-2, clip)]), position, seed, torch.zeros(()))
+
+
+@pytest.mark.parametrize(("E", "S", "regime", "most"), [(32, 1, "dense", 23), (32, 2, "dense", 26), (1, 1, "dense", 22), (32, 1, "sparse", 29)])
+def test_a_step_has_few_nodes_and_calls_no_library_for_products(E, S, regime, most):
+    """`MAIN` of the benchmark: every node costs about 2 us, of 600; and cuBLAS would keep a workspace that other graphs free."""
+    names = nodes(Case(replace(MAIN, E=E, S=S), regime=Regime(regime)))
+    assert len(names) <= most
+    sorts = {f"aten.{name}" for name in ("_to_copy.default", "sort.stable", "fill_.Scalar", "arange.default", "searchsorted.Tensor_out")}
+    assert {name for name in names if is_operator(name)} <= {"aten.zeros.default", "aten.add_.Tensor"} | (sorts if regime == "sparse" else set())
 
 
 class WithAnother(Group):

@@ -162,11 +162,11 @@ def _sum_parts(
 ):
     """Programs first[n] to first[n + 1] - 1 serve section n: SECTIONS gradients, then LISTS of numbers, of which the last is weighed."""
     program = tl.program_id(0)
+    total = tl.full((), 0.0, tl.float32)
     for n in tl.static_range(SECTIONS):
         if (program >= first[n]) & (program < first[n + 1]):
             block = program - first[n]
-            square = _sum_columns(block, parts[n], num_parts[n], more[n], num_more[n], outs[n], widths[n], ROWS[n], TILE // ROWS[n])
-            tl.store(sums_Q + program, square)
+            total = _sum_columns(block, parts[n], num_parts[n], more[n], num_more[n], outs[n], widths[n], ROWS[n], TILE // ROWS[n])
     for n in tl.static_range(LISTS):
         if (program >= first[SECTIONS + n]) & (program < first[SECTIONS + n + 1]):
             block = program - first[SECTIONS + n]
@@ -174,7 +174,7 @@ def _sum_parts(
                 total = _sum_chunk(block, values[n], counts[n], weights, period, TILE, CHUNK)
             else:
                 total = _sum_chunk(block, values[n], counts[n], None, 1, TILE, CHUNK)
-            tl.store(sums_Q + program, total)
+    tl.store(sums_Q + program, total)
 
 
 @triton.jit

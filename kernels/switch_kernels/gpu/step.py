@@ -17,7 +17,7 @@ from switch_kernels.gpu.encode import encode_pairs
 from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.finish import Balance, Columns, finish
 from switch_kernels.gpu.launch import round_up
-from switch_kernels.gpu.route import Routed, route, route_backward
+from switch_kernels.gpu.route import GateParts, Routed, route, route_backward, router_gradients
 from switch_kernels.gpu.scatter import scatter_latents
 from switch_kernels.gpu.topk import group_of, keep_topk_, select_jointly
 from switch_kernels.gpu.update import row_sum_parts
@@ -149,28 +149,23 @@ def training_step(
     An autoencoder gives its activations and their scale twice.
     """
     s, tokens, D = settings, x_TD.shape[0], x_TD.shape[1]
-    x32_TD = x_TD.float()
-    routed = raw_TE = shift_E = None
+    routed = None
     if weights.W_router_ED is not None:
         assert weights.b_router_D is not None
-        raw_TE, shift_E = x32_TD @ weights.W_router_ED.T, weights.W_router_ED @ weights.b_router_D
-        routed = route(raw_TE, scale, shift_E, s.slots)
+        routed = route(x_TD, scale, weights.W_router_ED, weights.b_router_D, s.slots, s.dot)
     batch = _select(x_TD, target_TD, scale, target_scale, weights, s, routed)
     decoded = (_Dense if s.plan.regime is Regime.dense else _Sparse)(batch, weights, s)
     columns: dict[str, Columns] = {}
     balance = None
     if routed is not None:
-        assert weights.W_router_ED is not None and weights.b_router_D is not None and raw_TE is not None and shift_E is not None
+        factor = s.balance * s.num_experts / (routed.expert_TS.numel() * tokens)
         if s.balance > 0:
-            balance = Balance(routed.prob_sums_BE, batch.counts_E, s.balance * s.num_experts / (routed.expert_TS.numel() * tokens))
+            balance = Balance(routed.prob_sums_BE, batch.counts_E, factor)
         if s.train_router:
-            assert decoded.grad_gate_TS is not None
-            grad_prob_E = batch.counts_E * (s.balance * s.num_experts / (routed.expert_TS.numel() * tokens))
-            grad_TE = route_backward(raw_TE, scale, shift_E, routed.lse_T, routed.expert_TS, decoded.grad_gate_TS, grad_prob_E)
-            sums_E = grad_TE.sum(0)
-            grad_ED = torch.addr(scale * (grad_TE.T @ x32_TD), sums_E, weights.b_router_D, alpha=-1)
-            columns["W_router_ED"] = Columns(grad_ED.shape, grad_ED)
-            columns["b_router_D"] = Columns((D,), -(sums_E @ weights.W_router_ED))
+            assert weights.W_router_ED is not None and weights.b_router_D is not None and decoded.grad_gate is not None
+            grad_TE = route_backward(routed, decoded.grad_gate, batch.counts_E, factor)
+            W_parts, b_parts = router_gradients(grad_TE, x_TD, scale, weights.W_router_ED, weights.b_router_D, s.dot)
+            columns |= {"W_router_ED": Columns(weights.W_router_ED.shape, W_parts), "b_router_D": Columns((D,), b_parts)}
     auxk = extra_enc = extra_dec = auxk_bias_M = None
     if dead is not None:
         auxk, extra_enc, extra_dec, auxk_bias_M = _auxk(batch, weights, s, dead, decoded.residual())
@@ -237,10 +232,7 @@ class _Dense:
             loss = gemm_decode.combine_slots(y_ND, batch.row_R, s.slots, batch.gate_TS, *target, s.operand_dtype)
         self.loss, self.error_parts, self.column_parts = loss, loss.square_parts, loss.column_sums
         self.dz_NF, gate_parts_NP = gemm.latent_gradients(loss.grad_rows_ND, weights.W_dec_MD, self.z_NF, start_E1, F, s.dot)
-        self.grad_gate_TS = None
-        if batch.gate_TS is not None:  # the rows carry the gate: sum_j z_j <gate * g, W_j> / gate
-            parts_TS = gate_parts_NP.sum(1).index_select(0, batch.row_R).view_as(batch.gate_TS)
-            self.grad_gate_TS = torch.where(batch.gate_TS == 0, 0.0, parts_TS / batch.gate_TS)  # softmax's own gradient is 0 there
+        self.grad_gate = None if batch.gate_TS is None else GateParts(gate_parts_NP, batch.row_R)  # the rows carry the gate
 
     def residual(self) -> Tensor:
         """target - recon, scaled, float32 [T, D], from the gradient rows of each token's first slot."""
@@ -269,7 +261,7 @@ class _Sparse:
             batch.values_TK, batch.indices_TK, batch.slot_TK, batch.gate_TS, weights.W_dec_MD, batch.target_TD.shape[1], weights.b_out_D,
             batch.target_TD, batch.target_scale, batch.grad_scale, batch.order_N if s.slots == 1 else None,
         )  # fmt: skip
-        self.error_parts, self.grad_gate_TS = self.loss.loss_T, self.loss.grad_gate_TS
+        self.error_parts, self.grad_gate = self.loss.loss_T, self.loss.grad_gate_TS
         self.column_parts = row_sum_parts(self.loss.grad_TD, batch.target_TD.shape[1])
 
     def residual(self) -> Tensor:
