@@ -37,7 +37,7 @@ TARGETS_US: dict[Case, float] = {
     Case(MAIN, dead=256): 950.0,
 }
 """Longest whole step, in microseconds, where a copy runs at `TARGET_COPY`: others are allowed as much more as their memory is slower. The last has a
-quarter of its latents dead; its target is the first's, five products over those latents, float32 gradients of their rows, and 38 nodes more."""
+quarter of its latents dead; its target is the first's, five products over those latents, float32 gradients of their rows, and some 40 nodes more."""
 TARGET_COPY = 4.3e12
 """Bytes per second, an H200's."""
 

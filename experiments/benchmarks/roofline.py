@@ -24,7 +24,7 @@ from switch_kernels import Backend, Shape, choose_plan
 L2_RESIDENT = 40e6
 """Bytes of rows that stay in an H200's L2 cache while they are gathered; larger tables are read at the memory's speed."""
 CLOCK_HZ, SCHEDULERS = 1.755e9, 4
-NODES = 38
+NODES = 23
 """Of a dense step of one expert per token, as `experiments.benchmarks.nodes` counts them."""
 FLUSH_BYTES = 512 * 2**20
 
@@ -264,7 +264,9 @@ def modelled(case: Case, nodes: int, node_us: float = NODE_US) -> float:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="experiments.benchmarks.roofline", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.description = "Modelled training steps on an H200, by their number of graph nodes."
-    parser.add_argument("--nodes", nargs=2, type=int, metavar=("BEFORE", "AFTER"), help="default: 59, and as many as are counted on meta tensors")
+    parser.add_argument(
+        "--nodes", nargs=2, type=int, metavar=("BEFORE", "AFTER"), help="default: 59, a dense step's at first, and as many as are counted"
+    )
     parser.add_argument("--node-us", type=float, default=NODE_US, help="microseconds that a dependent node costs beyond its work")
     options = parser.parse_args(arguments)
     print(f"modelled, not measured: stages at the roofs of an H200 and in the planned regime, {options.node_us:g} us a node; router products apart")
