@@ -24,8 +24,9 @@ FORMAT = 1
 SMALL = Shape(T=160, D=72, M=288, E=3, K=8)
 CASES: dict[str, tuple[Case, torch.dtype]] = {
     "dense": (Case(SMALL, regime=Regime.dense), torch.bfloat16),
-    "dense, wide": (Case(replace(SMALL, T=448, M=1040, E=2), regime=Regime.dense), torch.float32),
+    "dense, wide": (Case(replace(SMALL, T=400, M=1040, E=2), regime=Regime.dense), torch.float32),
     "dense, AuxK": (Case(SMALL, moments=Moments.bfloat16, regime=Regime.dense, dead=20), torch.float32),
+    "many experts": (Case(Shape(T=40, D=24, M=1040, E=130, K=4), regime=Regime.dense), torch.float32),
     "dense, two slots": (Case(replace(SMALL, S=2, T=100), regime=Regime.dense), torch.float32),
     "dense, two slots apart": (Case(replace(SMALL, S=2, T=100, joint=False), regime=Regime.dense), torch.float32),
     "dense, float32": (Case(SMALL, Precision.float32, regime=Regime.dense, dead=20), torch.float32),
@@ -35,7 +36,7 @@ CASES: dict[str, tuple[Case, torch.dtype]] = {
     "sparse, float32": (Case(replace(SMALL, E=2, T=320), Precision.float32, regime=Regime.sparse), torch.float32),
     "sparse, recomputed, float32": (Case(replace(SMALL, T=64), Precision.float32, regime=Regime.sparse, dead=20), torch.float32),
     "one expert": (Case(replace(SMALL, E=1), regime=Regime.sparse), torch.float32),
-    "one expert, dense": (Case(replace(SMALL, T=1024, D=136, M=128, E=1), regime=Regime.dense, dead=20), torch.float32),
+    "one expert, dense": (Case(replace(SMALL, T=640, D=136, M=128, E=1), regime=Regime.dense, dead=20), torch.float32),
 }
 """With the dtype of the activations. M > 0.39 T K makes the sparse regime compute gradients twice, which T = 64 does here. The first latent of each
 expert fires for every token (`steps`): its pairs fill whole chunks, which only then have sums of their own."""
@@ -202,16 +203,22 @@ def interpreter() -> None:
 
 @contextmanager
 def tiles_of_a_gpu() -> Iterator[None]:
-    """Inside, launchers in the interpreter take the tiles that they take on a GPU."""
-    from switch_kernels.gpu import gemm_decode, gemm_tiles
+    """Inside, launchers in the interpreter take the tiles and the products that they take on a GPU; it computes every product in full float32."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    importlib.import_module("switch_kernels.gpu.step")  # and with it all launchers
     from switch_kernels.gpu.launch import interpreted
 
-    modules = [module for module in (gemm_decode, gemm_tiles) if "interpreted" in vars(module)]
+    ours = [module for name, module in sys.modules.items() if name.startswith("switch_kernels.gpu.") and name != "switch_kernels.gpu.launch"]
+    modules = [module for module in ours if vars(module).get("interpreted") is interpreted]
     for module in modules:
         vars(module)["interpreted"] = lambda: False
+    options = interpreter_builder.options
+    interpreter_builder.options = replace(options, allowed_dot_input_precisions=(*options.allowed_dot_input_precisions, "bf16x3"))
     try:
         yield
     finally:
+        interpreter_builder.options = options
         for module in modules:
             vars(module)["interpreted"] = interpreted
 

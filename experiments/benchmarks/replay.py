@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,7 +181,9 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
         interpreter()
-    sys.exit(min(100, replay(options.file, device, start=options.start)))
+    with tiles_of_a_gpu() if device.type == "cpu" else nullcontext():
+        wrong = replay(options.file, device, start=options.start)
+    sys.exit(min(100, wrong))
 
 
 if __name__ == "__main__":
