@@ -21,6 +21,7 @@ from experiments.benchmarks.cases import Case
 from experiments.benchmarks.peers import PEERS, Sparsify
 from switch_kernels import Backend, Moments, Precision, Shape, resolve
 from switch_kernels.adam import BETAS
+from switch_sae.engines import TritonEngine
 from switch_sae.models import SwitchSAE, TopKSAE
 from switch_sae.models.losses import reconstruction_loss
 from switch_sae.models.routers.base import load_balance_loss
@@ -30,6 +31,7 @@ from switch_sae.training import StepResult, Trainer, TrainerConfig, prepare
 LEARNING_RATE = 1e-3
 CLIP = 1.0
 NEVER = 2**62
+REVIVAL = TritonEngine.INTERVAL
 SPARSIFY, SPARSIFY_VERSION = Sparsify.PACKAGE, Sparsify.VERSION
 SPARSIFY_FOLDER = PEERS / "kernels"
 
@@ -98,10 +100,12 @@ class OurStep:
         execution = resolve(backend, case.precision, sae.W_enc_MD.device)
         self.trainer = Trainer(sae, replace(config, moments=case.moments), total_steps, case.shape.T, execution)
         self.plan = sae.plan(case.shape.T) if self.trainer.execution.is_triton else None
-        if case.dead:
-            self.trainer.tokens_since_fired_M.view(case.shape.E, -1)[:, : case.dead] = NEVER
+        self.steps = 0
 
     def __call__(self, x_TD: Tensor) -> StepResult:
+        if self.case.dead and self.steps % REVIVAL == 0:  # as many at every reading, whatever AuxK has revived: a state that can be timed
+            self.trainer.tokens_since_fired_M.view(self.case.shape.E, -1)[:, : self.case.dead] = NEVER
+        self.steps += 1
         return self.trainer.step(Rows.of(x_TD))
 
     def loss(self, x_TD: Tensor) -> Tensor:
@@ -139,14 +143,9 @@ class Peer(ABC):
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """One step; the loss before it, still on the device."""
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
-        try:
-            loss, values_TK, indices_TK = self.losses(x_TD)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = tf32
+        loss, values_TK, indices_TK = self.losses(x_TD)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
         with torch.no_grad():
             W_dec_MD = self.parameters["W_dec_MD"]
             grad_MD = W_dec_MD.grad
@@ -173,9 +172,7 @@ class Peer(ABC):
         if self.E == 1:
             expert_T1 = torch.zeros(x_TD.shape[0], 1, dtype=torch.int64, device=x_TD.device)
             return expert_T1, x_TD.new_ones(x_TD.shape[0], 1), x_TD.new_zeros(())
-        tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
         probs_TE = torch.softmax((x_TD - self.parameters["router.b_D"]) @ self.parameters["router.W_ED"].T, dim=1)
-        torch.backends.cuda.matmul.allow_tf32 = tf32
         gate_TS, expert_TS = probs_TE.topk(self.S, dim=1)
         return expert_TS, gate_TS, self.config.router.load_balance * self.d_in * load_balance_loss(expert_TS, probs_TE)
 

@@ -34,7 +34,7 @@ def train(case: Case, x_dtype: torch.dtype = torch.float32, bias: bool = True) -
         parameters |= {"W_router_ED": meta(s.E, s.D), "b_router_D": meta(s.D)}
     adam = FusedAdam(parameters, dot, torch.bfloat16 if case.moments is Moments.bfloat16 else torch.float32)
     weights = Weights(**{"b_enc_M": None, "b_out_D": parameters["b_in_D"], **parameters, **adam.operands})
-    plan = choose_plan(s.T, s.M, s.E, s.K, s.S)
+    plan = choose_plan(s.T, s.M, s.E, s.K, s.S, case.regime)
     settings = Settings(s.E, s.S, s.K, s.joint, balance=3.0, train_router=s.E > 1, dot=dot, plan=plan)
     dead = None
     if case.dead:

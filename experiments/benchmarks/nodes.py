@@ -8,6 +8,7 @@ be several kernels (a sort, a product split along its sum), so this counts too f
 
 import argparse
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -38,12 +39,12 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def nodes(case: Case) -> list[str]:
-    """The names of all nodes of one step in the order of their launch: of Triton kernels, and of torch operators such as "aten.add.Tensor".
+def step_on_meta(case: Case) -> Callable[[], object]:
+    """The device work of one step of our engine, on meta tensors.
 
     `case.dead` is how many latents of each expert AuxK revives; 0 leaves it out, as in a step without dead latents.
     """
-    s, names = case.shape, list[str]()
+    s = case.shape
     with torch.device("meta"):
         if s.E == 1:
             sae = TopKSAE(TopKSAE.Config(num_latents=s.M, k=s.K), s.D)
@@ -57,12 +58,19 @@ def nodes(case: Case) -> list[str]:
             B, is_padding_B = s.E * case.dead, torch.empty(s.E * case.dead, dtype=torch.bool)
             slot_M = torch.empty(s.M, dtype=torch.int32)
             engine.dead = DeadLatents(torch.empty(B, dtype=torch.int64), is_padding_B, slot_M, sae.auxk_latents(), sae.config.auxk * s.D)
+    return torch.no_grad()(engine._compute)
+
+
+def nodes(case: Case) -> list[str]:
+    """The names of all nodes of `step_on_meta` in the order of their launch: of Triton kernels, and of torch operators such as "aten.add.Tensor"."""
+    names = list[str]()
 
     def note(launch: Launch) -> None:
         names.append(launch.kernel.__name__)
 
-    with torch.no_grad(), launches_to(note), _Operators(names):
-        engine._compute()
+    compute = step_on_meta(case)
+    with launches_to(note), _Operators(names):
+        compute()
     return names
 
 

@@ -2,8 +2,12 @@
 
 Shapes: T tokens, D activation size, M latents, E experts, F = M / E, K active latents per token, S experts per token, R = T * S pairs.
 A stage's floor is the larger of its operations over the tensor cores' rate, its bytes over the memory's, and its gathered bytes over the L2 cache's.
+
+    python -m experiments.benchmarks.roofline                      # modelled steps on an H200: 59 nodes before, and as many as are counted now
+    python -m experiments.benchmarks.roofline --nodes 59 30
 """
 
+import argparse
 import itertools
 import statistics
 import time
@@ -14,12 +18,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from switch_kernels import Shape
+from experiments.benchmarks.cases import TARGETS_US, Case
+from switch_kernels import Backend, Shape, choose_plan
 
 L2_RESIDENT = 40e6
 """Bytes of rows that stay in an H200's L2 cache while they are gathered; larger tables are read at the memory's speed."""
 CLOCK_HZ, SCHEDULERS = 1.755e9, 4
-LAUNCHES = 12
+NODES = 23
+"""Of a dense step of one expert per token, as `experiments.benchmarks.nodes` counts them."""
 FLUSH_BYTES = 512 * 2**20
 
 
@@ -36,7 +42,7 @@ class Roofs:
     gather: float = 5.5e12
     """Bytes per second of random 1.5 KB rows read from a 16 MB table."""
     launch_us: float = 2.5
-    """One empty kernel inside a CUDA graph."""
+    """One kernel that does next to nothing inside a CUDA graph and waits for the one before: what each node costs beyond its work."""
     replay_us: float = 10.0
     """Replaying a CUDA graph of one empty kernel; for comparison only."""
     multiprocessors: int = 132
@@ -75,13 +81,16 @@ class Floor:
         return sum(self.stages.values())
 
 
-def floor(shape: Shape, roofs: Roofs, moment_bytes: int = 4, x_bytes: int = 2, plan: str | None = None) -> Floor:
-    """The cheapest plan's floor, or that of one plan: "sparse" or "dense", then "recomputed" or "buffered", as in "dense, buffered"."""
+def floor(shape: Shape, roofs: Roofs, moment_bytes: int = 4, x_bytes: int = 2, plan: str | None = None, nodes: int = NODES) -> Floor:
+    """The cheapest plan's floor, or that of one plan: "sparse" or "dense", then "recomputed" or "buffered", as in "dense, buffered".
+
+    Of the step's `nodes`, each kernel or copy costs a launch's latency whatever it does.
+    """
     names = [f"{regime}, {gradients}" for regime in ("sparse", "dense") for gradients in ("recomputed", "buffered")] if plan is None else [plan]
-    return min((_plan(shape, roofs, moment_bytes, x_bytes, *name.split(", ")) for name in names), key=lambda floor: floor.total_us)
+    return min((_plan(shape, roofs, moment_bytes, x_bytes, nodes, *name.split(", ")) for name in names), key=lambda floor: floor.total_us)
 
 
-def _plan(shape: Shape, roofs: Roofs, moment_bytes: int, x_bytes: int, regime: str, gradient: str) -> Floor:
+def _plan(shape: Shape, roofs: Roofs, moment_bytes: int, x_bytes: int, nodes: int, regime: str, gradient: str) -> Floor:
     T, D, M, E, K, F, R = shape.T, shape.D, shape.M, shape.E, shape.K, shape.F, shape.R
 
     def us(flops: float = 0.0, bytes: float = 0.0, gathered: float = 0.0) -> float:
@@ -115,8 +124,17 @@ def _plan(shape: Shape, roofs: Roofs, moment_bytes: int, x_bytes: int, regime: s
     else:
         stages["clip"] = us(bytes=2 * parameters)
         stages["update"] = us(bytes=(update + 2) * parameters)
-    stages["launches"] = LAUNCHES * roofs.launch_us
+    stages["launches"] = nodes * roofs.launch_us
     return Floor(f"{regime}, {gradient}", stages)
+
+
+def count_nodes(case: Case, backend: Backend) -> int:
+    """Kernels and operators of our step, counted on meta tensors; `NODES` where PyTorch computes, whose step is not captured."""
+    if backend is not Backend.triton:
+        return NODES
+    from experiments.benchmarks.nodes import nodes  # needs triton
+
+    return len(nodes(case))
 
 
 def synchronize(device: torch.device) -> None:
@@ -228,3 +246,39 @@ def _gathers(table: Tensor, index: Tensor, out: Tensor) -> list[Callable[[], obj
         if not torch.allclose(out.float(), expected, rtol=2e-2, atol=2e-2):
             raise RuntimeError("the gather that calibrates the L2 roof adds up wrong rows")
     return calls
+
+
+NODE_US = 2.0
+"""What a dependent node of a graph costs beyond its work on an H200: a guess of the review, between the 1.5 and 2.5 us that others report."""
+ROUTER_US = (55.0, 6.0)
+"""Products with the router before (cuBLAS in float32: 40 to 70 us were estimated at `MAIN`) and within our kernels, which move what they move."""
+
+
+def modelled(case: Case, nodes: int, node_us: float = NODE_US) -> float:
+    """Microseconds of a step on an H200: the floors of its planned stages, and `node_us` for each node. Kernels are taken to reach their roofs."""
+    plan = choose_plan(case.shape.T, case.shape.M, case.shape.E, case.shape.K, case.shape.S)
+    name = f"{plan.regime.value}, {plan.gradients.value}"
+    return floor(case.shape, Roofs(launch_us=node_us), x_bytes=4, plan=name, nodes=nodes).total_us
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="experiments.benchmarks.roofline", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = "Modelled training steps on an H200, by their number of graph nodes."
+    parser.add_argument(
+        "--nodes", nargs=2, type=int, metavar=("BEFORE", "AFTER"), help="default: 59, a dense step's at first, and as many as are counted"
+    )
+    parser.add_argument("--node-us", type=float, default=NODE_US, help="microseconds that a dependent node costs beyond its work")
+    options = parser.parse_args(arguments)
+    print(f"modelled, not measured: stages at the roofs of an H200 and in the planned regime, {options.node_us:g} us a node; router products apart")
+    print(f"{'':<44}{'nodes':>12}{'us before':>11}{'after':>8}{'less':>7}{'and of the router':>19}")
+    for case in TARGETS_US:
+        if case.dead:
+            continue
+        before, after = options.nodes or (59, count_nodes(case, Backend.triton))
+        us = [modelled(case, nodes, options.node_us) for nodes in (before, after)]
+        router = ROUTER_US[0] - ROUTER_US[1] if case.shape.E > 1 else 0.0
+        print(f"{case.shape!s:<44}{f'{before} -> {after}':>12}{us[0]:>11.0f}{us[1]:>8.0f}{us[0] - us[1]:>7.0f}{router:>19.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -79,14 +79,20 @@ def kernel_times(sae: TopKSAE, case: Case, x_TD: Tensor, repeats: int = 15) -> l
     return times
 
 
-def stage_times(kernels: list[KernelTime], floor: Floor) -> list[StageTime]:
-    """The same by stage; the floor's clip counts with the weight gradients if it writes them, else with the update that computes them again."""
+def stage_times(kernels: list[KernelTime], floor: Floor, step_us: float | None = None, nodes: int = 0) -> list[StageTime]:
+    """The same by stage; the floor's clip counts with the weight gradients if it writes them, else with the update that computes them again.
+
+    With the whole step's time and its number of nodes, last comes what is left of it besides the kernels: launches, and torch's operators.
+    """
     floors = {name: us for name, us in floor.stages.items() if name not in ("launches", "clip")}
     floors["weight gradients" if "buffered" in floor.plan else "update"] += floor.stages["clip"]
     stages = []
     for name in dict.fromkeys([*floors, *(kernel.stage for kernel in kernels)]):
         mine = [kernel for kernel in kernels if kernel.stage == name]
         stages.append(StageTime(name, len(mine), floors.get(name), sum(k.cold_us for k in mine), sum(k.warm_us for k in mine)))
+    if step_us is not None:
+        cold, warm = (max(0.0, step_us - sum(getattr(stage, kind) for stage in stages)) for kind in ("cold_us", "warm_us"))
+        stages.append(StageTime("launches", nodes, floor.stages["launches"], cold, warm))
     return stages
 
 
@@ -98,8 +104,9 @@ def stage_table(stages: list[StageTime], kernels: list[KernelTime], step_us: flo
         lines.append(f"  {stage.name:<28}{stage.launches:>9}{floor:>10}{stage.cold_us:>9.1f}{stage.warm_us:>9.1f}{ratio:>11}")
         mine = [kernel for kernel in kernels if kernel.stage == stage.name]
         lines += [f"    {k.kernel:<26}{'':>19}{k.cold_us:>9.1f}{k.warm_us:>9.1f}{'':>11}{k.argument_mb:>9.1f}" for k in mine]
-    total = sum(stage.cold_us for stage in stages)
-    lines.append(f"  all Triton kernels {total:.0f} us cold, {sum(s.warm_us for s in stages):.0f} us warm; the whole step {step_us:.0f} us")
+    cold, warm = (sum(getattr(kernel, kind) for kernel in kernels) for kind in ("cold_us", "warm_us"))
+    cold, warm = (sum(getattr(kernel, kind) for kernel in kernels) for kind in ("cold_us", "warm_us"))
+    lines.append(f"  all Triton kernels {cold:.0f} us cold, {warm:.0f} us warm; the whole step {step_us:.0f} us")
     return "\n".join(lines)
 
 

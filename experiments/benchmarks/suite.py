@@ -9,17 +9,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.cases import MAIN, TINY, Case, compile_groups, shape_cases, step_cases, target_cases
-from experiments.benchmarks.checks import NotTrustedError, check_step
+from experiments.benchmarks.cases import MAIN, TINY, Case, shape_cases, target_cases
+from experiments.benchmarks.checks import NotTrustedError
 from experiments.benchmarks.contenders import OurStep, activations, build_sae, skew
+from experiments.benchmarks.gates import parts, untrusted
 from experiments.benchmarks.peers import ROOT
-from experiments.benchmarks.roofline import Roofs, calibrate, floor, synchronize, times_and_host_us
+from experiments.benchmarks.roofline import Roofs, calibrate, count_nodes, floor, synchronize, times_and_host_us
 from switch_kernels import Backend, Moments, Precision, Shape
 
 SECTIONS = {
@@ -35,12 +36,16 @@ SECTIONS = {
     "profile": 30,
 }
 """In order of importance, with the most seconds that each may take."""
+JUDGED = {"targets", "parity", "contenders"}
+"""Sections whose results are compared with targets."""
 LEAST_SECONDS = 5.0
 STEPS_WARM, STEPS_TIMED, BATCHES = 8, 40, 4
+TARGET_STEPS = 128
+"""Of a target: two whole intervals between readings of the device, so that what happens at a reading is in the mean."""
 Item = TypeVar("Item")
 COLUMNS = (
     *("date", "commit", "device", "torch", "triton", "section", "name", "precision", "moments", "plan", "T", "D", "M", "E", "K", "S", "routing"),
-    *("floor_us", "measured_us", "min_us", "ratio", "tokens_per_s", "peak_mb", "note"),
+    *("floor_us", "measured_us", "mean_us", "min_us", "ratio", "tokens_per_s", "peak_mb", "note"),
 )
 
 
@@ -79,12 +84,16 @@ class Measured:
     """One configuration's whole step."""
 
     median_us: float
+    mean_us: float
+    """With what happens at readings of the device; the median is a step between them."""
     min_us: float
     host_us: float
     """What the host took to enqueue a step; above the median, the GPU waited for it."""
     peak_mb: float
     plan: str
     floor_us: float | None
+    nodes: int = 0
+    """Of the step's graph, as the floor counts them."""
 
     @property
     def ratio(self) -> float | None:
@@ -104,10 +113,11 @@ class Suite:
         about: dict[str, str],
         jobs: int = 1,
         fetch_peers: bool = False,
+        graph: bool = True,
     ) -> None:
-        """`record` receives finished rows of the table; `about` are the columns that all rows share."""
+        """`record` receives finished rows of the table; `about` are the columns that all rows share; without `graph` steps stay eager."""
         self.device, self.backend, self.tiny, self.budget = device, backend, tiny, budget
-        self.record, self.about, self.jobs, self.fetch_peers = record, about, jobs, fetch_peers
+        self.record, self.about, self.jobs, self.fetch_peers, self.graph = record, about, jobs, fetch_peers, graph
         self.roofs = Roofs()
         self.main = TINY if tiny else MAIN
         self.measured: dict[Case, Measured] = {}
@@ -115,10 +125,13 @@ class Suite:
         """Microseconds by E and name."""
         self.parity: dict[str, bool] = {}
         self.failures: list[str] = []
+        self.untrusted: dict[Precision, str] = {}
+        """Why a precision's checks did not hold."""
         self._batches: tuple[tuple[int, int], Tensor] | None = None
 
     def run(self, sections: list[str]) -> int:
         """The exit status: 0 when all checks held and nothing failed."""
+        said = False
         for name, seconds in SECTIONS.items():
             if name not in sections and name not in ("compile", "roofs", "correctness"):
                 continue
@@ -137,11 +150,14 @@ class Suite:
                 if is_fatal(error):
                     break
             say(f"   {name} took {time.monotonic() - started:.0f} s")
-        self.summary()
+            if said := name in JUDGED:  # now, lest the process is killed before the end
+                self.summary()
+        if not said:
+            self.summary()
         return 1 if self.failures or not all(self.parity.values()) else 0
 
     def summary(self) -> None:
-        """Printed last."""
+        """What is known by now: printed after each section that adds to it."""
 
     def failed(self, what: str, error: Exception) -> None:
         self.failures.append(what)
@@ -154,6 +170,9 @@ class Suite:
             if self.budget.left() < last:
                 say(f"   SKIPPED for lack of time: {len(cases) - number} of {len(cases)}, from {case}")
                 return
+            if isinstance(case, Case) and (why := self.why_untrusted(case)):
+                say(f"   {case}: NOT TIMED, {why}")
+                continue
             started = time.monotonic()
             yield case
             last = max(0.0 if self.tiny else LEAST_SECONDS, time.monotonic() - started)
@@ -166,35 +185,38 @@ class Suite:
         return dict.fromkeys(COLUMNS, "") | shown
 
     def run_compile(self, sections: list[str]) -> None:
-        """Compiles kernels in many processes into triton's cache, where this process finds them."""
+        """Compiles kernels in many processes into triton's cache, where this process finds them; they touch no GPU."""
         if self.backend is not Backend.triton or self.device.type != "cuda":
             say("   nothing to compile ahead")
             return
-        groups = len(compile_groups(self.tiny, sections))
-        jobs = min(self.jobs, groups)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(self.device)))
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.benchmarks.ahead",
+            "--capability",
+            capability,
+            "--jobs",
+            str(self.jobs),
+            "--sections",
+            *sections,
+        ]
         with tempfile.TemporaryDirectory() as folder:
-            logs = [Path(folder, f"{job}.log") for job in range(jobs)]
-            command = [sys.executable, "-m", "experiments.benchmarks.gpu", *(["--quick"] if self.tiny else []), "--sections", *sections]
-            processes = []
-            for job, log in enumerate(logs):
-                with log.open("w") as file:
-                    mine = ["--compile", ",".join(map(str, range(job, groups, jobs)))]
-                    processes.append(subprocess.Popen([*command, *mine], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT))
+            log = Path(folder, "log")
+            with log.open("w") as file:
+                process = subprocess.Popen(command + ["--quick"] * self.tiny, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
             try:
-                while self.budget.left() > 0 and any(process.poll() is None for process in processes):
+                while self.budget.left() > 0 and process.poll() is None:
                     time.sleep(0.2)
             finally:
-                for process in processes:
-                    if process.poll() is None:
-                        process.kill()
-                    process.wait()
-            text = [log.read_text() for log in logs]
-        done = sum(output.count("compiled group") for output in text)
-        say(f"   {done} of {groups} groups of kernels compiled by {jobs} processes; what is left compiles when it runs")
-        troubled = [output for output in text if "Traceback" in output]
-        if troubled:
+                if process.poll() is None:
+                    process.terminate()  # it ends its own
+                process.wait()
+            text = log.read_text()
+        say(f"   {(text.strip().splitlines() or ['nothing was said'])[-1].strip()}; what is left compiles when it runs")
+        if "FAILED" in text or "Traceback" in text:
             self.failures.append("compile")
-            say(f"   {len(troubled)} processes met errors; the first:\n{troubled[0][-3000:]}")
+            say(text[-3000:])
 
     def run_roofs(self, sections: list[str]) -> None:
         self.roofs = calibrate(self.device, self.tiny)
@@ -202,39 +224,34 @@ class Suite:
         self.record([self.row("roofs", "calibration", self.main, note=self.roofs.describe())])
 
     def run_correctness(self, sections: list[str]) -> None:
-        red = 0
-        for case in step_cases(self.tiny, self.backend is Backend.triton):
-            if self.budget.remaining() <= 0:
-                raise NotTrustedError("the time was up before all checks were done")
-            try:
-                findings = check_step(case, self.device, self.backend)
-            except Exception as error:
-                self.failed(f"check of {case}", error)
-                red += 1
-                if is_fatal(error):
-                    raise NotTrustedError("the GPU reported an error") from error
-                continue
-            wrong = [finding for finding in findings if not finding.holds]
-            red += bool(wrong)
-            worst = max(findings, key=lambda finding: finding.error / finding.limit if finding.limit else finding.error)
-            say(f"   {'RED  ' if wrong else 'holds'} {case}; closest to its limit: {worst}")
-            for finding in wrong:
-                say(f"         {finding}")
-        if red:
-            self.failures.append("correctness")
-            raise NotTrustedError(f"{red} checks of one training step failed (above)")
+        several = parts(self.tiny, self.device, self.backend, self.graph)
+
+        def failed(what: str, error: Exception) -> bool:
+            self.failed(what, error)
+            return is_fatal(error)
+
+        self.untrusted = untrusted(several, say, failed, lambda: self.budget.remaining() <= 0)
+        for precision, why in self.untrusted.items():
+            self.failures.append(f"correctness in {precision.value}")
+            say(f"   {precision.value} is NOT TIMED: {why}")
+        if {part.precision for part in several} <= set(self.untrusted):
+            raise NotTrustedError("; ".join(f"{precision.value}: {why}" for precision, why in self.untrusted.items()))
+
+    def why_untrusted(self, case: Case) -> str | None:
+        """Why this case's speed would mean nothing. PyTorch computes everything in float32."""
+        return self.untrusted.get(case.precision if self.backend is Backend.triton else Precision.float32)
 
     def run_targets(self, sections: list[str]) -> None:
-        self.measure_all("step", target_cases(self.tiny))
+        self.measure_all("step", target_cases(self.tiny), TARGET_STEPS)
 
     def run_shapes(self, sections: list[str]) -> None:
         self.measure_all("step", shape_cases(self.tiny))
 
-    def measure_all(self, section: str, cases: list[Case]) -> None:
-        say(f"   {'':<62}{'floor us':>9}{'measured':>9}{'min':>9}{'ratio':>6}{'tokens/s':>10}{'peak MB':>9}  plan")
+    def measure_all(self, section: str, cases: list[Case], repeats: int = STEPS_TIMED) -> None:
+        say(f"   {'':<62}{'floor us':>9}{'median':>9}{'mean':>9}{'min':>9}{'ratio':>6}{'tokens/s':>10}{'peak MB':>9}  plan")
         for case in self.each(cases):
             try:
-                self.report(section, case, self.measure(case))
+                self.report(section, case, self.measure(case, repeats))
             except torch.OutOfMemoryError:
                 say(f"   {case!s:<62} does not fit into the GPU's memory")
             except Exception as error:
@@ -244,12 +261,15 @@ class Suite:
 
     def report(self, section: str, case: Case, m: Measured) -> None:
         floor_us, ratio = (f"{m.floor_us:.0f}" if m.floor_us else "", f"{m.ratio:.2f}" if m.ratio else "")
-        rate = case.shape.T / m.median_us * 1e6
+        rate = case.shape.T / m.mean_us * 1e6
         waits = f"; the host needs {m.host_us:.0f} us a step" if m.host_us > 0.8 * m.median_us and self.device.type == "cuda" else ""
-        say(f"   {case!s:<62}{floor_us:>9}{m.median_us:>9.0f}{m.min_us:>9.0f}{ratio:>6}{rate:>10.3g}{m.peak_mb:>9.0f}  {m.plan}{waits}")
+        nodes = f", {m.nodes} nodes" if m.nodes else ""
+        times = f"{floor_us:>9}{m.median_us:>9.0f}{m.mean_us:>9.0f}{m.min_us:>9.0f}{ratio:>6}"
+        say(f"   {case!s:<62}{times}{rate:>10.3g}{m.peak_mb:>9.0f}  {m.plan}{nodes}{waits}")
         kind = {"precision": case.precision.value, "moments": case.moments.value, "plan": m.plan}
-        times = {"floor_us": m.floor_us, "measured_us": m.median_us, "min_us": m.min_us, "ratio": m.ratio, "tokens_per_s": rate, "peak_mb": m.peak_mb}
-        self.record([self.row(section, "ours", case.shape, **kind, **times)])
+        columns = {"floor_us": m.floor_us, "measured_us": m.median_us, "mean_us": m.mean_us, "min_us": m.min_us, "ratio": m.ratio}
+        columns |= {"tokens_per_s": rate, "peak_mb": m.peak_mb}
+        self.record([self.row(section, "ours", case.shape, **kind, **columns)])
 
     def batches(self, shape: Shape) -> Tensor:
         key = (shape.T, shape.D)
@@ -258,7 +278,7 @@ class Suite:
             self._batches = (key, activations(shape, BATCHES, self.device))
         return self._batches[1]
 
-    def measure(self, case: Case) -> Measured:
+    def measure(self, case: Case, repeats: int = STEPS_TIMED) -> Measured:
         """Times whole steps of our trainer, in a queue, on alternating batches."""
         x_BTD = self.batches(case.shape)
         peak_mb = self.peak_mb()
@@ -266,10 +286,12 @@ class Suite:
         if case.shape.routing == "zipf":
             x_BTD = skew(sae, x_BTD)
         step = OurStep(sae, case, self.backend)
-        times, host_us = self.timed(lambda number: step(x_BTD[number % BATCHES]), 3 if self.tiny else STEPS_TIMED)
+        times, host_us = self.timed(lambda number: step(x_BTD[number % BATCHES]), 3 if self.tiny else repeats)
         peak, plan = peak_mb(), step.regime()
-        least = floor(case.shape, self.roofs, 2 if case.moments is Moments.bfloat16 else 4, x_bytes=4).total_us
-        m = Measured(median(times), min(times), host_us, peak, plan, least if case.precision is Precision.bf16 else None)
+        nodes = count_nodes(case, self.backend)
+        least = floor(case.shape, self.roofs, 2 if case.moments is Moments.bfloat16 else 4, x_bytes=4, nodes=nodes).total_us
+        modelled = case.precision is Precision.bf16 and not case.dead
+        m = Measured(median(times), mean(times), min(times), host_us, peak, plan, least if modelled else None, nodes if step.plan else 0)
         self.measured[case] = m
         return m
 
