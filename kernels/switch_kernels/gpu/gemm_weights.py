@@ -195,7 +195,7 @@ def weight_gradient(
     finish = (scale, extra.slot_M if extra else None, extra.rows_AD if extra else None, grad_MD)
     if chunks == 1:
         square_parts = empty(E * f_tiles, d_tiles, 2)
-        outputs = (*finish, square_parts, column_sums_M)
+        outputs: tuple[Tensor | None, ...] = (*finish, square_parts, column_sums_M)
     else:
         square_parts = empty(cdiv(E * F, SUM_ROWS), cdiv(D, SUM_COLUMNS))
         partial_CMD, partial_sums_CM = empty(chunks, E * F, D), empty(chunks, E * F) if column_sums else None
