@@ -101,9 +101,9 @@ def _weight_gradient_kernel(
             column = d_tile * BN + h * (BN // 2)
             if square_parts is None:  # one of several chunks, which `_sum_chunks_of_rows` will finish
                 i = f_tile * BM + tl.arange(0, BM)
-                j = column + tl.arange(0, BN // 2)
+                c = column + tl.arange(0, BN // 2)
                 corner = grad_MD + (chunk.to(tl.int64) * M + expert * F) * D
-                tl.store(corner + i[:, None] * D + j[None, :], parts[h], mask=(i < F)[:, None] & (j < D)[None, :])
+                tl.store(corner + i[:, None] * D + c[None, :], parts[h], mask=(i < F)[:, None] & (c < D)[None, :])
             else:
                 square_part = ((expert * f_tiles + f_tile) * D_TILES + d_tile) * 2 + h
                 _finish_slice(parts[h], expert, f_tile * BM, column, square_part, scale, slot_M, extra_AD, grad_MD, square_parts, F, D, BM, BN // 2)
