@@ -192,8 +192,10 @@ def weight_gradient(
     column_sums_M = empty(E * F) if column_sums else None
     programs = E * f_tiles * (d_tiles + column_sums)
     chunks = chunks_of_rows(programs, num_rows // E, tile.BK)
+    # where the width changes, the fewest programs decide, so that a model keeps its kernels: a single chunk may then go through the sum, too
+    is_cut = chunks_of_rows(programs // f_tiles if any_width else programs, num_rows // E, tile.BK) > 1
     finish = (scale, extra.slot_M if extra else None, extra.rows_AD if extra else None, grad_MD)
-    if chunks == 1:
+    if not is_cut:
         square_parts = empty(E * f_tiles, d_tiles, 2)
         outputs: tuple[Tensor | None, ...] = (*finish, square_parts, column_sums_M)
     else:
@@ -218,7 +220,7 @@ def weight_gradient(
         DESCRIPTORS=descriptors,
         **tile._asdict(),
     )
-    if chunks > 1:
+    if is_cut:
         launch(
             _sum_chunks_of_rows,
             tuple(square_parts.shape),
