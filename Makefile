@@ -122,7 +122,7 @@ $(VENV)/triton-$(OLD_TRITON): $(VENV)/.installed
 kernels: $(VENV)/triton-$(OLD_TRITON)  ## compile the GPU kernels without a GPU (sm_90, sm_80, gfx942), on two Tritons; fail on spills
 	$(PY) -m experiments.benchmarks.compile_kernels --check --target sm_90
 	$(PY) -m experiments.benchmarks.compile_kernels --check --target sm_80 gfx942 --only M=32768
-	PYTHONPATH=$< $(PY) -m experiments.benchmarks.compile_kernels --check --target sm_90
+	PYTHONPATH=$< $(PY) -m experiments.benchmarks.compile_kernels --check --target sm_90 --only M=32768
 	PYTHONPATH=$< $(INTERPRETED)
 
 check: $(VENV)/.installed  ## formatting, lint, types

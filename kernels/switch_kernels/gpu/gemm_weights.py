@@ -101,9 +101,9 @@ def _weight_gradient_kernel(
             column = d_tile * BN + h * (BN // 2)
             if square_parts is None:  # one of several chunks, which `_sum_chunks_of_rows` will finish
                 i = f_tile * BM + tl.arange(0, BM)
-                j = column + tl.arange(0, BN // 2)
+                c = column + tl.arange(0, BN // 2)
                 corner = grad_MD + (chunk.to(tl.int64) * M + expert * F) * D
-                tl.store(corner + i[:, None] * D + j[None, :], parts[h], mask=(i < F)[:, None] & (j < D)[None, :])
+                tl.store(corner + i[:, None] * D + c[None, :], parts[h], mask=(i < F)[:, None] & (c < D)[None, :])
             else:
                 square_part = ((expert * f_tiles + f_tile) * D_TILES + d_tile) * 2 + h
                 _finish_slice(parts[h], expert, f_tile * BM, column, square_part, scale, slot_M, extra_AD, grad_MD, square_parts, F, D, BM, BN // 2)
@@ -192,10 +192,12 @@ def weight_gradient(
     column_sums_M = empty(E * F) if column_sums else None
     programs = E * f_tiles * (d_tiles + column_sums)
     chunks = chunks_of_rows(programs, num_rows // E, tile.BK)
+    # where the width changes, the fewest programs decide, so that a model keeps its kernels: a single chunk may then go through the sum, too
+    is_cut = chunks_of_rows(programs // f_tiles if any_width else programs, num_rows // E, tile.BK) > 1
     finish = (scale, extra.slot_M if extra else None, extra.rows_AD if extra else None, grad_MD)
-    if chunks == 1:
+    if not is_cut:
         square_parts = empty(E * f_tiles, d_tiles, 2)
-        outputs = (*finish, square_parts, column_sums_M)
+        outputs: tuple[Tensor | None, ...] = (*finish, square_parts, column_sums_M)
     else:
         square_parts = empty(cdiv(E * F, SUM_ROWS), cdiv(D, SUM_COLUMNS))
         partial_CMD, partial_sums_CM = empty(chunks, E * F, D), empty(chunks, E * F) if column_sums else None
@@ -218,7 +220,7 @@ def weight_gradient(
         DESCRIPTORS=descriptors,
         **tile._asdict(),
     )
-    if chunks > 1:
+    if is_cut:
         launch(
             _sum_chunks_of_rows,
             tuple(square_parts.shape),
