@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarks.cases import Case
-from switch_kernels import Backend, Moments, Precision, Regime, Shape
+from switch_kernels import Backend, Execution, Moments, Precision, Regime, Shape
 
 FORMAT = 1
 SMALL = Shape(T=160, D=72, M=288, E=3, K=8)
@@ -40,6 +40,14 @@ CASES: dict[str, tuple[Case, torch.dtype]] = {
 }
 """With the dtype of the activations. M > 0.39 T K makes the sparse regime compute gradients twice, which T = 64 does here. The first latent of each
 expert fires for every token (`steps`): its pairs fill whole chunks, which only then have sums of their own."""
+
+
+SEARCHES: dict[str, dict[str, Any]] = {
+    "pursuit": {"architecture": "switch_pursuit", "num_latents": 120, "k": 8, "num_experts": 3},
+    "pursuit, stop rule": {"architecture": "switch_pursuit", "num_latents": 136, "k": 8, "num_experts": 3, "shared": 16, "stop": True},
+    "refit": {"architecture": "switch_refit", "num_latents": 136, "k": 8, "num_experts": 3, "shared": 16},
+}
+"""SAEs whose encoding is recorded too: their search is in kernels where nothing else is."""
 
 
 @dataclass(frozen=True)
@@ -263,8 +271,27 @@ def steps(name: str, case: Case, dtype: torch.dtype) -> tuple[Callable[[], objec
     return lambda: step(x_TD), infer
 
 
-def record(path: Path, cases: dict[str, tuple[Case, torch.dtype]], say: Callable[[str], None] = print) -> None:
-    """Writes every launch of one training step of each case, and of the first case's encoding and decoding and of the first float32 one's."""
+@torch.no_grad()
+def search(architecture: str, **settings: Any) -> None:
+    """Latents of some activations, by refits or pursuit in kernels."""
+    from switch_sae.models import SAES
+    from switch_sae.rows import Rows
+    from switch_sae.training import prepare
+
+    generator = torch.Generator().manual_seed(11)
+    x_TD = torch.randn(96, SMALL.D, generator=generator) @ torch.randn(SMALL.D, SMALL.D, generator=generator)
+    sae = SAES.build(SAES[architecture].Config(**settings), SMALL.D, generator)
+    prepare(sae, Rows.of(x_TD), normalize_activations=True)
+    sae.search = Execution(Backend.triton, Precision.float32, "a recording")
+    sae.eval().encode(x_TD)
+
+
+def record(
+    path: Path, cases: dict[str, tuple[Case, torch.dtype]], say: Callable[[str], None] = print, searches: dict[str, dict[str, Any]] | None = None
+) -> None:
+    """Writes every launch of one training step of each case, of the first case's encoding and decoding and of the first float32 one's, and of
+    `searches`.
+    """
     from switch_kernels.gpu.launch import launches_to
 
     recorder = Recorder()
@@ -282,6 +309,10 @@ def record(path: Path, cases: dict[str, tuple[Case, torch.dtype]], say: Callable
                 with launches_to(recorder):
                     infer()
         say(f"   {name}: {len(recorder.launches)} launches so far, {time.monotonic() - started:.0f} s")
+    for name, settings in (searches or {}).items():
+        recorder.case = name
+        with poisoned_memory(), launches_to(recorder):
+            search(**settings)
     if silent := {r.kernel for r in recorder.launches} - {r.kernel for r in recorder.launches if r.before != r.after}:
         raise ValueError(f"no launch of {', '.join(sorted(silent))} wrote anything, so a replay would check nothing: choose other cases.")
     recorder.write(path)

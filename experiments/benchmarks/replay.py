@@ -23,6 +23,7 @@ from torch import Tensor
 
 from experiments.benchmarks.recording import (
     CASES,
+    SEARCHES,
     Recorded,
     Recording,
     StaleError,
@@ -40,7 +41,7 @@ LIMITS = {torch.float32: (2e-3, 2e-5), torch.bfloat16: (1e-2, 1e-4)}
 multiply-adds and one rounding at the end can differ; a number that cancelled to almost nothing is measured against its row and its column."""
 MANY = 16
 """A row or column of fewer numbers says nothing of the size of each: they may be different quantities side by side."""
-COPIES = (*("_count_experts", "_sum_counts", "_place_pairs", "_select_rows", "_scatter_latents", "_keep_topk", "_keep_topk_streamed", "_mark_fired"),)
+COPIES = ("_count_experts", "_sum_counts", "_place_pairs", "_select_rows", "_scatter_latents", "_keep_topk", "_mark_fired")
 """Kernels that move numbers and compute none: every bit must be right."""
 
 
@@ -176,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.action == "record":
         interpreter()
         with tiles_of_a_gpu():
-            record(options.file, CASES)
+            record(options.file, CASES, searches=SEARCHES)
         return
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":

@@ -23,7 +23,7 @@ KERNELS_OF = {
     "decode, loss, dz": ("_decode_loss_kernel", "_decode_rows_kernel", "_combine_slots_kernel", "_latent_gradients_kernel", "_decode_loss"),
     "weight gradients": ("_weight_gradient_kernel", "sum_chunks", "gradient_rows"),
     "update": ("_update_rows", "_update_small", "update_latents"),
-    "other": ("_row_sum_parts", "_sum_parts", "_finish_sums", "_begin_update", "_mark_fired", "_keep_topk", "_keep_topk_streamed", "_sparse_decode"),
+    "other": ("_row_sum_parts", "_sum_parts", "_finish_sums", "_begin_update", "_mark_fired", "_keep_topk", "_sparse_decode"),
 }
 """By stage. The clip's norm is computed with the weight gradients; "other" has no floor."""
 STAGE_OF = {kernel: stage for stage, kernels in KERNELS_OF.items() for kernel in kernels}
