@@ -21,7 +21,7 @@ KERNELS_OF = {
     "encode": ("_encode_kernel",),
     "top-k": ("_select_rows", "_select_jointly", "_scatter_latents"),
     "decode, loss, dz": ("_decode_loss_kernel", "_decode_rows_kernel", "_combine_slots_kernel", "_latent_gradients_kernel", "_decode_loss"),
-    "weight gradients": ("_weight_gradient_kernel", "sum_chunks", "gradient_rows"),
+    "weight gradients": ("_weight_gradient_kernel", "_sum_chunks_of_rows", "sum_chunks", "gradient_rows"),
     "update": ("_update_rows", "_update_small", "update_latents"),
     "other": ("_row_sum_parts", "_sum_parts", "_finish_sums", "_begin_update", "_mark_fired", "_keep_topk", "_sparse_decode"),
 }

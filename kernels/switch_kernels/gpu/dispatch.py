@@ -89,8 +89,7 @@ def sort_pairs(expert_TS: Tensor, counts_BE: Tensor, num_experts: int) -> Sorted
         start_E1=torch.empty(num_experts + 1, dtype=torch.int32, device=device),
         counts_E=torch.empty(num_experts, dtype=torch.int32, device=device),
     )
-    width = min(16, padded_experts(num_experts))
-    launch(_sum_counts, (cdiv(num_experts, width),), counts_BE, before_BE, result.counts_E, blocks, E=num_experts, WIDTH=width, CHUNK=4096 // width)
+    launch(_sum_counts, (cdiv(num_experts, 16),), counts_BE, before_BE, result.counts_E, blocks, num_experts, WIDTH=16, CHUNK=256)
     chunks = cdiv(pairs, block)
     launch(
         _place_pairs,
@@ -104,18 +103,18 @@ def sort_pairs(expert_TS: Tensor, counts_BE: Tensor, num_experts: int) -> Sorted
         pairs,
         chunks,
         rows,
-        E=num_experts,
-        S=slots,
+        num_experts,
+        slots,
         BLOCK_T=block,
-        WIDTH=padded_experts(num_experts),
+        WIDTH=max(128, padded_experts(num_experts)),
         PAD=PAD_EXPERTS,
         ROW_ALIGN=ALIGN,
     )
     return result
 
 
-@triton.jit
-def _sum_counts(counts_BE, before_BE, counts_E, B, E: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+@triton.jit(do_not_specialize=["B", "E"])
+def _sum_counts(counts_BE, before_BE, counts_E, B, E, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """before[b, e] = sum of counts[:b, e], for WIDTH experts."""
     e = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.int32)
@@ -129,7 +128,7 @@ def _sum_counts(counts_BE, before_BE, counts_E, B, E: tl.constexpr, WIDTH: tl.co
     tl.store(counts_E + e, total, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "chunks", "N", "E", "S"])
 def _place_pairs(
     expert_R,
     before_BE,
@@ -140,8 +139,8 @@ def _place_pairs(
     R,
     chunks,
     N,
-    E: tl.constexpr,
-    S: tl.constexpr,
+    E,
+    S,
     BLOCK_T: tl.constexpr,
     WIDTH: tl.constexpr,
     PAD: tl.constexpr,
@@ -201,14 +200,12 @@ def gather_rows(x_TD: Tensor, scale: Tensor, b_pre_D: Tensor, order_N: Tensor, s
     rows = min(ALIGN, 2048 // columns)
     rows_ND = torch.empty(order_N.shape[0], leading, dtype=dtype, device=x_TD.device)
     grid = (order_N.shape[0] // rows, cdiv(leading, columns))
-    launch(_gather_rows, grid, x_TD, scale, b_pre_D, order_N, rows_ND, D=width, DP=leading, S=slots, ROWS=rows, COLUMNS=columns)
+    launch(_gather_rows, grid, x_TD, scale, b_pre_D, order_N, rows_ND, width, leading, slots, ROWS=rows, COLUMNS=columns)
     return rows_ND
 
 
-@triton.jit
-def _gather_rows(
-    x_TD, scale, b_pre_D, order_N, rows_ND, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+@triton.jit(do_not_specialize=["S"])
+def _gather_rows(x_TD, scale, b_pre_D, order_N, rows_ND, D, DP, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     pair = tl.load(order_N + n)

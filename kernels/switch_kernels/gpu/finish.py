@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from switch_kernels.gpu.launch import cdiv, launch
+from switch_kernels.gpu.launch import cdiv, coded, decoded, launch
 
 TILE = 1024
 """Numbers that a program adds at a time."""
@@ -77,15 +77,15 @@ def finish(
         _sum_parts,
         (first[-1],),
         sums_Q,
-        tuple(first),
+        coded(first),
         tuple(c.parts_PW for c in columns.values()),
-        tuple(_parts(c.parts_PW, c) for c in columns.values()),
+        coded(_parts(c.parts_PW, c) for c in columns.values()),
         tuple(c.more_PW if c.more_PW is not None else c.parts_PW for c in columns.values()),
-        tuple(_parts(c.more_PW, c) for c in columns.values()),
+        coded(_parts(c.more_PW, c) for c in columns.values()),
         tuple(gradients.values()),
-        tuple(c.width for c in columns.values()),
+        coded(c.width for c in columns.values()),
         tuple(numbers),
-        tuple(n.numel() for n in numbers),
+        coded(n.numel() for n in numbers),
         balance.counts_E if balance else None,
         balance.counts_E.numel() if balance else 0,
         ROWS=tuple(rows),
@@ -140,7 +140,7 @@ def _sum_chunk(block, values, count, weights, period, TILE: tl.constexpr, CHUNK:
     return tl.sum(acc, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["period"])
 def _sum_parts(
     sums_Q,
     first,
@@ -164,16 +164,17 @@ def _sum_parts(
     program = tl.program_id(0)
     total = tl.full((), 0.0, tl.float32)
     for n in tl.static_range(SECTIONS):
-        if (program >= first[n]) & (program < first[n + 1]):
-            block = program - first[n]
-            total = _sum_columns(block, parts[n], num_parts[n], more[n], num_more[n], outs[n], widths[n], ROWS[n], TILE // ROWS[n])
+        block = program - decoded(first[n])
+        if (block >= 0) & (program < decoded(first[n + 1])):
+            P, more_P, W = decoded(num_parts[n]), decoded(num_more[n]), decoded(widths[n])
+            total = _sum_columns(block, parts[n], P, more[n], more_P, outs[n], W, ROWS[n], TILE // ROWS[n])
     for n in tl.static_range(LISTS):
-        if (program >= first[SECTIONS + n]) & (program < first[SECTIONS + n + 1]):
-            block = program - first[SECTIONS + n]
+        block = program - decoded(first[SECTIONS + n])
+        if (block >= 0) & (program < decoded(first[SECTIONS + n + 1])):
             if n == LISTS - 1:
-                total = _sum_chunk(block, values[n], counts[n], weights, period, TILE, CHUNK)
+                total = _sum_chunk(block, values[n], decoded(counts[n]), weights, period, TILE, CHUNK)
             else:
-                total = _sum_chunk(block, values[n], counts[n], None, 1, TILE, CHUNK)
+                total = _sum_chunk(block, values[n], decoded(counts[n]), None, 1, TILE, CHUNK)
     tl.store(sums_Q + program, total)
 
 
@@ -186,7 +187,7 @@ def _sum_range(numbers, begin, end, TILE: tl.constexpr):
     return tl.sum(acc, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["of_squares", "of_errors", "end", "tokens"])
 def _finish_sums(sums_Q, scalars, of_squares, of_errors, end, tokens, factor, TILE: tl.constexpr):
     error = _sum_range(sums_Q, of_squares, of_errors, TILE)
     tl.store(scalars, _sum_range(sums_Q, 0, of_squares, TILE))

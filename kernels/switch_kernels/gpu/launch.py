@@ -1,6 +1,6 @@
 """The one door to the GPU: every kernel is launched here, so that a check can compile what would be launched without a GPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,3 +68,17 @@ def round_up(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
+
+
+def coded(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Numbers from 0 to 2^30 as elements of a tuple that a kernel takes (`decoded`): odd and above 1, so that all of them compile to the same kernel.
+
+    Triton compiles anew for a 1 and for multiples of 16, and `do_not_specialize` does not reach the elements of tuples.
+    """
+    return tuple(2 * number + 3 for number in numbers)
+
+
+@triton.jit
+def decoded(number):
+    """The inverse of `coded`."""
+    return (number - 3) // 2

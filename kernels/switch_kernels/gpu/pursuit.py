@@ -253,7 +253,7 @@ def refit_pairs(
     return refitted_P
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C", "E", "F", "shared"])
 def _local_products(
     x_ND,
     W_MD,
@@ -264,8 +264,8 @@ def _local_products(
     C,
     F,
     shared,
-    D: tl.constexpr,
-    E: tl.constexpr,
+    D,
+    E,
     EP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -312,9 +312,9 @@ def local_products(x_ND: Tensor, W_MD: Tensor, start_E1: Tensor, shared: int, bi
         shared + latents,
         latents,
         shared,
-        D=x_ND.shape[1],
-        E=experts,
-        EP=next_power_of_2(experts + 1),
+        x_ND.shape[1],
+        experts,
+        EP=max(256, next_power_of_2(experts + 1)),
         ROWS=rows,
         COLUMNS=columns,
         DEPTH=depth,

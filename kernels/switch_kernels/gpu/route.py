@@ -18,6 +18,8 @@ TILE = 4096
 """Logits that four warps hold in registers, 32 in each thread."""
 PRODUCT_TILE = 64
 """Experts and columns of a product's tile where no row of logits has to stay whole."""
+LEAST_WIDTH = 32
+"""Columns of a tile over fewer experts: one kernel serves them all."""
 PROGRAMS = 256
 """About how many programs share the gradient of the router's weights."""
 SMALLEST: tl.constexpr = tl.constexpr(2.0**-126)
@@ -72,7 +74,7 @@ def route(x_TD: Tensor, scale: Tensor, W_ED: Tensor, b_D: Tensor, slots: int, do
     if not 1 <= slots <= num_experts:
         raise ValueError(f"slots={slots} must lie between 1 and the number of experts, {num_experts}.")
     block = block_tokens(num_experts)
-    width = max(16, padded_experts(num_experts))
+    width = max(LEAST_WIDTH, padded_experts(num_experts))
     blocks = cdiv(tokens, block)
     warps = 8 if block * width == 2 * TILE else 4  # a block that eight warps can hold at once is not split
     rows = min(block, TILE * warps // 4 // width)
@@ -85,12 +87,13 @@ def route(x_TD: Tensor, scale: Tensor, W_ED: Tensor, b_D: Tensor, slots: int, do
         counts_BE=torch.empty(blocks, num_experts, dtype=torch.int32, device=device),
         prob_sums_BE=torch.empty(blocks, num_experts, dtype=torch.float32, device=device),
     )
-    product: dict[str, Any] = {"E": num_experts, "D": D, "BLOCK_D": min(32, max(16, next_power_of_2(D))), "PRECISION": precision_of(dot)}
+    sizes = (tokens, num_experts, D)
+    product: dict[str, Any] = {"BLOCK_D": min(32, max(16, next_power_of_2(D))), "PRECISION": precision_of(dot)}
     whole = rows == block and width <= 128  # the block's logits are one product; of more experts they are made in tiles beforehand
     if not whole:
         size = PRODUCT_TILE
         grid = (cdiv(tokens, size), cdiv(num_experts, size))
-        launch(_router_logits, grid, x_TD, scale, W_ED, b_D, routed.logits_TE, tokens, ROWS=size, WIDTH=size, **product)
+        launch(_router_logits, grid, x_TD, scale, W_ED, b_D, routed.logits_TE, *sizes, ROWS=size, WIDTH=size, **product)
     launch(
         _route,
         (blocks,),
@@ -99,7 +102,7 @@ def route(x_TD: Tensor, scale: Tensor, W_ED: Tensor, b_D: Tensor, slots: int, do
         W_ED,
         b_D,
         *(routed.expert_TS, routed.gate_TS, routed.lse_T, routed.logits_TE, routed.counts_BE, routed.prob_sums_BE),
-        tokens,
+        *sizes,
         S=slots,
         BLOCK_T=block,
         ROWS=rows,
@@ -112,7 +115,7 @@ def route(x_TD: Tensor, scale: Tensor, W_ED: Tensor, b_D: Tensor, slots: int, do
 
 
 @triton.jit
-def _centred(x_TD, factor, b_D, t, d, T, D: tl.constexpr):
+def _centred(x_TD, factor, b_D, t, d, T, D):
     """float32 x * factor - b of tokens t and columns d; 0 outside."""
     inside = (t < T)[:, None] & (d < D)[None, :]
     x = tl.load(x_TD + t[:, None].to(tl.int64) * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -120,21 +123,7 @@ def _centred(x_TD, factor, b_D, t, d, T, D: tl.constexpr):
 
 
 @triton.jit
-def _logits_of(
-    x_TD,
-    scale,
-    W_ED,
-    b_D,
-    t,
-    e,
-    T,
-    E: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _logits_of(x_TD, scale, W_ED, b_D, t, e, T, E, D, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """float32 [ROWS, WIDTH]: the logits of tokens t and experts e."""
     factor = tl.load(scale)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -146,20 +135,9 @@ def _logits_of(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "E"])
 def _router_logits(
-    x_TD,
-    scale,
-    W_ED,
-    b_D,
-    logits_TE,
-    T,
-    E: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x_TD, scale, W_ED, b_D, logits_TE, T, E, D, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
 ):
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -167,7 +145,7 @@ def _router_logits(
     tl.store(logits_TE + t[:, None].to(tl.int64) * E + e[None, :], logits, mask=(t < T)[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "E"])
 def _route(
     x_TD,
     scale,
@@ -180,8 +158,8 @@ def _route(
     counts_BE,
     prob_sums_BE,
     T,
-    E: tl.constexpr,
-    D: tl.constexpr,
+    E,
+    D,
     S: tl.constexpr,
     BLOCK_T: tl.constexpr,
     ROWS: tl.constexpr,
@@ -244,7 +222,7 @@ def route_backward(routed: Routed, grad_gate: Tensor | GateParts, counts_E: Tens
     lse_T. A gate that has underflowed gets no gradient, which the factor p would take away again.
     """
     tokens, num_experts = routed.logits_TE.shape
-    width = padded_experts(num_experts)
+    width = max(LEAST_WIDTH, padded_experts(num_experts))
     rows = min(64, TILE // width)
     grad_TE = torch.empty_like(routed.logits_TE)
     parts_NP, row_R = (grad_gate.parts_NP, grad_gate.row_R) if isinstance(grad_gate, GateParts) else (grad_gate, None)
@@ -255,7 +233,7 @@ def route_backward(routed: Routed, grad_gate: Tensor | GateParts, counts_E: Tens
         tokens,
         parts_NP.shape[1],
         factor,
-        E=num_experts,
+        num_experts,
         S=routed.expert_TS.shape[1],
         ROWS=rows,
         WIDTH=width,
@@ -280,7 +258,7 @@ def _gate_gradient(pair, live, gate_TS, parts_NP, row_R, P, ROWS: tl.constexpr):
         return tl.where(vanished, 0.0, tl.sum(acc, axis=1) / tl.where(vanished, 1.0, gate))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "P", "E"])
 def _route_backward(
     logits_TE,
     lse_T,
@@ -293,7 +271,7 @@ def _route_backward(
     T,
     P,
     factor,
-    E: tl.constexpr,
+    E,
     S: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -321,7 +299,7 @@ def router_gradients(grad_TE: Tensor, x_TD: Tensor, scale: Tensor, W_ED: Tensor,
     Each program owns a tile of W and a chunk of tokens; there are about `PROGRAMS` of them.
     """
     (tokens, E), D = grad_TE.shape, x_TD.shape[1]
-    size, width, block_d = 32, min(PRODUCT_TILE, max(16, next_power_of_2(E))), min(PRODUCT_TILE, max(16, next_power_of_2(D)))
+    size, width, block_d = 32, min(PRODUCT_TILE, max(LEAST_WIDTH, next_power_of_2(E))), min(PRODUCT_TILE, max(16, next_power_of_2(D)))
     d_tiles, e_tiles, blocks = cdiv(D, block_d), cdiv(E, width), cdiv(tokens, size)
     per_chunk = cdiv(blocks, min(blocks, max(1, PROGRAMS // (d_tiles * e_tiles))))
     chunks = cdiv(blocks, per_chunk)
@@ -332,8 +310,8 @@ def router_gradients(grad_TE: Tensor, x_TD: Tensor, scale: Tensor, W_ED: Tensor,
         *(grad_TE, x_TD, scale, W_ED, b_D, W_parts, b_parts),
         tokens,
         per_chunk,
-        E=E,
-        D=D,
+        E,
+        D,
         ROWS=size,
         WIDTH=width,
         BLOCK_D=block_d,
@@ -342,7 +320,7 @@ def router_gradients(grad_TE: Tensor, x_TD: Tensor, scale: Tensor, W_ED: Tensor,
     return W_parts, b_parts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "blocks", "E"])
 def _router_gradients(
     grad_TE,
     x_TD,
@@ -353,8 +331,8 @@ def _router_gradients(
     b_parts,
     T,
     blocks,
-    E: tl.constexpr,
-    D: tl.constexpr,
+    E,
+    D,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,

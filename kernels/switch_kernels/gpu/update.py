@@ -241,8 +241,8 @@ def state_constants(state: MatrixState, tiling: RowTiling) -> dict[str, int | bo
     }
 
 
-@triton.jit
-def _row_sum_parts(weights, W, out, M, factor, D: tl.constexpr, DP: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["M", "SPAN"])
+def _row_sum_parts(weights, W, out, M, factor, D, DP, SPAN, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * SPAN
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -269,7 +269,5 @@ def row_sum_parts(W_MD: Tensor, D: int, weights_M: Tensor | None = None, factor:
     width = min(256, next_power_of_2(D))
     parts = torch.empty(cdiv(M, span), D, dtype=torch.float32, device=W_MD.device)
     grid = (parts.shape[0], cdiv(D, width))
-    launch(
-        _row_sum_parts, grid, weights_M, W_MD, parts, M, factor, D=D, DP=W_MD.stride(0), SPAN=span, ROWS=rows, WIDTH=width, num_warps=4, num_stages=2
-    )
+    launch(_row_sum_parts, grid, weights_M, W_MD, parts, M, factor, D, W_MD.stride(0), span, ROWS=rows, WIDTH=width, num_warps=4, num_stages=2)
     return parts

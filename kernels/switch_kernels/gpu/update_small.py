@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from switch_kernels.gpu.launch import cdiv, launch
+from switch_kernels.gpu.launch import cdiv, coded, decoded, launch
 from switch_kernels.gpu.update import adam_step, is_finite, load_hyper
 
 
@@ -72,8 +72,9 @@ def _update_small(weights, exp_avgs, exp_avg_sqs, grads, sizes, first, hyper, to
         return
     program = tl.program_id(0)
     for n in tl.static_range(COUNT):
-        if (program >= first[n]) & (program < first[n + 1]):
-            _update_block(program - first[n], weights[n], exp_avgs[n], exp_avg_sqs[n], grads[n], sizes[n], hyper, total_square, BLOCK)
+        block = program - decoded(first[n])
+        if (block >= 0) & (program < decoded(first[n + 1])):
+            _update_block(block, weights[n], exp_avgs[n], exp_avg_sqs[n], grads[n], decoded(sizes[n]), hyper, total_square, BLOCK)
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,10 @@ def update_small_(states: Sequence[SmallState], hyper: Tensor, total_square: Ten
                 raise ValueError(f"{name} is {tensor.dtype}: small parameters keep float32 state.")
     block = 1024
     programs = [cdiv(state.weight.numel(), block) for state in states]
-    first = tuple(sum(programs[:n]) for n in range(len(states) + 1))
+    first = [sum(programs[:n]) for n in range(len(states) + 1)]
     weights, exp_avgs, exp_avg_sqs, grads = zip(*(vars(state).values() for state in states), strict=True)
-    sizes = tuple(weight.numel() for weight in weights)
+    sizes = coded(weight.numel() for weight in weights)
     launch(
-        _update_small, (first[-1],), weights, exp_avgs, exp_avg_sqs, grads, sizes, first, hyper, total_square, COUNT=len(states), BLOCK=block,
+        _update_small, (first[-1],), weights, exp_avgs, exp_avg_sqs, grads, sizes, coded(first), hyper, total_square, COUNT=len(states), BLOCK=block,
         num_warps=4,
     )  # fmt: skip
