@@ -295,7 +295,7 @@ def _local_products(
 def local_products(x_ND: Tensor, W_MD: Tensor, start_E1: Tensor, shared: int, bias_M: Tensor | None, dot: Dot) -> Tensor:
     """float32 [N, C]: the products of rows in the order of experts with the rows of W that each may use: `shared` first ones, then its expert's."""
     experts = len(start_E1) - 1
-    rows, columns, depth = 64, 64, 32
+    rows, columns, depth = 64, 64, 16 if dot == "ieee" else 32  # products of float32 are made in registers, which would spill
     latents = (len(W_MD) - shared) // experts
     out_NC = x_ND.new_empty(len(x_ND), shared + latents)
     if not out_NC.numel():

@@ -299,7 +299,9 @@ def router_gradients(grad_TE: Tensor, x_TD: Tensor, scale: Tensor, W_ED: Tensor,
     Each program owns a tile of W and a chunk of tokens; there are about `PROGRAMS` of them.
     """
     (tokens, E), D = grad_TE.shape, x_TD.shape[1]
-    size, width, block_d = 32, min(PRODUCT_TILE, max(LEAST_WIDTH, next_power_of_2(E))), min(PRODUCT_TILE, max(16, next_power_of_2(D)))
+    precision = precision_of(dot)
+    most_d = 32 if precision == "ieee" else PRODUCT_TILE  # products of float32 are made in registers, which would spill
+    size, width, block_d = 32, min(PRODUCT_TILE, max(LEAST_WIDTH, next_power_of_2(E))), min(most_d, max(16, next_power_of_2(D)))
     d_tiles, e_tiles, blocks = cdiv(D, block_d), cdiv(E, width), cdiv(tokens, size)
     per_chunk = cdiv(blocks, min(blocks, max(1, PROGRAMS // (d_tiles * e_tiles))))
     chunks = cdiv(blocks, per_chunk)
@@ -315,7 +317,7 @@ def router_gradients(grad_TE: Tensor, x_TD: Tensor, scale: Tensor, W_ED: Tensor,
         ROWS=size,
         WIDTH=width,
         BLOCK_D=block_d,
-        PRECISION=precision_of(dot),
+        PRECISION=precision,
     )
     return W_parts, b_parts
 
