@@ -177,7 +177,7 @@ def matching_pursuit(
 
         theta = threshold.float() if isinstance(threshold, Tensor) else correlations_NC.new_full((), threshold)
         return Support(*kernels.matching_pursuit(correlations_NC, gram_GCP, group_N, k, blocks, ridge, theta, limit_N))
-    size = max(1, _CHUNK_ELEMENTS // max(gram_GCP.shape[2], k * k))
+    size = max(1, _CHUNK_ELEMENTS // max(gram_GCP.shape[2], k * k // 4))  # few rows ever need the whole of a factor of k latents
 
     def pursue(rows: slice) -> Support:
         limit_n = None if limit_N is None else limit_N[rows]
@@ -256,32 +256,32 @@ class _Factor:
     hundred times as long where a BLAS starts threads for each matrix.
     """
 
-    def __init__(self, R_nmm: Tensor, y_nm: Tensor, in_use_nm: Tensor, ridge: float) -> None:
-        self.R_nmm, self.y_nm, self.in_use_nm, self.ridge = R_nmm, y_nm, in_use_nm, ridge
+    def __init__(self, R_nmm: Tensor, y_nm: Tensor, ridge: float) -> None:
+        self.R_nmm, self.y_nm, self.ridge = R_nmm, y_nm, ridge
 
     @classmethod
     def empty(cls, like_NC: Tensor, ridge: float) -> "_Factor":
-        rows = len(like_NC)
-        return cls(like_NC.new_empty(rows, 0, 0), like_NC.new_empty(rows, 0), like_NC.new_empty(rows, 0, dtype=torch.bool), ridge)
+        return cls(like_NC.new_empty(len(like_NC), 0, 0), like_NC.new_empty(len(like_NC), 0), ridge)
 
     def of(self, rows: Tensor) -> "_Factor":
         """Of some rows alone."""
-        return _Factor(self.R_nmm[rows], self.y_nm[rows], self.in_use_nm[rows], self.ridge)
+        return _Factor(self.R_nmm[rows], self.y_nm[rows], self.ridge)
 
     def add(self, gram_nkm: Tensor, products_nk: Tensor, in_use_nk: Tensor) -> Tensor:
-        """The solution on all slots, after k more whose Gram rows with the m slots up to and with themselves are `gram_nkm`."""
+        """The solution on all slots, after k more whose Gram rows with the m slots up to and with themselves are `gram_nkm`. All earlier slots are in use:
+        a row that did not fill its last block gets no other.
+        """
         R_nmm, old, new = self.R_nmm, self.y_nm.shape[1], products_nk.shape[1]
-        self.in_use_nm = torch.cat([self.in_use_nm, in_use_nk], dim=1)
-        masked_nkm = gram_nkm * (in_use_nk[:, :, None] & self.in_use_nm[:, None, :])
-        own_nkk = masked_nkm[:, :, old:]
+        masked_nkm = gram_nkm * in_use_nk[:, :, None]
+        own_nkk = masked_nkm[:, :, old:] * in_use_nk[:, None, :]
         own_nkk.diagonal(dim1=1, dim2=2).add_(1 - in_use_nk.to(own_nkk.dtype) * (1 - self.ridge))
         across_nkm = masked_nkm[:, :, :old] @ R_nmm.transpose(1, 2)
         L_nkk = torch.linalg.cholesky_ex(own_nkk - across_nkm @ across_nkm.transpose(1, 2))[0]
         R_nkk = torch.linalg.solve_triangular(L_nkk, torch.eye(new, dtype=L_nkk.dtype, device=L_nkk.device).expand_as(L_nkk), upper=False)
         rest_nk = products_nk - (across_nkm @ self.y_nm[..., None])[..., 0]
-        self.R_nmm = R_nmm.new_zeros(len(R_nmm), old + new, old + new)
-        self.R_nmm[:, :old, :old], self.R_nmm[:, old:, old:] = R_nmm, R_nkk
-        self.R_nmm[:, old:, :old] = -(R_nkk @ (across_nkm @ R_nmm))
+        self.R_nmm = R_nmm.new_empty(len(R_nmm), old + new, old + new)
+        self.R_nmm[:, :old, :old], self.R_nmm[:, :old, old:], self.R_nmm[:, old:, old:] = R_nmm, 0.0, R_nkk
+        torch.neg(R_nkk @ (across_nkm @ R_nmm), out=self.R_nmm[:, old:, :old])
         self.y_nm = torch.cat([self.y_nm, (R_nkk @ rest_nk[..., None])[..., 0]], dim=1)
         return (self.y_nm[:, None, :] @ self.R_nmm)[:, 0]
 

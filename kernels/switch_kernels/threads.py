@@ -10,8 +10,10 @@ T = TypeVar("T")
 
 
 def even_parts(rows: int, most: int, device: torch.device) -> list[slice]:
-    """Of at most `most` rows, and one for each thread at least; an empty one where there are no rows."""
-    size = max(1, min(most, -(-rows // threads_for(device))))
+    """Of at most `most` rows, as many for each thread as for the others; an empty one where there are no rows."""
+    threads = threads_for(device)
+    rounds = max(1, -(-rows // (most * threads)))
+    size = max(1, -(-rows // (rounds * threads)))
     return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
 
 
