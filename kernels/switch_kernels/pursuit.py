@@ -268,8 +268,9 @@ class _Factor:
         return _Factor(self.R_nmm[rows], self.y_nm[rows], self.ridge)
 
     def add(self, gram_nkm: Tensor, products_nk: Tensor, in_use_nk: Tensor) -> Tensor:
-        """The solution on all slots, after k more whose Gram rows with the m slots up to and with themselves are `gram_nkm`. All earlier slots are in use:
-        a row that did not fill its last block gets no other.
+        """The solution on all slots, after k more whose Gram rows with the m slots up to and with themselves are `gram_nkm`.
+
+        All earlier slots are in use: a row that did not fill its last block gets no other.
         """
         R_nmm, old, new = self.R_nmm, self.y_nm.shape[1], products_nk.shape[1]
         masked_nkm = gram_nkm * in_use_nk[:, :, None]
