@@ -171,7 +171,11 @@ def test_clean_predictions_are_shared_and_the_cache_does_not_change_numbers():
 def test_a_group_shares_the_language_model_and_each_scores_as_alone():
     model = ToyModel()
     evaluation_set = text_set(model)
-    saes = {"switch": switch(), "topk": TopKSAE(TopKSAE.Config(num_latents=24, k=3), D), "pca": PCABaseline.fit(evaluation_set.x_TD, 2)}
+    saes = {
+        "switch": switch(),
+        "topk": TopKSAE(TopKSAE.Config(num_latents=24, k=3), D, torch.Generator().manual_seed(2)),
+        "pca": PCABaseline.fit(evaluation_set.x_TD, 2),
+    }
     alone = {name: evaluate(sae, evaluation_set, Downstream(model, evaluation_set), bootstrap=40).to_json() for name, sae in saes.items()}
     downstream, model.passes = Downstream(model, evaluation_set), 0
     group = evaluate_group(saes, evaluation_set, downstream, bootstrap=40)
@@ -285,7 +289,7 @@ def test_downstream_refuses_what_does_not_belong_together():
         evaluate(switch(), text_set(model), Downstream(model, evaluation_set))
 
 
-@pytest.mark.parametrize("sae", [switch(), TopKSAE(TopKSAE.Config(num_latents=24, k=3), D)], ids=["switch", "topk"])
+@pytest.mark.parametrize("sae", [switch(), TopKSAE(TopKSAE.Config(num_latents=24, k=3), D, torch.Generator().manual_seed(2))], ids=["switch", "topk"])
 def test_real_saes_get_every_number_and_survive_json(sae):
     model = ToyModel()
     evaluation_set = text_set(model)
