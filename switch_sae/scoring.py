@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from switch_kernels import Execution
+from switch_kernels import PYTORCH, Execution
 from switch_sae.activations import ActivationSource, EvaluationSet, SyntheticSource
 from switch_sae.analysis.pca import PCABaseline, participation_ratio
 from switch_sae.analysis.recovery import recovery_scores
@@ -42,9 +42,9 @@ class Asked:
 class Scorer:
     """Scores SAEs and controls on the same held-out rows, which are made once, with the same language model behind delta CE and KL."""
 
-    def __init__(self, config: EvaluationConfig, source: ActivationSource, say: Say = tell, search: Execution | None = None) -> None:
+    def __init__(self, config: EvaluationConfig, source: ActivationSource, say: Say = tell, search: Execution = PYTORCH) -> None:
         """`search` computes refits and pursuit: what trained them should, so that a run that is scored later has the same numbers."""
-        self.config, self.source, self.say, self.search = config, source, say, search or Execution()
+        self.config, self.source, self.say, self.search = config, source, say, search
         self.evaluation_set = source.evaluation_set(config.rows)
         halves = self.evaluation_set.halves() if config.calibrate else None
         self.calibration_rows: Rows | None = None

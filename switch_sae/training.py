@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_kernels import ALONE, Execution, Group, Moments
+from switch_kernels import ALONE, PYTORCH, Execution, Group, Moments
 from switch_sae.checks import Settings, all_at_least
 from switch_sae.engines import Engine, EngineSettings, Outcome, TorchEngine, TritonEngine
 from switch_sae.models import SparseAutoencoder
@@ -22,8 +22,6 @@ from switch_sae.models.fused import FusedTraining, why_not_fused
 from switch_sae.models.inference import Inference, search_plan
 from switch_sae.rows import OUTLIER_FACTOR, NormLimit, Rows
 from switch_sae.runs import Checkpoint, renamed
-
-DEFAULT_EXECUTION = Execution()
 
 
 class LRWidth(Enum):
@@ -149,13 +147,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        sae: SparseAutoencoder,
-        config: TrainerConfig,
-        total_steps: int,
-        batch_size: int,
-        execution: Execution = DEFAULT_EXECUTION,
-        group: Group = ALONE,
+        self, sae: SparseAutoencoder, config: TrainerConfig, total_steps: int, batch_size: int, execution: Execution = PYTORCH, group: Group = ALONE
     ) -> None:
         if why := sae.why_not_trained():
             raise ValueError(f"sae.inference={sae.inference.name} cannot be trained: {why}.")

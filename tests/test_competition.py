@@ -89,7 +89,7 @@ def test_rivals_find_in_the_search_of_the_batch_what_they_would_find_alone(name)
     sae, x_TD = build(CASES[name]).train(), activations()
     output = sae(x_TD)
     count = len(output.rivals.expert_n1)
-    alone = sae._find(x_TD[:count] * sae.activation_scale, Dispatch.from_experts(output.rivals.expert_n1, sae.num_experts), sae.grams.last)
+    alone = sae._find(x_TD[:count] * sae.activation_scale, Dispatch.from_experts(output.rivals.expert_n1, sae.num_experts), sae.grams.state()["gram"])
     assert count == T // 4 and torch.equal(output.rivals.expert_n1, sae.router.rivals(output.routing).expert_n1)
     assert (output.theirs.to_dense() > 0).sum() > count
     torch.testing.assert_close(output.theirs.to_dense(), alone.to_dense(), rtol=1e-9, atol=1e-12)

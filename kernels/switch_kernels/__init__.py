@@ -5,7 +5,7 @@ Imported as `switch_kernels`: `kernels/` is a source root, not a package (transf
 Shapes: T tokens in arrival order, N rows in expert order, D activation size, E experts, F latents per expert, M = E*F, K active latents.
 """
 
-from switch_kernels.backend import Backend, Execution, Moments, Precision, resolve
+from switch_kernels.backend import PYTORCH, Backend, Execution, Moments, Precision, resolve
 from switch_kernels.decode import sparse_decode, sparse_decode_reference
 from switch_kernels.dispatch import Dispatch
 from switch_kernels.encode import Selection, encode_topk, encode_topk_reference
@@ -17,6 +17,7 @@ from switch_kernels.spec import KERNELS, KernelSpec, Shape
 __all__ = [
     "ALONE",
     "KERNELS",
+    "PYTORCH",
     "Backend",
     "Dispatch",
     "Execution",

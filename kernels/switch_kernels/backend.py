@@ -75,6 +75,10 @@ class Execution:
         return f"{self.backend.value}, {self.precision.value} operands ({self.reason})"
 
 
+PYTORCH = Execution()
+"""PyTorch in float32: the default wherever nobody has asked for another."""
+
+
 def resolve(backend: Backend, precision: Precision, device: torch.device | str) -> Execution:
     """Resolves `auto`. Raises ValueError for a combination that cannot run, never falls back silently."""
     backend, precision, device = Backend(backend), Precision(precision), torch.device(device)

@@ -6,15 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_kernels.backend import Dot, Execution
+from switch_kernels.backend import PYTORCH, Dot, Execution
 from switch_kernels.latent_order import LatentOrder
 from switch_kernels.operator import operator
 
-_TORCH = Execution()
-
 
 def sparse_decode(
-    values_TK: Tensor, indices_TK: Tensor, W_dec_MD: Tensor, by_latent: LatentOrder | None = None, execution: Execution = _TORCH
+    values_TK: Tensor, indices_TK: Tensor, W_dec_MD: Tensor, by_latent: LatentOrder | None = None, execution: Execution = PYTORCH
 ) -> Tensor:
     """out[t] = sum_s values[t, s] * W_dec[indices[t, s]], reading K rows per token; equivalent to `dense @ W_dec` (`sparse_decode_reference`).
 
@@ -99,7 +97,7 @@ torch.library.register_autograd("switch_kernels::sparse_decode", _backward, setu
 
 
 def sparse_decode_reference(
-    values_TK: Tensor, indices_TK: Tensor, W_dec_MD: Tensor, by_latent: LatentOrder | None = None, execution: Execution = _TORCH
+    values_TK: Tensor, indices_TK: Tensor, W_dec_MD: Tensor, by_latent: LatentOrder | None = None, execution: Execution = PYTORCH
 ) -> Tensor:
     """The same function through the dense [T, M] latents and one matrix product."""
     dense_TM = values_TK.new_zeros(values_TK.shape[0], W_dec_MD.shape[0]).scatter_add(1, indices_TK, values_TK)

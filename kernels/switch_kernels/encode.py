@@ -6,12 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_kernels.backend import Dot, Execution
+from switch_kernels.backend import PYTORCH, Dot, Execution
 from switch_kernels.dispatch import Dispatch
 from switch_kernels.latent_order import LatentOrder
 from switch_kernels.operator import operator
-
-_TORCH = Execution()
 
 
 class Selection(NamedTuple):
@@ -34,7 +32,7 @@ def encode_topk(
     dispatch: Dispatch,
     k: int,
     joint: bool = True,
-    execution: Execution = _TORCH,
+    execution: Execution = PYTORCH,
 ) -> Selection:
     """values = gate * top_k(relu((x - b_pre) W_enc[rows of its experts]^T + b_enc)), computing those experts' F rows each and no others.
 
@@ -209,7 +207,7 @@ def encode_topk_reference(
     dispatch: Dispatch,
     k: int,
     joint: bool = True,
-    execution: Execution = _TORCH,
+    execution: Execution = PYTORCH,
 ) -> Selection:
     """The same function as published: every expert is computed, then all but the routed ones are masked (Mudide et al., 2410.08201, eq. 4-6)."""
     pre_TM = F.linear(x_TD - b_pre_D, W_enc_MD, b_enc_M)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_kernels.backend import Execution
+from switch_kernels.backend import PYTORCH, Execution
 from switch_kernels.threads import even_parts, over_parts
 
 COLUMNS = 32
@@ -23,7 +23,6 @@ MOST_LATENTS = 64
 """Of a row in a kernel: its inverse factor, 64 x 64, takes a quarter of the registers that four warps may have."""
 MOST_COLUMNS = 8192
 """Of a Gram matrix in a kernel: a row's correlations and their start take a quarter of what eight warps may have."""
-_TORCH = Execution()
 
 
 class Support(NamedTuple):
@@ -152,7 +151,7 @@ def matching_pursuit(
     ridge: float,
     threshold: Tensor | float = 0.0,
     limit_N: Tensor | None = None,
-    execution: Execution = _TORCH,
+    execution: Execution = PYTORCH,
 ) -> Support:
     """At most k latents per row (and at most limit_N), in `blocks` blocks of k / blocks, from c0 = A r of its dictionary `group_N`, whose rows A have
     unit norm, with G = A A^T::

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from switch_kernels import ALONE, Execution, Group
+from switch_kernels import ALONE, PYTORCH, Execution, Group
 from switch_sae.checks import Settings
 from switch_sae.models.gram import GramCache
 from switch_sae.models.inference import Inference, why_no_inference
@@ -164,11 +164,11 @@ class SparseAutoencoder(nn.Module, ABC):
     activation_scale: Tensor
     activations: dict[str, Any]
     """What it was trained on (`ActivationSource.describe`), for an SAE that was loaded; empty before."""
-    execution: Execution = Execution()
+    execution: Execution = PYTORCH
     """Who computes the forward pass, and in which precision: PyTorch in float32 unless it is set. Not saved:
     it changes rounding, not the function.
     """
-    search: Execution = Execution()
+    search: Execution = PYTORCH
     """Who computes refits and pursuit where `execution` leaves the forward pass to PyTorch; a trainer sets it. Not saved."""
     group: Group = ALONE
     """The processes that share a training batch: what is selected or counted over a batch is over all of theirs."""

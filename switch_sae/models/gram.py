@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_kernels import Dispatch, Execution
+from switch_kernels import PYTORCH, Dispatch, Execution
 from switch_kernels.pursuit import gram_matrices
 
 REFRESH_TOKENS = 8192
@@ -17,11 +17,8 @@ half as many (experiments/LOG.md).
 """
 
 
-_TORCH = Execution()
-
-
 def local_products(
-    x_ND: Tensor, W_MD: Tensor, dispatch: Dispatch, shared: int, bias_M: Tensor | None = None, execution: Execution = _TORCH
+    x_ND: Tensor, W_MD: Tensor, dispatch: Dispatch, shared: int, bias_M: Tensor | None = None, execution: Execution = PYTORCH
 ) -> Tensor:
     """[N, C] in expert order: the products of activations, in expert order, with the rows of each one's dictionary, and the bias. No gradients.
 
@@ -100,11 +97,6 @@ class GramCache:
             self._age = 0
         self._age += tokens
         return last
-
-    @property
-    def last(self) -> Tensor | None:
-        """What the current training step uses; None before the first."""
-        return self._in_training
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold for steps to go on bit for bit; empty where nothing was trained with Gram matrices."""

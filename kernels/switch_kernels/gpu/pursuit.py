@@ -15,9 +15,6 @@ from switch_kernels.backend import Dot
 from switch_kernels.gpu.gemm import find_rows
 from switch_kernels.gpu.launch import cdiv, launch, next_power_of_2
 
-_PRECISIONS = {"bf16": "tf32", "tf32": "tf32x3", "ieee": "ieee"}
-"""Of float32 operands: plain tf32 would cut their last bits off, and of bfloat16 operands nothing is cut off."""
-
 
 @triton.jit
 def _grow(R_SS, RT_SS, y_S, chosen_S, gram_row, index, product, s, ridge, SLOTS: tl.constexpr):
@@ -271,7 +268,6 @@ def _local_products(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     LOW: tl.constexpr,
-    PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     expert, row, stop = find_rows(tl.program_id(0), start_E1, N, E, EP, ROWS, 1)
@@ -286,7 +282,7 @@ def _local_products(
             w = tl.load(W_MD + latent[:, None] * D + d_1D, mask=(column < C)[:, None] & (d_1D < D), other=0.0)
             if LOW:
                 x, w = x.to(tl.bfloat16), w.to(tl.bfloat16)
-            products = tl.dot(x, tl.trans(w), products, input_precision=PRECISION)
+            products = tl.dot(x, tl.trans(w), products, input_precision="ieee")  # which bfloat16 operands ignore
         if HAS_BIAS:
             products += tl.load(bias_M + latent, mask=column < C, other=0.0)[None, :]
         tl.store(out_NC + n_R1 * C + column[None, :], products, mask=(n_R1 < stop) & (column < C)[None, :])
@@ -295,7 +291,7 @@ def _local_products(
 def local_products(x_ND: Tensor, W_MD: Tensor, start_E1: Tensor, shared: int, bias_M: Tensor | None, dot: Dot) -> Tensor:
     """float32 [N, C]: the products of rows in the order of experts with the rows of W that each may use: `shared` first ones, then its expert's."""
     experts = len(start_E1) - 1
-    rows, columns, depth = 64, 64, 16 if dot == "ieee" else 32  # products of float32 are made in registers, which would spill
+    rows, columns, depth = (64, 32, 16) if dot == "ieee" else (64, 64, 32)  # products of float32 are made in registers, which would spill
     latents = (len(W_MD) - shared) // experts
     out_NC = x_ND.new_empty(len(x_ND), shared + latents)
     if not out_NC.numel():
@@ -319,7 +315,6 @@ def local_products(x_ND: Tensor, W_MD: Tensor, start_E1: Tensor, shared: int, bi
         COLUMNS=columns,
         DEPTH=depth,
         LOW=dot == "bf16",
-        PRECISION=_PRECISIONS[dot],
         HAS_BIAS=bias_M is not None,
     )
     return out_NC
