@@ -243,7 +243,7 @@ def refit_pairs(
         ridge,
         D=D,
         SLOTS=slots,
-        WIDTH=min(next_power_of_2(D), 128, max(16, 1024 * warps // slots)),
+        WIDTH=min(next_power_of_2(D), 128, max(16, (1024 * warps if warps > 1 else 512) // slots)),  # a lone warp has R and its transpose to hold too
         num_warps=warps,
         num_stages=1,
     )
