@@ -5,27 +5,16 @@ python -m experiments.analyze duplication runs --set threshold=0.8 --out analysi
 """
 
 import argparse
-from functools import cache
-from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from experiments.errors import clear_errors
-from switch_sae.activations import ActivationSource, build_source
 from switch_sae.analysis import ANALYSES, analyze, build_analysis
-from switch_sae.config import config_from_plain
 from switch_sae.files import user_path
 from switch_sae.report.tables import records_table
 from switch_sae.results.export import write_csv
 from switch_sae.results.rows import collect
-from switch_sae.runs import RunDir
 from switch_sae.style import save_figure
-
-
-@cache
-def source_of(run: Path) -> ActivationSource:
-    config = config_from_plain(RunDir(run).read_json("config.json"))
-    return build_source(config.source, config.batch_size)
 
 
 def main() -> None:
@@ -39,8 +28,8 @@ def main() -> None:
         settings = {str(key): value for key, value in OmegaConf.from_dotlist(arguments.set).items()}
         analysis = build_analysis(arguments.name, settings)
         finished = [row for row in collect(arguments.paths) if row.has_weights]
-        table = analyze(arguments.name, finished, settings, lambda row: source_of(row.path))
-        print(records_table(table))
+        table = analyze(arguments.name, finished, settings)
+        print(records_table(analysis.shown(table)))
         out = (arguments.out or arguments.paths[0] / "analysis") / arguments.name
         write_csv(table, out.with_suffix(".csv"))
         save_figure(analysis.draw(table), out)

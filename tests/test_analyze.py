@@ -13,14 +13,12 @@ import torch.nn.functional as F
 from test_report import tiny_run
 
 from experiments import analyze as command
-from switch_sae.activations import SyntheticSource, build_source
+from switch_sae.activations import SyntheticSource
 from switch_sae.analysis import ANALYSES, Analysis, analyze, build_analysis
-from switch_sae.analysis.geometry import decoder_geometry
+from switch_sae.analysis.neighbours import decoder_geometry
 from switch_sae.analysis.recurrence import _rotation
-from switch_sae.config import config_from_plain
 from switch_sae.models import TopKSAE
 from switch_sae.results import collect
-from switch_sae.runs import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +55,6 @@ class Agreement(Analysis):
         raise NotImplementedError
 
 
-def source_of(row):
-    config = config_from_plain(RunDir(row.path).read_json("config.json"))
-    return build_source(config.source, config.batch_size)
-
-
 def test_duplication_says_what_the_geometry_does_and_is_computed_once(rows, monkeypatch):
     table = analyze("duplication", rows, {"threshold": 0.5})
     assert len(table) == 4 and all(list(record) == list(table[0]) for record in table)
@@ -80,11 +73,11 @@ def test_duplication_says_what_the_geometry_does_and_is_computed_once(rows, monk
 
 def test_an_analysis_of_several_saes_gets_its_rows_and_keeps_what_it_found(rows, monkeypatch):
     monkeypatch.setitem(ANALYSES, "agreement", Agreement)
-    (record,) = analyze("agreement", rows, None, source_of)
+    (record,) = analyze("agreement", rows)
     assert record["saes"] == 4 and -1 <= record["cosine"] <= 1 and record["nothing"] is None
-    assert analyze("agreement", rows, None, source_of) == [record] and Agreement.computed == 1
-    assert len(analyze("agreement", rows[:2], None, source_of)) == 1 and Agreement.computed == 2
-    assert analyze("agreement", rows) == [record]  # kept: no source is needed
+    assert analyze("agreement", rows) == [record] and Agreement.computed == 1
+    assert len(analyze("agreement", rows[:2])) == 1 and Agreement.computed == 2
+    assert analyze("agreement", rows, open_source=None) == [record]  # kept: no source is needed
     kept = json.loads((rows[0].model_file.parent / "analysis" / "agreement.json").read_text())
     assert [len(one["models"]) for one in kept] == [4, 2]
 
@@ -100,10 +93,10 @@ def test_mistakes_are_named(rows, monkeypatch):
         analyze("duplication", [])
     monkeypatch.setitem(ANALYSES, "agreement", Agreement)
     with pytest.raises(ValueError, match="needs rows, but no source"):
-        analyze("agreement", rows)
+        analyze("agreement", rows, open_source=None)
     monkeypatch.setattr(Agreement, "needs", "text")
     with pytest.raises(ValueError, match=r"needs text, but the activations of .* come from no language model"):
-        analyze("agreement", rows, None, source_of)
+        analyze("agreement", rows)
     rows[0].model_file.unlink()
     with pytest.raises(ValueError, match="have no weights"):
         analyze("duplication", rows)

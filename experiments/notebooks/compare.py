@@ -23,8 +23,9 @@ import warnings
 from IPython.display import Image, display
 
 from switch_sae.activations import SyntheticSource, build_source
-from switch_sae.analysis.geometry import decoder_geometry
-from switch_sae.analysis.recovery import LARGEST_MATCHING, recovery, recovery_scores
+from switch_sae.analysis.assignment import LARGEST
+from switch_sae.analysis.neighbours import decoder_geometry
+from switch_sae.analysis.recovery import recovery, recovery_scores
 from switch_sae.analysis.text_examples import expert_tokens, format_example, sample_latents, top_examples
 from switch_sae.config import config_from_plain
 from switch_sae.evaluation import evaluate
@@ -147,8 +148,8 @@ for run in RUNS:
     (main, main_sae), *others = members[run.path].items()
     firing = {row.sae: row.firing_counts for row in rows if row.path == run.path}
     for name, sae in others:
-        if min(main_sae.num_latents, sae.num_latents) > LARGEST_MATCHING:
-            print(f"{run.path.name}: {name} is too large to match one to one (LARGEST_MATCHING)")
+        if min(main_sae.num_latents, sae.num_latents) > LARGEST:
+            print(f"{run.path.name}: {name} is too large to match one to one (LARGEST)")
             continue
         match = recovery(main_sae.decoder_weight(), sae.decoder_weight()[firing[name] > 0], threshold=0.7, firing_counts=firing[main])
         print(f"{run.path.name}: {match.recall:6.1%} of the directions of {name} are in {main}; mean cosine of matches {match.mcc:.2f}")

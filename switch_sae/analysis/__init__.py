@@ -9,6 +9,7 @@ from switch_sae.analysis.duplication import Duplication
 from switch_sae.analysis.recurrence import Recurrence
 from switch_sae.choices import Choice
 from switch_sae.results.rows import ResultRow
+from switch_sae.results.source import source_of
 
 ANALYSES: Choice[Analysis] = Choice("analysis", "name", {"duplication": Duplication, "recurrence": Recurrence})
 
@@ -20,11 +21,11 @@ def build_analysis(name: str, settings: Mapping[str, Any] | None = None) -> Anal
     return ANALYSES.build(ANALYSES.from_plain({"name": name, **(settings or {})}))
 
 
-def analyze(name: str, saes: Sequence[ResultRow], settings: Mapping[str, Any] | None = None, open_source: OpenSource | None = None) -> Table:
+def analyze(name: str, saes: Sequence[ResultRow], settings: Mapping[str, Any] | None = None, open_source: OpenSource | None = source_of) -> Table:
     """The table of an analysis of finished SAEs, from their run folders where weights and settings are the same as before.
 
-    `open_source` gives the activations of a row's run, for an analysis that needs them. Raises ValueError for no SAEs, for SAEs without weights and
-    for mistakes in name, settings or needs.
+    `open_source` gives the activations of a row's run, for an analysis that needs them; by default they are opened as its config says. Raises
+    ValueError for no SAEs, for SAEs without weights and for mistakes in name, settings or needs.
     """
     if not saes:
         raise ValueError(f"there are no SAEs to analyse. Give folders of finished runs to {name}.")

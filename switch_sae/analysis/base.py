@@ -35,6 +35,10 @@ class Analysis(ABC):
     def compute(self, saes: Sequence[ResultRow], source: ActivationSource | None) -> Table:
         """The records of finished SAEs; `source` is that of the first one's run, or None where only weights are needed."""
 
+    def shown(self, table: Table) -> Table:
+        """What a terminal shows of a table: all of it, unless an analysis finds that too much."""
+        return table
+
     @abstractmethod
     def draw(self, table: Table) -> "Figure":
         """A figure of any of its tables."""

@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switch_sae.activations.synthetic import SyntheticSource
+from switch_sae.analysis.assignment import LARGEST, one_to_one
 from switch_sae.metrics.forward import sae_outputs
 from switch_sae.models import SparseAutoencoder
 from switch_sae.rows import Rows
 
 THRESHOLD = 0.9
 """A direction is found where a latent's cosine to it is larger."""
-LARGEST_MATCHING = 8192
-"""Latents or directions, whichever are fewer; one-to-one matching takes time in proportion to their third power."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def recovery_scores(sae: SparseAutoencoder, source: SyntheticSource, rows: Rows,
 
     `mcc` and `recall` of `recovery` over latents that fire on these rows; `recall_common` and `recall_topic`, of the directions that all topics share
     and of single topics', where there are both; `nmi` of the (likeliest) expert and the true topic, None without experts. `mcc` is None where the
-    matching would be larger than `LARGEST_MATCHING` or scipy, which does it, is not installed; all are 0 for an SAE that never fires.
+    matching would be larger than `LARGEST` or scipy, which does it, is not installed; all are 0 for an SAE that never fires.
     """
     truth = source.truth()
     device = sae.decoder_weight().device
@@ -80,7 +79,7 @@ def recovery_scores(sae: SparseAutoencoder, source: SyntheticSource, rows: Rows,
     cosine_MG = cosines(decoder_MD, truth_GD)
     row_T = torch.arange(len(rows)) if row_T is None else row_T.cpu()
     nmi = normalized_mutual_information(torch.cat(experts), source.evaluation_truth(int(row_T.max()) + 1).topic_T.cpu()[row_T]) if experts else None
-    can_match = min(cosine_MG.shape) <= LARGEST_MATCHING and importlib.util.find_spec("scipy") is not None
+    can_match = min(cosine_MG.shape) <= LARGEST and importlib.util.find_spec("scipy") is not None
     recalls = {name: float((cosine_MG[:, chosen].amax(0) > THRESHOLD).double().mean()) for name, chosen in parts.items()}
     return {"mcc": mean_best_match(cosine_MG) if can_match else None, **recalls, "nmi": nmi}
 
@@ -92,10 +91,8 @@ def cosines(decoder_MD: Tensor, truth_GD: Tensor) -> Tensor:
 
 def mean_best_match(cosine_MG: Tensor) -> float:
     """Mean |cos| over the one-to-one matches that maximise its sum. Needs scipy."""
-    from scipy.optimize import linear_sum_assignment
-
     absolute_MG = cosine_MG.abs().cpu()
-    return float(absolute_MG[linear_sum_assignment(absolute_MG.numpy(), maximize=True)].mean())
+    return float(absolute_MG[one_to_one(absolute_MG)].mean())
 
 
 def normalized_mutual_information(first_T: Tensor, second_T: Tensor) -> float:
