@@ -232,18 +232,19 @@ def save_sae(path: str | Path, sae: SparseAutoencoder, activations: dict[str, An
     write_atomically(Path(path), lambda part: save_file(tensors, part, header))
 
 
-def load_sae(path: str | Path, fold: bool = False) -> SparseAutoencoder:
+def load_sae(path: str | Path, fold: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SparseAutoencoder:
     """The SAE of a run folder, of one model.safetensors, or of a file or folder in one of `FORMATS`, in evaluation mode, ready for raw activations.
 
     `sae.activations` holds what it was trained on. With `fold` its scale is absorbed (`fold_activation_scale`): the same function, with latents and
-    decoder rows in units of raw activations, as steering needs them. Raises FileNotFoundError where there is none, and ValueError, naming what is
+    decoder rows in units of raw activations, as steering needs them. It comes on the CPU in float32 unless `device` and `dtype` say otherwise.
+    Raises FileNotFoundError where there is none, and ValueError, naming what is
     wrong, for a truncated or foreign file, an unknown version or architecture, tensors whose shapes contradict the config, and non-finite values.
     """
     file = Path(path).expanduser()
     if not _is_ours(file):
         for cls in FORMATS.values():
             if (foreign := cls()).recognises(file):
-                return _ready(foreign.load(file), fold)
+                return _ready(foreign.load(file), fold, device, dtype)
     if file.is_dir():
         if not (file / MODEL_FILE).is_file() and RunDir(file).checkpoint_steps():
             raise FileNotFoundError(
@@ -269,13 +270,15 @@ def load_sae(path: str | Path, fold: bool = False) -> SparseAutoencoder:
     _refuse_nonfinite(tensors, f"{file} is not loaded")
     sae.load_state_dict(tensors)
     sae.activations = activations
-    return _ready(sae, fold)
+    return _ready(sae, fold, device, dtype)
 
 
-def _ready(sae: SparseAutoencoder, fold: bool) -> SparseAutoencoder:
+def _ready(sae: SparseAutoencoder, fold: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> SparseAutoencoder:
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} holds no fractions. Use torch.float32, torch.float64 or torch.bfloat16.")
     if fold:
         sae.fold_activation_scale()
-    return sae.eval()
+    return sae.to(device=device, dtype=dtype).eval()
 
 
 def _is_ours(file: Path) -> bool:

@@ -159,12 +159,20 @@ def test_latents_of_any_dtype_are_decoded_in_the_weights():
 
 
 NO_TENSORS = {
-    "an array": (lambda x: x.numpy(), r"a ndarray; an SAE takes a tensor \[tokens, d_(in|out)\]. Use torch.as_tensor"),
+    "an array": (lambda x: x.numpy(), r"a ndarray; an SAE takes a tensor \[(\.\.\.|tokens), d_(in|out)\]. Use torch.as_tensor"),
     "a list": (lambda x: x.tolist(), "a list; an SAE takes a tensor"),
     "complex": (lambda x: x.to(torch.complex64), "are complex"),
-    "contexts": (lambda x: x.view(8, 12, D), r"shape \(8, 12, 12\); this SAE"),
-    "one row": (lambda x: x[0], r"shape \(12,\); this SAE"),
+    "too wide": (lambda x: torch.cat([x, x], 1), r"shape \(96, 24\); this SAE"),
 }
+
+
+@pytest.mark.parametrize("change", [lambda x: x.view(8, 12, D), lambda x: x[0]], ids=["contexts", "one row"])
+def test_training_takes_rows_alone(name, change):
+    sae, x = build(CONTRACTS[name]), activations()
+    output = sae(x)
+    for call in (lambda bad: sae.set_scale(Rows.of(bad)), lambda bad: sae.loss_terms(Rows.of(bad), output)):
+        with pytest.raises(ValueError, match=r"shape \(.*12,?\); this SAE"):
+            call(change(x))
 
 
 @pytest.mark.parametrize("what", list(NO_TENSORS))
@@ -183,8 +191,8 @@ def test_what_is_no_batch_is_refused_with_one_message(name, what):
 def test_what_are_no_latents_of_this_sae_are_refused(name):
     sae, x = build(CONTRACTS[name]), activations()
     for wrong, message in (
-        (x, r"decode takes Latents, not a Tensor. Wrap a tensor \[tokens, 48\]: DenseLatents\(tensor\)"),
-        (np.zeros((3, M)), "not a ndarray"),
+        (x, "latents of an SAE that has 12; this one has 48"),
+        (np.zeros((3, M)), r"takes Latents or a tensor \[\.\.\., 48\], not a ndarray"),
         (DenseLatents(torch.zeros(3, 16)), "latents of an SAE that has 16; this one has 48"),
         (SparseLatents(torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64), 96), "an SAE that has 96"),
     ):

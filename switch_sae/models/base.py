@@ -7,11 +7,11 @@ latents per token.
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from switch_kernels import ALONE, PYTORCH, Execution, Group
 from switch_sae.checks import Settings
 from switch_sae.models.gram import GramCache
 from switch_sae.models.inference import Inference, why_no_inference
-from switch_sae.models.latents import Latents
+from switch_sae.models.latents import DenseLatents, Latents
 from switch_sae.models.routers.base import Routing
 from switch_sae.rows import Rows, Shapes
 
@@ -37,6 +37,12 @@ class SAEOutput(Shapes):
     match: Tensor | None = None
     """mean_t ||proposed values - values||^2, with the encoder's gradient: how far it was from the latents that `Inference` put in their place. None
     where they are its own, and outside training."""
+
+    def shaped(self, leading: Sequence[int]) -> Self:
+        """The same with other leading dimensions than T, of equal product; what a subclass adds for training keeps its own."""
+        recon_TD = self.recon_TD.reshape(*leading, self.recon_TD.shape[-1])
+        routing = None if self.routing is None else self.routing.shaped(leading)
+        return replace(self, recon_TD=recon_TD, latents=self.latents.shaped(leading), routing=routing)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,30 @@ def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if lowered else nullcontext()
 
 
+_OF_ROWS = ("encode", "decode", "forward")
+
+
+def _keeping_leading(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Architectures are written for rows [T, D]; what they give has the leading dimensions of what they got."""
+
+    @functools.wraps(method)
+    def computed(self: "SparseAutoencoder", given: Any, *args: Any, **kwargs: Any) -> Any:
+        if method.__name__ == "decode" and isinstance(given, Tensor) and given.ndim:
+            given = DenseLatents(given)
+        if isinstance(given, Latents):
+            leading, rows = given.leading, given if len(given.leading) == 1 else given.shaped((math.prod(given.leading),))
+        elif isinstance(given, Tensor) and given.ndim:
+            leading, rows = given.shape[:-1], given if given.ndim == 2 else given.reshape(math.prod(given.shape[:-1]), given.shape[-1])
+        else:
+            return method(self, given, *args, **kwargs)  # which says what is wrong
+        made = method(self, rows, *args, **kwargs)
+        if len(leading) == 1:
+            return made
+        return made.reshape(*leading, made.shape[-1]) if isinstance(made, Tensor) else made.shaped(leading)
+
+    return computed
+
+
 def _outside_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def computed(self: "SparseAutoencoder", *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +154,8 @@ def _outside_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
 
 class SparseAutoencoder(nn.Module, ABC):
     """x_TD -> Latents -> recon_TD. Takes and returns raw activations; `activation_scale` is applied inside.
+
+    `encode`, `decode` and calls take any leading dimensions, such as [batch, position, d_in], and keep them in all that they give.
 
     Training scales activations once so that their mean squared norm is D (`set_scale`); the factor is a buffer, saved with the weights.
     Activations and targets of any real dtype are read as the same values in the weights' dtype, float32 unless the SAE was cast (`sae.double()`);
@@ -183,16 +215,19 @@ class SparseAutoencoder(nn.Module, ABC):
         for name in _ENTRANCES:
             if name in vars(cls):
                 setattr(cls, name, _outside_autocast(vars(cls)[name]))
+        for name in _OF_ROWS:
+            if name in vars(cls):
+                setattr(cls, name, _keeping_leading(vars(cls)[name]))
 
     @abstractmethod
     def encode(self, x_TD: Tensor) -> Latents:
         """The active latents of raw activations, in units of the scaled ones: what latent i adds to the reconstruction of raw activations is its
-        value times row i of `decoder_weight()` / `target_scale`. Raises ValueError for another shape than [tokens, d_in], and for what is no tensor.
+        value times row i of `decoder_weight()` / `target_scale`. Raises ValueError for another shape than [..., d_in], and for what is no tensor.
         """
 
     @abstractmethod
     def decode(self, latents: Latents) -> Tensor:
-        """recon_TD, in the units of the raw activations; `decode(encode(x)) == forward(x).recon_TD`."""
+        """recon_TD, in the units of the raw activations; `decode(encode(x)) == forward(x).recon_TD`. Also takes a dense tensor [..., M]."""
 
     @abstractmethod
     def forward(self, x_TD: Tensor) -> SAEOutput: ...
@@ -220,6 +255,47 @@ class SparseAutoencoder(nn.Module, ABC):
     def b_out_D(self) -> Tensor:
         """The bias that the decoder adds, in units of scaled targets."""
         return self.b_pre_D
+
+    @property
+    def W_dec(self) -> Tensor:
+        """[M, D]: `decoder_weight()`, by the name that other libraries use. Its units are those of scaled targets unless the scale is folded."""
+        return self.decoder_weight()
+
+    @property
+    def b_dec(self) -> Tensor:
+        """[D]: `b_out_D`, by the name that other libraries use."""
+        return self.b_out_D
+
+    @property
+    def W_enc(self) -> Tensor:
+        """[D, M], as other libraries lay it out: the encoder's rows as columns; those of the decoder where a search takes the encoder's place. A
+        routed SAE computes those of a token's expert alone."""
+        return getattr(self, "W_enc_MD", self.decoder_weight()).T
+
+    @property
+    def b_enc(self) -> Tensor:
+        """[M]; zeros where there is none."""
+        bias_M = getattr(self, "b_enc_M", None)
+        return self.decoder_weight().new_zeros(self.num_latents) if bias_M is None else bias_M
+
+    @property
+    def cfg(self) -> Any:
+        """`config`, by the name that other libraries use."""
+        return self.config
+
+    @property
+    def d_sae(self) -> int:
+        """`num_latents`, by the name that other libraries use."""
+        return self.num_latents
+
+    @property
+    def device(self) -> torch.device:
+        return self.activation_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of weights, latents and reconstructions."""
+        return self.activation_scale.dtype
 
     @property
     def inference(self) -> Inference:
@@ -308,12 +384,11 @@ class SparseAutoencoder(nn.Module, ABC):
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def _read(self, x_TD: Tensor) -> Tensor:
-        """Activations in the weights' dtype. Raises ValueError for another shape than [tokens, d_in], and for what is no real tensor."""
-        real(x_TD, "activations", "[tokens, d_in]")
+        """Rows of activations in the weights' dtype. Raises ValueError for another shape than [T, d_in], and for what is no real tensor."""
+        real(x_TD, "activations", "[..., d_in]")
         if x_TD.ndim != 2 or x_TD.shape[1] != self.d_in:
-            raise ValueError(
-                f"activations have shape {tuple(x_TD.shape)}; this SAE takes [tokens, d_in={self.d_in}]. Flatten leading dimensions first."
-            )
+            takes = f"[..., d_in={self.d_in}]" if x_TD.ndim == 2 else f"rows [T, d_in={self.d_in}] here"
+            raise ValueError(f"activations have shape {tuple(x_TD.shape)}; this SAE takes {takes}. Give those of the hook that it was made for.")
         return x_TD.to(self.activation_scale.dtype)
 
     def _scaled(self, x_TD: Tensor) -> Tensor:
@@ -333,9 +408,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def _own(self, latents: Latents) -> Latents:
         if not isinstance(latents, Latents):
-            raise ValueError(
-                f"decode takes Latents, not a {type(latents).__name__}. Wrap a tensor [tokens, {self.num_latents}]: DenseLatents(tensor)."
-            )
+            raise ValueError(f"decode takes Latents or a tensor [..., {self.num_latents}], not a {type(latents).__name__}. Use what encode gives.")
         if latents.num_latents != self.num_latents:
             raise ValueError(f"these are latents of an SAE that has {latents.num_latents}; this one has {self.num_latents}.")
         return latents

@@ -4,6 +4,7 @@ Shapes: T tokens, D activation size, E experts, S experts per token. Activations
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,10 @@ class Routing(Shapes):
     """What multiplies their latents: their probabilities, or 1 with a hard gate."""
     probs_TE: Tensor
     """How the router likes all experts, as shares that sum to 1: the softmax of its logits in the paper."""
+
+    def shaped(self, leading: Sequence[int]) -> "Routing":
+        """The same with other leading dimensions than T, of equal product."""
+        return Routing(*(tensor.reshape(*leading, tensor.shape[-1]) for tensor in (self.expert_TS, self.gate_TS, self.probs_TE)))
 
 
 @dataclass(frozen=True)
