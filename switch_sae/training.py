@@ -17,7 +17,7 @@ from switch_kernels import ALONE, PYTORCH, Execution, Group, Moments
 from switch_sae.checks import Settings, all_at_least
 from switch_sae.engines import Engine, EngineSettings, Outcome, TorchEngine, TritonEngine
 from switch_sae.models import SparseAutoencoder
-from switch_sae.models.base import outside_autocast
+from switch_sae.models.entrances import outside_autocast
 from switch_sae.models.fused import FusedTraining, why_not_fused
 from switch_sae.models.inference import Inference, search_plan
 from switch_sae.rows import OUTLIER_FACTOR, NormLimit, Rows

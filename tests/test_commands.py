@@ -231,12 +231,17 @@ def test_the_readmes_python_runs():
     import torch
 
     finished = repr(str(ROOT / "tests/data/version1/finished"))
-    first, steering, second, training = (re.sub(r'load_sae\("[^"]*"', f"load_sae({finished}", block) for block in blocks("README.md", "python"))
+    code = [re.sub(r'load_sae\("[^"]*"', f"load_sae({finished}", block) for block in blocks("README.md", "python")]
+    first, prompt, steering, second, training = code
     names = {"x": torch.randn(7, 12)}
     exec(first, names)
     assert torch.equal(names["recon"], names["sae"](names["x"]).recon_TD) and names["latents"].to_dense().shape == (7, 48)
     alone: dict = {}
+    exec("\n".join(line for line in prompt.splitlines() if "import" in line), alone)
+    assert callable(alone["inspect"]) and callable(alone["language_model"]) and "inspect(sae, " in prompt  # run in tests/test_own_code.py
+    alone = {"x": names["x"]}
     exec(steering, alone)
+    assert not torch.equal(alone["ablated"], names["recon"])
     recon = alone["folded"].encode(names["x"]).to_dense() @ alone["folded"].decoder_weight() + alone["folded"].b_out_D
     assert torch.allclose(recon, names["recon"], atol=1e-4) and alone["steer"](names["x"], None).shape == (7, 12)
     names = {}

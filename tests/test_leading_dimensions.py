@@ -29,7 +29,7 @@ def test_leading_dimensions_are_kept(sae, leading):
     assert output.recon_TD.shape == x.shape and torch.equal(output.recon_TD.reshape(-1, D), rows.recon_TD)
     assert latents.leading == output.latents.leading == leading and latents.to_dense().shape == (*leading, sae.num_latents)
     assert torch.equal(latents.to_dense(), rows.latents.to_dense().reshape(*leading, sae.num_latents))
-    assert torch.equal(sae.decode(latents), output.recon_TD)
+    assert torch.equal(sae.decode(latents), output.recon_TD) and torch.equal(sae(x_TD=x).recon_TD, output.recon_TD)
     torch.testing.assert_close(sae.decode(latents.to_dense()), output.recon_TD)
     some = torch.tensor([5, 0, 17])
     assert torch.equal(latents.select(some), latents.to_dense()[..., some]) and torch.equal(latents.firing_counts(), rows.latents.firing_counts())

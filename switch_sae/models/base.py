@@ -4,23 +4,22 @@ Shapes: T tokens, D activation size (`d_in`), M latents (`d_sae`), E experts, F 
 latents per token.
 """
 
-import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from switch_kernels import ALONE, PYTORCH, Execution, Group
 from switch_sae.checks import Settings
+from switch_sae.models.entrances import as_entrances
 from switch_sae.models.gram import GramCache
 from switch_sae.models.inference import Inference, why_no_inference
-from switch_sae.models.latents import DenseLatents, Latents
+from switch_sae.models.latents import Latents
+from switch_sae.models.peer_names import PeerNames
 from switch_sae.models.routers.base import Routing
 from switch_sae.rows import Rows, Shapes
 
@@ -110,49 +109,7 @@ class SAEConfig(Settings):
         return "-".join([key, *(f"{letter}{getattr(self, name)}" for letter, name in sizes.items() if hasattr(self, name))])
 
 
-_ENTRANCES = ("encode", "decode", "forward", "route", "loss_terms", "initialize", "set_scale", "end_step", "training_step")
-
-
-def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Where products keep the dtype of the weights though `torch.autocast` is on: which latents and experts are chosen hangs on the last bits."""
-    lowered = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if lowered else nullcontext()
-
-
-_OF_ROWS = ("encode", "decode", "forward")
-
-
-def _keeping_leading(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Architectures are written for rows [T, D]; what they give has the leading dimensions of what they got."""
-
-    @functools.wraps(method)
-    def computed(self: "SparseAutoencoder", given: Any, *args: Any, **kwargs: Any) -> Any:
-        if method.__name__ == "decode" and isinstance(given, Tensor) and given.ndim:
-            given = DenseLatents(given)
-        if isinstance(given, Latents):
-            leading, rows = given.leading, given if len(given.leading) == 1 else given.shaped((math.prod(given.leading),))
-        elif isinstance(given, Tensor) and given.ndim:
-            leading, rows = given.shape[:-1], given if given.ndim == 2 else given.reshape(math.prod(given.shape[:-1]), given.shape[-1])
-        else:
-            return method(self, given, *args, **kwargs)  # which says what is wrong
-        made = method(self, rows, *args, **kwargs)
-        if len(leading) == 1:
-            return made
-        return made.reshape(*leading, made.shape[-1]) if isinstance(made, Tensor) else made.shaped(leading)
-
-    return computed
-
-
-def _outside_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def computed(self: "SparseAutoencoder", *args: Any, **kwargs: Any) -> Any:
-        with outside_autocast(self.activation_scale.device):
-            return method(self, *args, **kwargs)
-
-    return computed
-
-
-class SparseAutoencoder(nn.Module, ABC):
+class SparseAutoencoder(PeerNames, nn.Module, ABC):
     """x_TD -> Latents -> recon_TD. Takes and returns raw activations; `activation_scale` is applied inside.
 
     `encode`, `decode` and calls take any leading dimensions, such as [batch, position, d_in], and keep them in all that they give.
@@ -212,12 +169,8 @@ class SparseAutoencoder(nn.Module, ABC):
         for name in ("label", "colour", "marker", "is_reference"):
             if name not in vars(cls):
                 setattr(cls, name, cls.__name__.removesuffix("SAE") if name == "label" else getattr(SparseAutoencoder, name))
-        for name in _ENTRANCES:
-            if name in vars(cls):
-                setattr(cls, name, _outside_autocast(vars(cls)[name]))
-        for name in _OF_ROWS:
-            if name in vars(cls):
-                setattr(cls, name, _keeping_leading(vars(cls)[name]))
+        for name, method in as_entrances(vars(cls)).items():
+            setattr(cls, name, method)
 
     @abstractmethod
     def encode(self, x_TD: Tensor) -> Latents:
@@ -255,47 +208,6 @@ class SparseAutoencoder(nn.Module, ABC):
     def b_out_D(self) -> Tensor:
         """The bias that the decoder adds, in units of scaled targets."""
         return self.b_pre_D
-
-    @property
-    def W_dec(self) -> Tensor:
-        """[M, D]: `decoder_weight()`, by the name that other libraries use. Its units are those of scaled targets unless the scale is folded."""
-        return self.decoder_weight()
-
-    @property
-    def b_dec(self) -> Tensor:
-        """[D]: `b_out_D`, by the name that other libraries use."""
-        return self.b_out_D
-
-    @property
-    def W_enc(self) -> Tensor:
-        """[D, M], as other libraries lay it out: the encoder's rows as columns; those of the decoder where a search takes the encoder's place. A
-        routed SAE computes those of a token's expert alone."""
-        return getattr(self, "W_enc_MD", self.decoder_weight()).T
-
-    @property
-    def b_enc(self) -> Tensor:
-        """[M]; zeros where there is none."""
-        bias_M = getattr(self, "b_enc_M", None)
-        return self.decoder_weight().new_zeros(self.num_latents) if bias_M is None else bias_M
-
-    @property
-    def cfg(self) -> Any:
-        """`config`, by the name that other libraries use."""
-        return self.config
-
-    @property
-    def d_sae(self) -> int:
-        """`num_latents`, by the name that other libraries use."""
-        return self.num_latents
-
-    @property
-    def device(self) -> torch.device:
-        return self.activation_scale.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of weights, latents and reconstructions."""
-        return self.activation_scale.dtype
 
     @property
     def inference(self) -> Inference:

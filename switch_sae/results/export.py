@@ -5,10 +5,13 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from switch_sae.files import write_atomically
 from switch_sae.results.rows import ResultRow
+
+if TYPE_CHECKING:
+    import pandas
 
 IDENTITY = ("name", "sae", "role", "inference", "status", "step", "architecture", "num_latents", "num_experts", "k", "seed", "parameters", "tokens")
 COSTS = (
@@ -20,18 +23,26 @@ COSTS = (
 def write_results(rows: Sequence[ResultRow], path: str | Path) -> None:
     """One line per row, all metrics with their intervals and all settings: Parquet where the name ends in .parquet, else CSV. Whole or not at all."""
     path = Path(path)
-    records = [_record(row) for row in rows]
     if path.suffix != ".parquet":
-        return write_csv(records, path)
+        return write_csv([_record(row) for row in rows], path)
     try:
-        import pandas
         import pyarrow  # noqa: F401  pandas would name its engine, not what to type
     except ImportError as error:
         raise ImportError(
             f"{path.name} needs pandas and pyarrow ({error}). Type pip install pandas pyarrow, or give a name ending in .csv."
         ) from error
-    frame = pandas.DataFrame(records, columns=_columns(records)).convert_dtypes()
-    write_atomically(path, lambda part: frame.to_parquet(part, index=False))
+    table = frame(rows)
+    write_atomically(path, lambda part: table.to_parquet(part, index=False))
+
+
+def frame(rows: Sequence[ResultRow]) -> "pandas.DataFrame":
+    """One line per row as in results.csv: sizes, all metrics with their intervals, costs and settings. Needs pandas (raises ImportError)."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("a data frame needs pandas. Type pip install pandas, or use write_results(rows, 'results.csv').") from error
+    records = [_record(row) for row in rows]
+    return pandas.DataFrame(records, columns=_columns(records)).convert_dtypes()
 
 
 def write_csv(records: Sequence[dict[str, Any]], path: Path) -> None:
