@@ -221,7 +221,7 @@ def test_the_analysis_of_tiny_runs_says_all_it_can(rows):
     shares = chosen(table, measure="share of x", sae=switch)
     assert all(0 < record["value"] < 1 for record in shares)
     for record in chosen(table, part="sparsity", sae=switch):
-        assert record["ceiling"] is not None or record["measure"].endswith("components") or "not reached" in record["note"]
+        assert record["ceiling"] is not None or record["measure"].endswith(("components", "another seed")) or "not reached" in record["note"]
     (agreement,) = chosen(table, measure="agreement", sae=switch)
     assert agreement["against"] == rows[3].name and 0 < agreement["value"] <= 1
     balances = {record["sae"]: record["against"] for record in chosen(table, measure="similarity of rows")}

@@ -15,7 +15,7 @@ from switch_sae.analysis.observed import Sample, Seen, observe, only_routed
 from switch_sae.analysis.router_control import Wanted, control
 from switch_sae.analysis.router_figure import draw_router
 from switch_sae.analysis.router_partitions import prediction, stability
-from switch_sae.analysis.router_parts import Routed, coupling, margins, sparsity
+from switch_sae.analysis.router_parts import Routed, alike, coupling, margins, sparsity
 from switch_sae.analysis.subspaces import one_hot
 from switch_sae.checks import Settings, all_at_least
 from switch_sae.countdown import Countdown
@@ -27,13 +27,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = {
-    "sparsity": ("R2 encoder", "R2 encoder >= 0", "rows for half, encoder", "rows for half, components"),
+    "sparsity": (
+        "R2 encoder",
+        "R2 encoder >= 0",
+        "R2 decoder",
+        "R2 another seed",
+        "rows for half, encoder",
+        "rows for half, decoder",
+        "rows for half, components",
+    ),
     "prediction": ("accuracy",),
     "control": (
         *("share of x", "share of error", "accuracy token", "R2 position", "R2 dense latents"),
         *("swap, route of the partner", "swap, FVU", "swap, FVU of the content"),
     ),
-    "coupling": ("cosine centred mean", "AUC cosine centred mean", "AUC cosine singular", "AUC correlation top k", "similarity of rows"),
+    "coupling": (
+        "cosine encoder centred mean",
+        "cosine decoder centred mean",
+        "AUC cosine encoder centred mean",
+        "AUC cosine decoder centred mean",
+        "AUC cosine encoder singular",
+        "AUC correlation top k",
+        "strongest expert is routed",
+        "similarity of rows",
+    ),
     "margins": ("flips, noise 1%", "flips, reconstruction", "flips, next token", "information, next token"),
     "stability": ("agreement", "NMI", "ARI", "cosine of matched rows"),
 }
@@ -107,6 +124,7 @@ class RouterGeometry(Analysis):
         else:
             table = sparsity(one, dense, twin, sample, settings.most, settings.draws)
         halves = sample.halves()
+        table += alike(one, again, settings.most, settings.draws)
         table += prediction(one, dense, again, sample, halves, settings.features)
         wanted, notes = self._wanted(sample, dense, halves)
         table += control(one, sample, wanted, settings.draws, settings.swaps, halves, dense)
@@ -134,6 +152,8 @@ class RouterGeometry(Analysis):
 
     @staticmethod
     def _is_shown(record: dict[str, Any]) -> bool:
+        if record["part"] == "sparsity" and "null" in record["against"] and not record["against"].endswith("rotated"):
+            return False
         return record["value"] is None or (record["measure"] in SHOWN[record["part"]] and record["at"] in SHOWN_AT)
 
     @styled

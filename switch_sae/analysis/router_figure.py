@@ -44,7 +44,8 @@ _NOTE = (
     "Marks: SAEs with experts; of several seeds their mean, with bars from the lowest to the highest seed, of one seed with its 95 % interval over "
     "documents. Grey: nulls with the range of their draws (sums: solid rotated rows, dotted Gaussian rows with the activations' covariance, "
     "dashes random rows as frequent; control: random subspaces, x first components, for swaps no swap; coupling: experts dealt at random; routes: "
-    "shuffled in documents, or noise of the error's norm). Black dashes: ceilings, latents of the dense SAE of another seed, or routes of one."
+    "shuffled in documents, or noise of the error's norm). Coloured dots: sums of router rows of another seed. Black dashes, the ceiling: latents of "
+    "the dense SAE of another seed."
 )
 
 
@@ -114,6 +115,9 @@ def _sums(axis: "Axes", groups: dict[str, Table], looks: dict[str, dict[str, Any
                 axis.plot(places, [one["value"] for one in line], zorder=3, **looks[name] | {"markersize": 3.5, "linewidth": 1})
                 if line[0]["ceiling"] is not None:
                     axis.plot(places, [one["ceiling"] for one in line], color="black", linestyle=(0, (4, 2)), linewidth=0.9, zorder=2)
+        again = _curve(chosen(records, measure="R2 another seed"))
+        if again and axis.lines:
+            axis.plot([one["at"] for one in again], [one["value"] for one in again], color=looks[name]["color"], linestyle=(0, (1, 1.5)), zorder=2)
     _empty(axis, not axis.lines)
     if axis.lines:
         power_of_two_ticks(axis.xaxis, [1, max(max(line.get_xdata()) for line in axis.lines)])
@@ -138,8 +142,7 @@ def _prediction(axis: "Axes", groups: dict[str, Table], looks: dict[str, dict[st
                 flat.setdefault(source, []).append(one["value"])
     for source, values in flat.items():
         value = sum(values) / len(values)
-        is_ceiling = source == "other seed"
-        axis.axhline(value, color="black" if is_ceiling else "0.55", linestyle=(0, (4, 2)) if is_ceiling else "-", linewidth=0.8, zorder=1)
+        axis.axhline(value, color="0.55", linewidth=0.8, zorder=1)
         at, side = (0.02, "left") if value > 0.4 else (0.98, "right")  # where the curves are not
         axis.text(at, value, source, transform=axis.get_yaxis_transform(), fontsize=7, color="0.25", va="bottom", ha=side)
     places = [1.0, *(float(record["at"]) for records in groups.values() for record in chosen(records, measure="accuracy") if record["at"] != "")]

@@ -27,7 +27,7 @@ FEATURES = tuple(size for size in SIZES if size & (size - 1) == 0)
 
 def prediction(one: Routed, dense: Seen | None, other: Seen | None, sample: Sample, halves: tuple[Tensor, Tensor], most: int) -> Table:
     """Share of routes on documents B that are predicted from few latents of a dense SAE, against components of the activations, tokens, the nearest
-    mean, and the most frequent expert (the null). The ceiling is what the routes of another seed tell."""
+    mean, the routes of another seed, and the most frequent expert (the null)."""
     row, E, first, second = one.seen.row, one.seen.row.num_experts, *halves
     expert_T, x_TD = one.expert_T(), sample.rows.x_TD
     route_A, route_B = expert_T[first], expert_T[second]
@@ -65,11 +65,10 @@ def prediction(one: Routed, dense: Seen | None, other: Seen | None, sample: Samp
         ratios |= {f"gain {at}": (right_B - right["bigram", ""], None) for (name, at), right_B in right.items() if name == "dense latents"}
     found = over_documents(sample.document_T[second], ratios)
     null, null_interval = found["majority "]
-    ceiling = found["other seed "][0] if "other seed " in found else None
     table, n = [], len(second)
     for name, at in right:
         value, interval = found[f"{name} {at}"]
-        extra = {"interval": interval, "null": null, "null_interval": null_interval, "ceiling": ceiling, "n": n}
+        extra = {"interval": interval, "null": null, "null_interval": null_interval, "n": n}
         note = f"latents of {dense.name}" if dense is not None and name == "dense latents" else ""
         table.append(finding(row, "prediction", "accuracy", value, against=name, at=at, note=note, **extra))  # type: ignore[arg-type]
         if name == "dense latents" and f"gain {at}" in found:

@@ -73,6 +73,17 @@ def live_rows(row: ResultRow, sae: SparseAutoencoder, side: str) -> tuple[Tensor
     return weight_MD[counts_M > 0], counts_M[counts_M > 0]
 
 
+def alike(one: Routed, again: Seen | None, most: int, draws: int) -> Table:
+    """R^2 of centred router rows from few router rows of another seed: as much of them as recurs."""
+    if again is None:
+        return [finding(one.seen.row, "sparsity", "R2 another seed", None, note="no second seed of this SAE")]
+    rows_ED, (E, D) = Routed.of(again).rows_ED, one.rows_ED.shape
+    size, generator = min(most, D, max(1, E - 1)), torch.Generator().manual_seed(0)
+    turned = torch.cat([one.rows_ED @ rotation(D, generator).float() for _ in range(draws)])
+    nulls = {"rotated": sparse_sums(turned, rows_ED, size).r2_RS.view(draws, E, size).mean(1)}
+    return _curves(one, "R2 another seed", again.name, sparse_sums(one.rows_ED, rows_ED, size).r2_RS.mean(0), nulls, None, one.note)
+
+
 def sparsity(one: Routed, dense: Seen, twin: ResultRow | None, sample: Sample, most: int, draws: int) -> Table:
     """R^2 of centred router rows from few rows of a dense SAE, against dictionaries that mean nothing and rows that nobody chose.
 
