@@ -191,6 +191,14 @@ def test_own_against_others_is_that_of_brute_force():
     weight = rows[:, None] + 0.1 * normal(4, 7, 10, seed=1)
     for score in router_rows.cosines_with_experts(router_rows.centred(rows), weight).values():
         assert router_rows.own_and_others(score)[2] == 1.0
+    latents, expert, known = codes(50, 12, 3), torch.arange(50) % 4, normal(12, 10, seed=3)
+    fires = latents.to_dense() != 0
+    load = expert.bincount()
+    owner = [max(range(4), key=lambda e: float(fires[expert == e, m].sum() / load[e])) for m in range(12)]
+    mean = router_rows.mean_rows(known, latents, expert, 4)
+    for e in range(4):
+        mine = [F.normalize(known[m], dim=0) for m in range(12) if owner[m] == e]
+        assert torch.allclose(mean[e].float(), torch.stack(mine).mean(0) if mine else torch.zeros(10), atol=1e-6)
     cosine = router_rows.cosines(rows, rows)
     assert router_rows.mean_similarity(rows) == pytest.approx(float(cosine[~torch.eye(4, dtype=torch.bool)].mean()))
 

@@ -47,6 +47,8 @@ SHOWN = {
         "AUC cosine encoder centred mean",
         "AUC cosine decoder centred mean",
         "AUC cosine encoder singular",
+        "AUC cosine dense encoder centred mean",
+        "AUC cosine dense decoder centred mean",
         "AUC correlation top k",
         "strongest expert is routed",
         "similarity of rows",
@@ -63,7 +65,7 @@ class RouterGeometry(Analysis):
     latents (`prediction`), the part of activations that the router sees and the part that it does not (`control`), router rows beside their experts
     (`coupling`), what flips routes and how they follow each other (`margins`), and the same partition with other seeds (`stability`).
 
-    The dense SAE is that of the nearest width, of another seed where there is one: equal seeds start from the same rows.
+    With several experts per token a row's route is the likeliest. The dense SAE is that of the nearest width, of another seed where there is one: equal seeds start from the same rows.
     """
 
     @dataclass
@@ -129,7 +131,7 @@ class RouterGeometry(Analysis):
         wanted, notes = self._wanted(sample, dense, halves)
         table += control(one, sample, wanted, settings.draws, settings.swaps, halves, dense)
         table += [finding(row, "control", measure, None, note=note) for measure, note in notes.items()]
-        return table + coupling(one, sample, settings.permutations) + margins(one, sample, settings.permutations)
+        return table + coupling(one, dense, sample, settings.permutations) + margins(one, sample, settings.permutations)
 
     def _wanted(self, sample: Sample, dense: Seen | None, halves: tuple[Tensor, Tensor]) -> tuple[list[Wanted], dict[str, str]]:
         """What shall be read from parts of activations, and why something cannot be."""

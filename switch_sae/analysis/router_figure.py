@@ -27,7 +27,8 @@ COUPLING: tuple[Key, ...] = (
     ("tokens' mean", "AUC cosine tokens' mean", ""),
     ("decoder mean", "AUC cosine decoder centred mean", ""),
     ("encoder mean", "AUC cosine encoder centred mean", ""),
-    ("encoder's 1st singular", "AUC cosine encoder singular", ""),
+    ("dense decoder mean", "AUC cosine dense decoder centred mean", ""),
+    ("dense encoder mean", "AUC cosine dense encoder centred mean", ""),
     ("logit, k largest", "AUC correlation top k", ""),
 )
 ROUTES: tuple[Key, ...] = (

@@ -174,14 +174,22 @@ def half_explained(r2_S: Tensor, share: float = 0.5) -> float | None:
     return s + (share - before) / (here - before)
 
 
-def coupling(one: Routed, sample: Sample, draws: int) -> Table:
-    """Whether router rows point to what their own experts read, more than to what others do; nulls deal the experts out at random."""
+def coupling(one: Routed, dense: Seen | None, sample: Sample, draws: int) -> Table:
+    """Whether router rows point to what their own experts read and write, more than to what others do; nulls deal the experts out at random.
+
+    `dense encoder` and `dense decoder` are the control: latents of the dense SAE, each counted to the expert for whose tokens it fires most.
+    """
     seen, row, sae = one.seen, one.seen.row, one.seen.sae
     expert_T, table = one.expert_T(), []
     scores = {"tokens' mean": router_rows.cosines_with_tokens(one.rows_ED, sample.rows.x_TD, expert_T)}
     for side, known_EFD in (("encoder", encoder_EFD := one.expert_rows("encoder")), ("decoder", decoder_EFD := one.expert_rows("decoder"))):
         if known_EFD is not None:
             scores |= {f"{side} {name}": value for name, value in router_rows.cosines_with_experts(one.rows_ED, known_EFD).items()}
+    for side in ("encoder", "decoder"):
+        weight_MD = None if dense is None else rows_of(dense.sae, side)
+        if dense is not None and weight_MD is not None:
+            mean_ED = router_rows.mean_rows(weight_MD, dense.latents, expert_T, len(one.rows_ED))
+            scores[f"dense {side} centred mean"] = router_rows.cosines(one.rows_ED, router_rows.centred(mean_ED))
     for name, score_EE in scores.items():
         table += _own_against_others(one, f"cosine {name}", score_EE, draws, one.note)
     note = one.note if encoder_EFD is not None else "no encoder: products with decoder rows"

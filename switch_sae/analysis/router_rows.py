@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from switch_sae.models import SparseLatents
 from switch_sae.models.routers import LinearRouter, Router
 from switch_sae.models.routers.cosine_kmeans import CosineKMeansRouter
 
@@ -79,6 +80,20 @@ def cosines_with_tokens(rows_ED: Tensor, x_TD: Tensor, expert_T: Tensor) -> Tens
     away_TD = x_TD.double() - x_TD.double().mean(0)
     sum_ED = torch.zeros(E, x_TD.shape[1], dtype=torch.float64).index_add_(0, expert_T, away_TD)
     return cosines(rows_ED, sum_ED)
+
+
+def mean_rows(weight_MD: Tensor, latents: SparseLatents, expert_T: Tensor, num_experts: int) -> Tensor:
+    """[E, D] mean unit row of latents that fire for an expert's tokens more than for any other's, for their number: an SAE without experts, sorted by
+    another's routes. Latents that never fire are nobody's; 0 for an expert without any."""
+    fires_TK = latents.values_TK != 0
+    counts_ME = torch.zeros(latents.num_latents * num_experts, dtype=torch.float64)
+    counts_ME.index_add_(0, (latents.indices_TK * num_experts + expert_T[:, None])[fires_TK], torch.ones(int(fires_TK.sum()), dtype=torch.float64))
+    counts_ME = counts_ME.view(-1, num_experts)
+    load_E = torch.bincount(expert_T, minlength=num_experts).clamp_min(1)
+    live_M, owner_M = counts_ME.sum(1) > 0, (counts_ME / load_E).argmax(1)
+    sum_ED = torch.zeros(num_experts, weight_MD.shape[1], dtype=torch.float64)
+    sum_ED.index_add_(0, owner_M[live_M], F.normalize(weight_MD.double(), dim=1)[live_M])
+    return sum_ED / torch.bincount(owner_M[live_M], minlength=num_experts).clamp_min(1)[:, None]
 
 
 def expert_sums(x_TD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None, k: int) -> dict[str, Tensor]:
