@@ -65,8 +65,8 @@ class RouterGeometry(Analysis):
     latents (`prediction`), the part of activations that the router sees and the part that it does not (`control`), router rows beside their experts
     (`coupling`), what flips routes and how they follow each other (`margins`), and the same partition with other seeds (`stability`).
 
-    With several experts per token a row's route is the likeliest. The dense SAE is that of the nearest width, of another seed where there is one: equal
-    seeds start from the same rows.
+    With several experts per token a row's route is the likeliest. The dense SAE is that of the nearest width, of another seed where there is one:
+    equal seeds start from the same rows.
     """
 
     @dataclass
