@@ -18,7 +18,7 @@ SAYS = {
     "compare": (
         *("2 switch", "FVU of switch relative to", "NMI of experts and topics 0.", "of the directions of flop_matched are in switch", "cut into 4"),
     ),
-    "router": ("SAEs with experts", "dense encoder rows explain", "16 principal components", "tell their own expert's decoder from others' with AUC"),
+    "router": ("SAEs with experts", "dense encoder rows explain", "principal components", "tell their own expert's decoder from others' with AUC"),
 }
 """What each notebook must print."""
 

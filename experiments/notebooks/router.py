@@ -162,10 +162,11 @@ for series in dict.fromkeys(series_of(record) for record in table):
         sentences.append("without a dense SAE nothing can be said about its features")
     if same:
         sentences.append(f"one router row of another seed explains {same['value']:.2f}")
-    codes, components = found(series, "accuracy", "dense latents", 16), found(series, "accuracy", "components", 16)
+    pairs = {size: [found(series, "accuracy", source, size) for source in ("dense latents", "components")] for size in (4, 8, 16)}
+    size, (codes, components) = next((item for item in reversed(pairs.items()) if all(item[1])), (0, (None, None)))
     means, bigram = found(series, "accuracy", "nearest mean"), found(series, "accuracy", "bigram")
     if codes and components:
-        text = f"16 dense latents predict {codes['value']:.0%} of routes, 16 principal components {components['value']:.0%}"
+        text = f"{size} dense latents predict {codes['value']:.0%} of routes, {size} principal components {components['value']:.0%}"
         text += f", the nearest mean {means['value']:.0%}" if means else ""
         sentences.append(text + (f", the token with the one before it {bigram['value']:.0%}" if bigram else ""))
     if share := found(series, "share of x", "null random"):
