@@ -38,7 +38,7 @@ from switch_sae.runs import RunDir
 
 NAMED = os.environ.get("SWITCH_SAE_RUNS", "")  # folders, separated by os.pathsep
 RUNS = [RunDir.open(path) for path in NAMED.split(os.pathsep)] if NAMED else finished_runs("runs")[:2]
-SETTINGS = {"rows": 20_000}
+SETTINGS = {"rows": 20_000, "draws": 3}
 
 warnings.filterwarnings("ignore", message="IProgress not found")
 assert RUNS, "there is no finished run in runs/: train one (make train), or set RUNS"

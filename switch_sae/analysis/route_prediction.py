@@ -106,11 +106,11 @@ def fitted_logits(features_TS: Tensor, route_T: Tensor, other_US: Tensor, num_ex
     def loss() -> Tensor:
         optimiser.zero_grad()
         value = F.cross_entropy(features_TS @ weight_SE + bias_E, route_T) + _RIDGE * weight_SE.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
     with torch.enable_grad():
-        optimiser.step(loss)  # type: ignore[no-untyped-call]
+        optimiser.step(loss)
     with torch.no_grad():
         return other_US @ weight_SE + bias_E
 

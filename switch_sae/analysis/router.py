@@ -136,7 +136,9 @@ class RouterGeometry(Analysis):
 
     def _wanted(self, sample: Sample, dense: Seen | None, halves: tuple[Tensor, Tensor]) -> tuple[list[Wanted], dict[str, str]]:
         """What shall be read from parts of activations, and why something cannot be."""
-        wanted, notes, fit = [], {}, halves[0]
+        wanted: list[Wanted] = []
+        notes: dict[str, str] = {}
+        fit = halves[0]
         if sample.token_T is None:
             notes |= dict.fromkeys(("accuracy token", "R2 position"), "these activations have no text")
         else:

@@ -98,6 +98,10 @@ def _looks(groups: dict[str, Table]) -> dict[str, dict[str, Any]]:
     return looks
 
 
+def _at(records: Table, measure: str) -> Table:
+    return [record for record in chosen(records, measure=measure) if record["at"] != ""]
+
+
 def _curve(records: Table) -> list[dict[str, Any]]:
     by_place = grouped([record for record in records if record["at"] != ""], lambda record: float(record["at"]))
     return [one for at in sorted(by_place) if (one := pooled(by_place[at]))]
@@ -105,12 +109,12 @@ def _curve(records: Table) -> list[dict[str, Any]]:
 
 def _sums(axis: "Axes", groups: dict[str, Table], looks: dict[str, dict[str, Any]], measure: str) -> None:
     for name, records in groups.items():
-        for null, style in (("rotated", {"linestyle": "-"}), ("gaussian", {"linestyle": ":"}), ("frequency", {"linestyle": "--"})):
+        for null, dash in (("rotated", "-"), ("gaussian", ":"), ("frequency", "--")):
             line = _curve([r for r in chosen(records, measure=measure) if r["against"].endswith(null)])
             if not line:
                 continue
             places = [one["at"] for one in line]
-            axis.plot(places, [one["null"] for one in line], color="0.6", linewidth=1, zorder=1, **style)
+            axis.plot(places, [one["null"] for one in line], color="0.6", linewidth=1, zorder=1, linestyle=dash)
             axis.fill_between(places, [one["null_low"] for one in line], [one["null_high"] for one in line], color="0.85", linewidth=0, zorder=0)
             if null == "rotated":
                 axis.plot(places, [one["value"] for one in line], zorder=3, **looks[name] | {"markersize": 3.5, "linewidth": 1})
@@ -121,7 +125,7 @@ def _sums(axis: "Axes", groups: dict[str, Table], looks: dict[str, dict[str, Any
             axis.plot([one["at"] for one in again], [one["value"] for one in again], color=looks[name]["color"], linestyle=(0, (1, 1.5)), zorder=2)
     _empty(axis, not axis.lines)
     if axis.lines:
-        power_of_two_ticks(axis.xaxis, [1, max(max(line.get_xdata()) for line in axis.lines)])
+        power_of_two_ticks(axis.xaxis, [1, max(2.0, *(float(r["at"]) for records in groups.values() for r in _at(records, measure)))])
     axis.set_xlabel("rows in the sum")
     axis.set_ylabel("R²")
     axis.set_ylim(0, 1.02)

@@ -50,7 +50,7 @@ class Routed:
     @torch.no_grad()
     def routes(self, x_TD: Tensor) -> Tensor:
         """The (likeliest) expert of raw activations."""
-        router, scale = self.seen.sae.router, self.seen.sae.activation_scale  # type: ignore[union-attr]
+        router, scale = self.seen.sae.router, self.seen.sae.activation_scale
         return torch.cat([router.route(rows * scale).expert_TS[:, 0].cpu() for rows in x_TD.split(2048)])  # type: ignore[union-attr,operator]
 
     def expert_rows(self, side: str) -> Tensor | None:
