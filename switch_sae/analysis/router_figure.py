@@ -145,11 +145,14 @@ def _prediction(axis: "Axes", groups: dict[str, Table], looks: dict[str, dict[st
         for source in ("majority", "bigram", "nearest mean", "other seed"):
             if (one := pooled(chosen(accuracy, against=source))) is not None:
                 flat.setdefault(source, []).append(one["value"])
-    for source, values in flat.items():
-        value = sum(values) / len(values)
+    lines = sorted((sum(values) / len(values), source) for source, values in flat.items())
+    for place, (value, source) in enumerate(lines):
         axis.axhline(value, color="0.55", linewidth=0.8, zorder=1)
+        crowded = place > 0 and value - lines[place - 1][0] < 0.06  # its name goes above the line, that of the one below it under its own
         at, side = (0.02, "left") if value > 0.4 else (0.98, "right")  # where the curves are not
-        axis.text(at, value, source, transform=axis.get_yaxis_transform(), fontsize=7, color="0.25", va="bottom", ha=side)
+        below = place + 1 < len(lines) and lines[place + 1][0] - value < 0.06 and not crowded
+        label: dict[str, Any] = {"va": "top" if below else "bottom", "ha": side, "fontsize": 7, "color": "0.25"}
+        axis.text(at, value, source, transform=axis.get_yaxis_transform(), **label)
     places = [1.0, *(float(record["at"]) for records in groups.values() for record in chosen(records, measure="accuracy") if record["at"] != "")]
     _empty(axis, len(places) == 1)
     power_of_two_ticks(axis.xaxis, [1, max(2.0, *places)])
