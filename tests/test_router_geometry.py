@@ -279,6 +279,14 @@ def test_what_experts_add_up_to_is_what_they_encode(rows):
     assert torch.equal(one.routes(sample.rows.x_TD), one.expert_T())
 
 
+def test_a_router_without_directions_is_refused(rows):
+    router = rows[2].load().router
+    assert torch.equal(router_rows.raw_rows(router)[0], router.W_ED.detach())
+    router.directions = lambda: None
+    with pytest.raises(ValueError, match="routes by no directions"):
+        router_rows.raw_rows(router)
+
+
 def test_partners_are_near_in_width_and_of_another_seed(rows):
     assert partner(rows[2], rows[:2]) is rows[1] and partner(rows[3], rows[:2]) is rows[0] and partner(rows[2], rows[:1]) is rows[0]
     assert partner(rows[2], []) is None

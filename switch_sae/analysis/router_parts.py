@@ -16,6 +16,7 @@ from switch_sae.analysis.pca import mean_and_covariance
 from switch_sae.analysis.route_statistics import flipped, following, information, null_of, over_documents, span_of, transition_counts
 from switch_sae.analysis.sparse_regression import rotation, similar_in_frequency, sparse_sums, sums_of
 from switch_sae.models import SparseAutoencoder
+from switch_sae.models.routers import Router
 from switch_sae.results.rows import ResultRow
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -42,7 +43,7 @@ class Routed:
 
     @property
     def note(self) -> str:
-        return "" if self.what == router_rows.WEIGHTS else f"directions are the {self.what}"
+        return "" if self.what == Router.directions_are else f"directions are the {self.what}"
 
     def expert_T(self) -> Tensor:
         return self.seen.expert_T()
@@ -236,13 +237,13 @@ def margins(one: Routed, sample: Sample, permutations: int) -> Table:
     assert seen.routing is not None
     best_T2 = seen.routing.probs_TE.topk(2, dim=1).values
     margin_T = best_T2[:, 0] - best_T2[:, 1]
-    if one.what == router_rows.WEIGHTS:
+    if bool((margin_T != margin_T[0]).any()):
         value, interval = over_documents(sample.document_T, {"margin": (margin_T, None)})["margin"]
         table.append(finding(row, "margins", "p1 - p2", value, against="mean", interval=interval, n=len(sample)))
         for share in (0.1, 0.5, 0.9):
             table.append(finding(row, "margins", "p1 - p2", float(margin_T.quantile(share)), against="quantile", at=share, n=len(sample)))
     else:
-        table.append(finding(row, "margins", "p1 - p2", None, note="its shares are 1 for the nearest centroid, so they have no margin"))
+        table.append(finding(row, "margins", "p1 - p2", None, note="its shares are the same for all rows, so they have no margin"))
     away = float((x_TD.double() - x_TD.double().mean(0)).square().sum(1).mean().sqrt())
     flips = {f"flips, noise {share:.0%}": flipped(expert_T, one.routes, x_TD, torch.full((len(x_TD),), share * away), seed=0) for share in NOISE}
     if sample.rows.target_TD is x_TD:

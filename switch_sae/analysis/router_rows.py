@@ -8,19 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switch_sae.models import SparseLatents
-from switch_sae.models.routers import LinearRouter, Router
-from switch_sae.models.routers.cosine_kmeans import CosineKMeansRouter
-
-WEIGHTS = "rows of its weights"
+from switch_sae.models.routers import Router
 
 
 def raw_rows(router: Router) -> tuple[Tensor, str]:
-    """(rows_ED, what they are): the rows of its weights, or its centroids' directions. Raises ValueError for a router that has neither."""
-    if isinstance(router, LinearRouter):
-        return router.W_ED.detach().cpu().float(), WEIGHTS
-    if isinstance(router, CosineKMeansRouter):
-        return F.normalize(router.mean_ED.detach().cpu().float(), dim=1), "unit centroids"
-    raise ValueError(f"{type(router).__name__} routes by no directions that this analysis knows. Give an SAE with a linear router, or leave it out.")
+    """(rows_ED, what they are): `Router.directions`. Raises ValueError for a router that has none."""
+    rows_ED = router.directions()
+    if rows_ED is None:
+        raise ValueError(f"{type(router).__name__} routes by no directions, so it has no geometry of this kind. Leave its SAE out.")
+    return rows_ED.detach().cpu().float(), router.directions_are
 
 
 def centred(rows_ED: Tensor) -> Tensor:
@@ -30,14 +26,10 @@ def centred(rows_ED: Tensor) -> Tensor:
 
 def balance_of(config: dict[str, object]) -> str:
     """What keeps the load even, of the flat settings of an SAE: a loss, a bias, centroids, nothing, or a frozen router."""
-    kind = str(config.get("sae.router.kind", ""))
-    if config.get("sae.router.train") is False:
+    setting = {name: config.get(f"sae.router.{name}") for name in ("train", "load_balance", "rate", "decay")}
+    if setting["train"] is False:
         return "frozen"
-    if kind == "bias_balanced":
-        return "bias" if config.get("sae.router.rate") else "none"
-    if kind == "cosine_kmeans":
-        return "centroids"
-    return "loss" if config.get("sae.router.load_balance") else "none"
+    return next((what for name, what in (("load_balance", "loss"), ("rate", "bias"), ("decay", "centroids")) if setting[name]), "none")
 
 
 def cosines(first_ED: Tensor, second_ED: Tensor) -> Tensor:
