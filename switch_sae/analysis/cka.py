@@ -13,8 +13,8 @@ from torch import Tensor
 from switch_sae.analysis.representation import Codes, Representation, Vectors
 from switch_sae.analysis.rsa import Pairs
 
-CROSS_ELEMENTS = 2**26
-"""Largest block of M1 x M2 cross products held at once: 512 MB in float64."""
+CROSS_ELEMENTS = 2**24
+"""Largest block of M1 x M2 cross products held at once: 128 MB in float64."""
 
 
 def hsic(first: Representation, second: Representation) -> float:

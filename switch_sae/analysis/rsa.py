@@ -151,7 +151,7 @@ def partialled(correlation_VV: Tensor, first: int, second: int, from_first: Sequ
         weight_V[..., view] = 1
         if models:
             among_ZZ = correlation_VV[..., models, :][..., :, models]
-            weight_V[..., models] = -(torch.linalg.pinv(among_ZZ) @ correlation_VV[..., models, view][..., None])[..., 0]
+            weight_V[..., models] -= (torch.linalg.pinv(among_ZZ) @ correlation_VV[..., models, view][..., None])[..., 0]
         combination.append(weight_V)
 
     def product(a: Tensor, b: Tensor) -> Tensor:

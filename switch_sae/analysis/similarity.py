@@ -238,10 +238,11 @@ class _Found:
                 if against == name:
                     continue
                 rows, columns = torch.meshgrid(torch.tensor([route[place] for place in places]), torch.tensor(others), indexing="ij")
-                matrices = [of["rho_a"][..., rows, columns] for of in (found.value, found.middle, found.resampled)]
-                if found.null:
-                    matrices += [of["rho_a"][..., rows, columns] for of in (found.observed, found.null, found.most)]
-                yield self._summary(name, against, "route", "rho_a of the route", stage, tuple(matrices))
+                for measure in ("rho_a", "spearman"):
+                    matrices = [of[measure][..., rows, columns] for of in (found.value, found.middle, found.resampled)]
+                    if found.null:
+                        matrices += [of[measure][..., rows, columns] for of in (found.observed, found.null, found.most)]
+                    yield self._summary(name, against, "route", f"{measure} of the route", stage, tuple(matrices))
                 without = [self._without_routes(of["spearman"], places, others, route) for of in (found.value, found.middle, found.resampled)]
                 yield self._summary(name, against, "route", "spearman without routes", stage, (*without,), note="each side without its own route")
                 yield from self._strata(found, stage, name, against)

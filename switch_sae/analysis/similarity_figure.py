@@ -30,7 +30,7 @@ def similarity_figure(table: Table, stages: Sequence[str]) -> "Figure":
     below = [record for record in table if record["part"] in ("route", "strata") and record["at"] == "codes" and _one_is(record, reference)]
     lines = list(dict.fromkeys((record["sae"], record["against"]) for record in path if _is_line(record, reference)))
     names = list(dict.fromkeys(record["sae"] for record in below))
-    figure = canvas(8.6, 3.6 + (0.8 + 0.62 * len(names)) * bool(below))
+    figure = canvas(9.2, 3.6 + (0.8 + 0.62 * len(names)) * bool(below))
     grid = figure.add_gridspec(1 + bool(below), 1, height_ratios=[3.0, 0.8 + 0.62 * len(names)] if below else None)
     above = grid[0].subgridspec(1, len(PANELS)).subplots()
     for axis, (measure, title) in zip(above, PANELS.items(), strict=True):
@@ -46,22 +46,21 @@ def similarity_figure(table: Table, stages: Sequence[str]) -> "Figure":
         _below(grid[1].subgridspec(1, 2).subplots(), below, names)
     handles = [mark(_label(line, reference), **_style(line, path, reference)) for line in lines]
     text = (
-        "Above: each kind's representation of the same tokens against that of "
-        f"{reference} (its own other seeds: dashed), mean over pairs of seeds, bars: 95 % over seeds and documents (documents alone where there is one seed)."
-        " Grey: whole documents permuted, 2.5 to 97.5 %."
+        f"Above: each kind's representation of the same tokens against that of {reference} (its own other seeds: dashed), mean over pairs of seeds. "
+        "Bars: 95 % over seeds and documents, or documents alone with one seed. Grey: whole documents permuted, 2.5 to 97.5 %."
     )
     if below:
         text += (
-            " Below, codes only: left, Spearman among pairs of tokens that the router sends to the same expert (same) or not (different; missing where "
-            "all tie), grey: as many pairs of random groups; right, rho-a of the other's RDM with 'same expert or not' alone (route), and Spearman of "
-            "the codes without it (rest)."
+            " Below, Spearman at the codes. Left: among pairs of tokens that the router sends to one expert (same) or not (different; missing where "
+            "all tie); grey: as many pairs of random groups. Right: of the other's codes with 'same expert or not' alone (route), and with the codes "
+            "when that is taken out (rest)."
         )
     legends(figure, text, handles, columns=3)
     return figure
 
 
 def _one_is(record: dict[str, Any], reference: str) -> bool:
-    """Against the reference; where the reference is the only routed one, all of its."""
+    """Whether the reference is on either side."""
     return record["against"] == reference or record["sae"] == reference
 
 
@@ -100,7 +99,7 @@ def _line(axis: "Axes", records: Table, stages: Sequence[str], style: dict[str, 
 def _below(axes: Sequence["Axes"], below: Table, names: Sequence[str]) -> None:
     groups = (
         (axes[0], "strata", {"spearman, same expert": "same", "spearman, different experts": "different"}, "Spearman within a stratum"),
-        (axes[1], "route", {"rho_a of the route": "route", "spearman without routes": "rest"}, "similarity to the other's codes"),
+        (axes[1], "route", {"spearman of the route": "route", "spearman without routes": "rest"}, "Spearman with the other's codes"),
     )
     for axis, part, measures, title in groups:
         records = [record for name in names for measure in measures for record in chosen(below, part=part, sae=name, measure=measure)]
