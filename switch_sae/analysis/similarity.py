@@ -245,7 +245,8 @@ class _Found:
                     yield self._summary(name, against, "route", f"{measure} of the route", stage, tuple(matrices))
                 without = [self._without_routes(of["spearman"], places, others, route) for of in (found.value, found.middle, found.resampled)]
                 yield self._summary(name, against, "route", "spearman without routes", stage, (*without,), note="each side without its own route")
-                yield from self._strata(found, stage, name, against)
+                if stage != "ungated":
+                    yield from self._strata(found, stage, name, against)
 
     def _without_routes(self, correlation: Tensor, places: list[int], others: list[int], route: dict[int, int]) -> Tensor:
         return torch.stack(
@@ -265,8 +266,7 @@ class _Found:
                     same_expert=same_expert,
                     replicates=self.config.bootstrap,
                 )
-                for a in self.places[name]
-                for b in self.places[against]
+                for a, b in _paired(self.places[name], self.places[against])
             ]
             if any(one is None for one in seeds):
                 note = "all distances of one side tie: these rows share no latent"
@@ -282,5 +282,11 @@ class _Found:
                 null=float(null.mean()),
                 null_interval=(float(null.min()), float(null.max())),
                 n=min(one.pairs for one in seeds if one is not None),
-                note="over documents alone; null: as many pairs by random groups of the experts' sizes",
+                note=f"{len(seeds)} pairs of seeds, over documents alone; null: as many pairs by random groups of the experts' sizes",
             )
+
+
+def _paired(first: list[int], second: list[int]) -> list[tuple[int, int]]:
+    """Each of the longer list with one of the other: as many pairs of seeds as there are seeds."""
+    count = max(len(first), len(second))
+    return [(first[n % len(first)], second[n % len(second)]) for n in range(count)]

@@ -12,7 +12,7 @@ from switch_sae.analysis.rsa import Pairs, Ranked, normalised, rho_a_matrix
 from switch_sae.metrics.bootstrap import document_weights
 
 PARTITIONS = 20
-MOST_PAIRS = 20_000
+MOST_PAIRS = 10_000
 
 
 @dataclass(frozen=True)
