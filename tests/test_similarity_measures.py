@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from switch_sae.analysis.calibration import MOST_ROWS, balanced, calibrated, orders, pair_slots
+from switch_sae.analysis.calibration import MOST_DOCUMENTS, MOST_ROWS, balanced, calibrated, orders, pair_slots
 from switch_sae.analysis.cka import centred_inner, cka, hsic
 from switch_sae.analysis.comparing import Plan, compare
 from switch_sae.analysis.dual_bootstrap import dual_variance, seed_mean, spread
@@ -302,7 +302,8 @@ def test_balanced_rows_are_whole_beginnings_of_documents_and_permutations_move_d
     for row_L in found.row_NL.tolist():
         document = int(document_T[row_L[0]])
         assert row_L == list(range(sum(sizes[:document]), sum(sizes[:document]) + 6))
-    assert balanced(torch.arange(5)) is None and balanced(torch.arange(9_000)).row_NL.numel() == MOST_ROWS
+    assert balanced(torch.arange(5)) is None and balanced(torch.arange(9_000)).row_NL.shape == (MOST_DOCUMENTS, 1)
+    assert balanced(torch.arange(10).repeat_interleave(900)).row_NL.numel() == MOST_ROWS
     slots = pair_slots(found, 200)
     pairs = slots.pairs()
     document, place = pairs.left_P // 6, pairs.left_P % 6

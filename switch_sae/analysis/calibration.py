@@ -20,6 +20,8 @@ from switch_sae.analysis.rsa import Pairs
 LEAST_DOCUMENTS = 6
 """6! = 720 orders; fewer documents have too few for 200 different permutations."""
 MOST_ROWS = 4_000
+MOST_DOCUMENTS = 224
+"""50,000 pairs of documents: more would make each permutation slow."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class Balanced:
 
 def balanced(document_T: Tensor) -> Balanced | None:
     """The first L rows of each document that has so many: L keeps most rows among those that keep at least half of the documents, and at most
-    `MOST_ROWS` rows are kept. None for fewer than `LEAST_DOCUMENTS` documents."""
+    `MOST_ROWS` rows and `MOST_DOCUMENTS` documents are kept. None for fewer than `LEAST_DOCUMENTS` documents."""
     size_N = document_T.bincount()
     sizes = size_N[size_N > 0].sort(descending=True).values
     if len(sizes) < LEAST_DOCUMENTS:
         return None
-    sizes = sizes[: max(LEAST_DOCUMENTS, MOST_ROWS)]
+    sizes = sizes[:MOST_DOCUMENTS]
     kept_N = torch.arange(1, len(sizes) + 1) * sizes
     kept_N[: max(LEAST_DOCUMENTS, math.ceil(len(sizes) / 2)) - 1] = 0
     documents = int(kept_N.argmax()) + 1

@@ -150,8 +150,9 @@ def partialled(correlation_VV: Tensor, first: int, second: int, from_first: Sequ
         weight_V = torch.zeros(correlation_VV.shape[:-1], dtype=correlation_VV.dtype)
         weight_V[..., view] = 1
         if models:
-            among_ZZ = correlation_VV[..., models, :][..., :, models]
-            weight_V[..., models] -= (torch.linalg.pinv(among_ZZ) @ correlation_VV[..., models, view][..., None])[..., 0]
+            known_VV = correlation_VV.nan_to_num()  # what is unknown stays so in the product below
+            among_ZZ = known_VV[..., models, :][..., :, models]
+            weight_V[..., models] -= (torch.linalg.pinv(among_ZZ) @ known_VV[..., models, view][..., None])[..., 0]
         combination.append(weight_V)
 
     def product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The figure of the analysis of similarity."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ def similarity_figure(table: Table, stages: Sequence[str]) -> "Figure":
     """Above, the path of every kind against the first one's; below, at the codes, what pairs of one expert agree on and what the route explains."""
     path = chosen(table, part="path")
     reference = path[0]["sae"]
-    below = [record for record in table if record["part"] in ("route", "strata") and record["at"] == "codes" and _one_is(record, reference)]
+    below = [record for record in table if record["part"] in ("route", "strata") and record["at"] == "codes" and record["value"] is not None]
+    below = [record for record in below if reference in (record["sae"], record["against"])]
     lines = list(dict.fromkeys((record["sae"], record["against"]) for record in path if _is_line(record, reference)))
     names = list(dict.fromkeys(record["sae"] for record in below))
     figure = canvas(9.2, 3.6 + (0.8 + 0.62 * len(names)) * bool(below))
@@ -47,7 +49,8 @@ def similarity_figure(table: Table, stages: Sequence[str]) -> "Figure":
     handles = [mark(_label(line, reference), **_style(line, path, reference)) for line in lines]
     text = (
         f"Above: each kind's representation of the same tokens against that of {reference} (its own other seeds: dashed), mean over pairs of seeds. "
-        "Bars: 95 % over seeds and documents, or documents alone with one seed. Grey: whole documents permuted, 2.5 to 97.5 %."
+        "Bars: 95 % over seeds and documents, or documents alone with one seed. Dashes of its colour: the ceiling, what seeds of both kinds agree on "
+        "among themselves (geometric mean). Grey: whole documents permuted, 2.5 to 97.5 %."
     )
     if below:
         text += (
@@ -55,13 +58,9 @@ def similarity_figure(table: Table, stages: Sequence[str]) -> "Figure":
             "all tie); grey: as many pairs of random groups. Right: of the other's codes with 'same expert or not' alone (route), and with the codes "
             "when that is taken out (rest)."
         )
-    legends(figure, text, handles, columns=3)
+    legends(figure, text, handles, columns=4)
+    figure.supxlabel("\n".join(textwrap.wrap(text, 165)), fontsize=7, color="0.25")
     return figure
-
-
-def _one_is(record: dict[str, Any], reference: str) -> bool:
-    """Whether the reference is on either side."""
-    return record["against"] == reference or record["sae"] == reference
 
 
 def _is_line(record: dict[str, Any], reference: str) -> bool:
@@ -93,6 +92,8 @@ def _line(axis: "Axes", records: Table, stages: Sequence[str], style: dict[str, 
             axis.plot([place, place], [record["null_low"], record["null_high"]], color="0.75", linewidth=3, solid_capstyle="butt", zorder=1)
         if record["low"] is not None:
             axis.plot([place, place], [record["low"], record["high"]], color=style["color"], linewidth=1.0, zorder=2)
+        if record["ceiling"] is not None:
+            axis.plot(place, record["ceiling"], "_", color=style["color"], markersize=7, zorder=2)
     axis.plot(x, [record["value"] for record in records], zorder=3, **style)
 
 
