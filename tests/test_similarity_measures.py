@@ -332,7 +332,7 @@ def clustered(documents_T, size, generator):
 
 
 def plan_of(document_T, permutations=200, bootstrap=2, pairs=20_000, neighbours=5):
-    return Plan(document_T, sampled_pairs(len(document_T), pairs), balanced(document_T), neighbours, bootstrap, permutations, lambda: None)
+    return Plan(document_T, sampled_pairs(len(document_T), pairs), balanced(document_T), neighbours, bootstrap, permutations, lambda _: None)
 
 
 def test_false_positives_are_five_per_cent(monkeypatch):

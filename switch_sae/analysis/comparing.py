@@ -56,8 +56,8 @@ class Plan:
     neighbours: int
     bootstrap: int
     permutations: int
-    done: Callable[[], None]
-    """Called after each resample and each permutation."""
+    done: Callable[[int], None]
+    """Called after each resample and each permutation (1), and before them all (with as many: about half of the work is then done)."""
 
 
 def compare(views: Sequence[Representation], routes: Sequence[Codes], plan: Plan) -> Comparison:
@@ -66,6 +66,7 @@ def compare(views: Sequence[Representation], routes: Sequence[Codes], plan: Plan
     """
     found = Comparison()
     _all_rows(found, views, routes, plan)
+    plan.done(plan.bootstrap + plan.permutations)
     _resamples(found, views, plan)
     if plan.balanced is not None:
         _permutations(found, views, routes, plan, plan.balanced)
@@ -122,7 +123,7 @@ def _resamples(found: Comparison, views: Sequence[Representation], plan: Plan) -
     for weights_RN in document_weights(documents, plan.bootstrap):
         for weight_N in weights_RN:
             resamples.append(measures(weight_N))
-            plan.done()
+            plan.done(1)
     if resamples:
         found.resampled = {name: torch.stack([one[name] for one in resamples]) for name in found.middle}
 
@@ -179,7 +180,7 @@ def _permutations(found: Comparison, views: Sequence[Representation], routes: Se
     permuted = []
     for order_N in orders(documents, plan.permutations):
         permuted.append(measures(order_N))
-        plan.done()
+        plan.done(1)
     if permuted:
         found.null = {name: torch.stack([one[name] for one in permuted]) for name in found.observed}
     if nearest:

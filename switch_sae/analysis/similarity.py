@@ -96,7 +96,7 @@ class _Found:
         self.places = {name: [self.seen.index(one) for one in group] for name, group in by_series(seen).items()}
         self.routed = [place for place, one in enumerate(self.seen) if one.routing is not None]
         self.documents = effective_documents(sample.document_T.bincount())
-        self.countdown = Countdown("comparing", len(STAGES) * (config.permutations + config.bootstrap), "rounds")
+        self.countdown = Countdown("comparing", len(STAGES) * 2 * (config.permutations + config.bootstrap), "rounds")
         self.rounds = 0
         self.plan = Plan(
             sample.document_T,
@@ -108,8 +108,8 @@ class _Found:
             self._done,
         )
 
-    def _done(self) -> None:
-        self.rounds += 1
+    def _done(self, rounds: int) -> None:
+        self.rounds += rounds
         self.countdown(self.rounds)
 
     def view(self, one: Seen, stage: str) -> Representation | None:
@@ -121,8 +121,9 @@ class _Found:
         decoder_MD = one.sae.decoder_weight().detach()
         if stage == "merged":
             return Codes.of(one.latents, duplicate_clusters(decoder_MD, one.latents.firing_counts() > 0, self.config.merge))
-        mix_MM = likeness(decoder_MD, self.config.gamma)
-        return None if mix_MM is None else Codes.of(one.latents, mix_MM=mix_MM)
+        fires_M = one.latents.firing_counts() > 0
+        mix_MM = likeness(decoder_MD[fires_M], self.config.gamma)
+        return None if mix_MM is None else Codes.of(one.latents, (fires_M.cumsum(0) - 1).clamp(min=0), mix_MM)
 
     def records(self, stage: str) -> Iterator[dict[str, Any]]:
         views = [self.view(one, stage) for one in self.seen]
