@@ -22,12 +22,13 @@
 # %%
 import os
 import warnings
+from collections import Counter
 
 from IPython.display import Image, display
 
 from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.findings import chosen, compact
-from switch_sae.analysis.observed import HOW_MANY
+from switch_sae.analysis.observed import HOW_MANY, series
 from switch_sae.report import render
 from switch_sae.report.tables import records_table
 from switch_sae.results import finished_runs
@@ -36,7 +37,7 @@ from switch_sae.runs import RunDir
 
 NAMED = os.environ.get("SWITCH_SAE_RUNS", "")  # folders, separated by os.pathsep
 RUNS = [RunDir.open(path) for path in NAMED.split(os.pathsep)] if NAMED else finished_runs("runs")[:2]
-SETTINGS = {"rows": int(os.environ.get("SWITCH_SAE_ROWS", "10000"))}
+SETTINGS = {"rows": 10_000}
 
 warnings.filterwarnings("ignore", message="IProgress not found")
 assert RUNS, "there is no finished run in runs/: train one (make train), or set RUNS"
@@ -58,8 +59,8 @@ print(f"{len(saes)} SAEs of the same activations: {', '.join(row.name for row in
 if len(saes) < len(every):
     print(f"left out, since they saw other activations than {saes[0].name}: {', '.join(row.name for row in every if row not in saes)}")
 assert len(saes) > 1, "similarity compares SAEs: give runs of at least two on the same activations"
-if len({row.seed for row in saes}) < 2:
-    print("one seed of each: no noise ceiling, and intervals over documents alone. Train more seeds to know how much two of one kind differ.")
+if alone := [name for name, count in Counter(map(series, saes)).items() if count == 1]:
+    print(f"one seed of {', '.join(alone)}: no ceiling, and intervals over documents alone. Train more seeds to know how much two of a kind differ.")
 found = analyze("similarity", saes, SETTINGS)
 
 # %% [markdown]
