@@ -193,18 +193,18 @@ class _Found:
         return f"not calibrated: fewer than {LEAST_DOCUMENTS} documents" if self.plan.balanced is None else ""
 
     def _path(self, found: Comparison, stage: str, name: str, against: str) -> Iterator[dict[str, Any]]:
-        here = (..., *torch.meshgrid(torch.tensor(self._of(name)), torch.tensor(self._of(against)), indexing="ij"))
+        rows, columns = torch.meshgrid(torch.tensor(self._of(name)), torch.tensor(self._of(against)), indexing="ij")
         for measure in MEASURES:
             if measure not in found.value:
                 continue
-            value = found.value[measure][here]
+            value = found.value[measure][..., rows, columns]
             if measure == "rho_a_correlation":
                 note = "" if stage == "reconstructions" else "orders codes without a common latent by their size: do not trust"
                 yield self._summary(name, against, "path", measure, stage, (value, value, value[None][:0]), note=note)
                 continue
-            matrices = [value, found.middle[measure][here], found.resampled[measure][here]]
+            matrices = [value, found.middle[measure][..., rows, columns], found.resampled[measure][..., rows, columns]]
             if measure in found.null:
-                matrices += [of[measure][here] for of in (found.observed, found.null, found.most)]
+                matrices += [of[measure][..., rows, columns] for of in (found.observed, found.null, found.most)]
             note = "" if measure != "cka" or stage != "soft" else "of sampled pairs"
             ceiling, missing = (None, "") if name == against else self._ceiling(found.value[measure], name, against)
             notes = "; ".join(part for part in (note, missing) if part)

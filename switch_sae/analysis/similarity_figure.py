@@ -34,7 +34,7 @@ def similarity_figure(table: Table, stages: Sequence[str]) -> "Figure":
     names = list(dict.fromkeys(record["sae"] for record in below))
     figure = canvas(9.2, 3.6 + (0.8 + 0.62 * len(names)) * bool(below))
     grid = figure.add_gridspec(1 + bool(below), 1, height_ratios=[3.0, 0.8 + 0.62 * len(names)] if below else None)
-    above = grid[0].subgridspec(1, len(PANELS)).subplots()
+    above = list(grid[0].subgridspec(1, len(PANELS)).subplots(squeeze=False).flat)
     for axis, (measure, title) in zip(above, PANELS.items(), strict=True):
         for place, line in enumerate(lines):
             records = chosen(path, measure=measure, sae=line[0], against=line[1])
@@ -45,7 +45,7 @@ def similarity_figure(table: Table, stages: Sequence[str]) -> "Figure":
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]), top=max(1.0, axis.get_ylim()[1]))
         axis.grid(axis="y", linewidth=0.4, color="0.88")
     if below:
-        _below(grid[1].subgridspec(1, 2).subplots(), below, names)
+        _below(list(grid[1].subgridspec(1, 2).subplots(squeeze=False).flat), below, names)
     handles = [mark(_label(line, reference), **_style(line, path, reference)) for line in lines]
     text = (
         f"Above: each kind's representation of the same tokens against that of {reference} (its own other seeds: dashed), mean over pairs of seeds. "
