@@ -19,6 +19,7 @@ SAYS = {
         *("2 switch", "FVU of switch relative to", "NMI of experts and topics 0.", "of the directions of flop_matched are in switch", "cut into 4"),
     ),
     "router": ("SAEs with experts", "dense encoder rows explain", "principal components", "tell their own expert's decoder from others' with AUC"),
+    "similarity": ("6 SAEs of the same activations", "Without routes the codes' agreement is", "are alike with Spearman 0."),
 }
 """What each notebook must print."""
 
@@ -33,6 +34,9 @@ def runs(tmp_path_factory):
 def test_its_cells_run_in_order_on_the_newest_runs(name, runs, monkeypatch, capsys):
     monkeypatch.chdir(runs[0].path.parents[1])
     monkeypatch.delenv("SWITCH_SAE_RUNS", raising=False)
+    for pairs in ("RESAMPLED_PAIRS", "PAIRS_OF_PAIRS", "ORDERED_PAIRS"):  # so many are for trained runs
+        monkeypatch.setattr(f"switch_sae.analysis.comparing.{pairs}", 2000)
+    monkeypatch.setattr("switch_sae.analysis.calibration.MOST_DOCUMENTS", 40)
     before = {file for file in runs[0].path.rglob("*")}
     names = {"__name__": "__main__"}
     for cell in jupytext.read(run_notebook.NOTEBOOKS[name]).cells:
