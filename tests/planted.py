@@ -42,8 +42,8 @@ def sample_of(rows, per_document=20, text=False):
 
 
 def world(rows=4000, seed=0, noise=0.1):
-    """Copies lie at a cosine of about 0.98 to the dense latent, parts at 0.74, halves of a refined one at 0.98, the broader one of three at 0.58. Each
-    firing of the Switch SAE is missed with probability `noise`, and values differ by up to a fifth."""
+    """Copies lie at a cosine of about 0.98 to the dense latent, parts at 0.74, halves of a refined one at 0.98, the broader one of three at 0.58.
+    Each firing of the Switch SAE is missed with probability `noise`, and values differ by up to a fifth."""
     generator = torch.Generator().manual_seed(seed)
     topic_T = torch.randint(EXPERTS, (rows,), generator=generator)
     kind_A = [kind for kind, size in SIZES.items() for _ in range(size)]

@@ -125,7 +125,8 @@ def over_documents(
     def moved(weights_RN: Tensor) -> dict[str, Tensor]:
         return {name: value_R - value_R.mean() + values[name] for name, value_R in resampled(weights_RN).items() if name in values}
 
-    return intervals(moved, len(rows_N), replicates, effective=effective_documents(rows_N))
+    spans = intervals(moved, len(rows_N), replicates, effective=effective_documents(rows_N))
+    return {name: (min(low, values[name]), max(high, values[name])) for name, (low, high) in spans.items()}
 
 
 def _inverse_root(variance: Tensor, scale: Tensor, otherwise: float = 0.0) -> Tensor:

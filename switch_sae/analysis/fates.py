@@ -53,7 +53,7 @@ class Fates(Analysis):
         rows: int = 20_000
         near: float = 0.5
         part: float = 0.02
-    """Below what each of 32 experts gets of an even split."""
+        """Below what each of 32 experts gets of an even split."""
         inside: float = 0.5
         cover: float = 0.5
         whole: float = 0.8
