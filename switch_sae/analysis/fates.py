@@ -59,7 +59,8 @@ class Fates(Analysis):
         whole: float = 0.8
         copy: float = 0.9
         min_count: int = 5
-        bootstrap: int = 500
+        bootstrap: int = 300
+        """Resamples of documents B; nulls take at most 100."""
         examples: int = 3
 
         def __post_init__(self) -> None:
@@ -121,7 +122,7 @@ class Fates(Analysis):
     def _records(self, one: Side, other: Side, judged: Judged, null: Judged, control: dict[str, float]) -> Table:
         values, chance = self._values(one, judged), self._values(one, null)
         spans = over_documents(lambda weights_RN: self._shares(one, judged, weights_RN), values, judged.rows_N, self.config.bootstrap)
-        null_spans = over_documents(lambda weights_RN: self._shares(one, null, weights_RN), chance, null.rows_N, self.config.bootstrap)
+        null_spans = over_documents(lambda weights_RN: self._shares(one, null, weights_RN), chance, null.rows_N, min(100, self.config.bootstrap))
         about: dict[str, Any] = {"against": other.seen.name}
         kind_A, table = judged.kind_A(), []
         for at, part_A in self._parts(one).items():

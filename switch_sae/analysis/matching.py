@@ -65,7 +65,8 @@ class Matching(Analysis):
         """Paulo & Belrose's (2501.16615)."""
         alike: float = 0.5
         min_count: int = 5
-        bootstrap: int = 500
+        bootstrap: int = 300
+        """Resamples of documents B; nulls take at most 100."""
 
         def __post_init__(self) -> None:
             for name in ("near", "alike"):
@@ -106,7 +107,7 @@ class Matching(Analysis):
         if match.kind == "one_to_one":
             parts |= {name: bin_A == place for place, name in enumerate(BINS)}
         spans = match.intervals(near, alike, parts, resamples)
-        null_spans = {} if match.null is None else match.null.intervals(near, alike, parts, resamples)
+        null_spans = {} if match.null is None else match.null.intervals(near, alike, parts, min(100, resamples))
         note = _same_start(match)
         if not bool((match.partner_A >= 0).any()):
             note, parts = f"more than {LARGEST} live latents on both sides: not matched one to one", {"": torch.zeros_like(bin_A, dtype=torch.bool)}
