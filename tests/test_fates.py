@@ -139,7 +139,7 @@ def test_the_table_has_the_shares_their_null_control_and_intervals(table):
     number = {record["at"]: record["value"] for record in chosen(records, part="partners", sae="dense-s0")}
     assert number["copied"] == pytest.approx(4, abs=0.1) and number["matched"] == pytest.approx(1, abs=0.1)
     assert {record["measure"] for record in analysis.shown(records)} == {*KINDS, "number"}
-    assert len(analysis.draw(records).axes) == len(KINDS) + 1
+    assert len(analysis.draw(records).axes) == len(KINDS) + 2  # one panel for the seeds together, one for their control
 
 
 def test_examples_name_partners_with_their_text(table):

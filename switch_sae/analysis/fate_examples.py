@@ -26,7 +26,7 @@ WINDOW = 6
 
 def examples(dense: Side, other: Side, judged: Judged, sample: Sample, decode: Decode | None, number: int) -> Table:
     """`number` latents of each kind, at random, because a choice of the nicest ones says little; each followed by its partners, the largest share
-    first. For absorbed and lost latents that have none, the latent with the largest cosine."""
+    first. For absorbed ones the broader latent; for lost ones without any, the latent with the largest cosine."""
     kind_A, generator = judged.kind_A(), torch.Generator().manual_seed(0)
     counts_A = dense.on_b.firing_counts() + dense.on_a.firing_counts()
     expert_B = other.seen.expert_M[other.keep_A]
@@ -40,7 +40,10 @@ def examples(dense: Side, other: Side, judged: Judged, sample: Sample, decode: D
             partners = judged.partner_AB[a].nonzero()[:, 0]
             partners = partners[judged.share_AB[a, partners].argsort(descending=True, stable=True)][:PARTNERS]
             note = "partner" if len(partners) else "no partner: the nearest latent"
-            for b in partners.tolist() or [int(judged.cosine_AB[a].argmax())]:
+            others = partners.tolist() or [int(judged.cosine_AB[a].argmax())]
+            if kind == "absorbed":
+                note, others = "broader latent", [int(judged.share_AB[a].masked_fill(judged.cosine_AB[a] < judged.limits.near, -1).argmax())]
+            for b in others:
                 pair = correlation(_alone(dense.on_b, a), _alone(other.on_b, b))
                 known = {"partner": int(other.keep_A[b]), "expert": int(expert_B[b]), "cosine": float(judged.cosine_AB[a, b])}
                 known |= {"correlation": float(pair), "share": float(judged.share_AB[a, b])}

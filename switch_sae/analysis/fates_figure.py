@@ -23,8 +23,11 @@ def drawn(table: Table) -> "Figure":
 
     rows = means([record for record in table if record["part"] != "example"])
     pairs = list(dict.fromkeys((record["sae"], record["against"]) for record in chosen(rows, part="latents")))
-    columns = min(3, len(pairs))
-    below = -(-len(pairs) // columns)
+    controls = {one: other for one, other in reversed(pairs) if chosen(rows, part="latents", sae=one, against=other)[0]["ceiling"] is not None}
+    stacks = [(one, other, "value", f"{one} in {other}") for one, other in pairs]
+    stacks += [(one, other, "ceiling", f"control: {one} in another seed") for one, other in controls.items()]
+    columns = min(3, len(stacks))
+    below = -(-len(stacks) // columns)
     upper_height, lower_height = 0.9 + 0.4 * len(pairs), 2.1 * below
     figure = canvas(10.4, 1.2 + upper_height + lower_height)
     upper, lower = figure.subfigures(2, 1, height_ratios=(upper_height, lower_height))
@@ -41,18 +44,18 @@ def drawn(table: Table) -> "Figure":
     axes[0].set_ylim(len(pairs) - 0.5, -0.5)
     fills = [{"facecolor": colour, "hatch": hatch, "edgecolor": "white"} for colour, hatch in zip((*COLOURS[:5], "0.8"), HATCHES, strict=True)]
     panels = list(lower.subplots(below, columns, squeeze=False, sharey=True).flat)
-    for axis, (one, other) in zip(panels, pairs, strict=False):
+    for axis, (one, other, column, title) in zip(panels, stacks, strict=False):
         records = chosen(rows, part="by_frequency", sae=one, against=other)
         bins = list(dict.fromkeys(str(record["at"]) for record in records))
         base = [0.0] * len(bins)
         for kind, fill in zip(KINDS, fills, strict=True):
-            share = [record["value"] or 0.0 for record in chosen(records, measure=kind)]
+            share = [record[column] or 0.0 for record in chosen(records, measure=kind)]
             axis.bar(range(len(bins)), share, bottom=base, width=0.8, linewidth=0.5, **fill)
             base = [low + more for low, more in zip(base, share, strict=True)]
         axis.set_xticks(range(len(bins)), [name.replace(" to ", "-") for name in bins], fontsize=7)
-        axis.set_title(f"{one} in {other}", fontsize=7)
+        axis.set_title(title, fontsize=7)
         axis.yaxis.set_major_formatter(percent())
-    for axis in panels[len(pairs) :]:
+    for axis in panels[len(stacks) :]:
         axis.set_visible(False)
     style = look(*Kind.of(rows[0])).style() | {"linestyle": "none"}
     handles = [

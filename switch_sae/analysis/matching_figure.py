@@ -7,7 +7,7 @@ from switch_sae.analysis.findings import chosen
 from switch_sae.analysis.observed import series_name
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import grouped
-from switch_sae.style import canvas, legends, look, mark, percent, styled
+from switch_sae.style import DASHES, canvas, legends, look, mark, percent, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,9 +53,9 @@ def drawn(table: Table, near: float, alike: float) -> "Figure":
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.1 + 0.34 * len(pairs), 2.6))
     measures = (
         ("cosine", "decoder", "mean cosine of pairs\n(by decoder)"),
-        ("close", "decoder", f"share of latents with a partner\nat cosine ≥ {near:g} (by decoder)"),
-        ("correlation", "activations", "mean correlation on documents B\n(paired by activations on A)"),
-        ("alike", "activations", f"share of latents with a partner\nat correlation ≥ {alike:g} on B"),
+        ("close", "decoder", f"have a partner at cosine ≥ {near:g}\n(by decoder)"),
+        ("correlation", "activations", "mean correlation on B\n(by activations on A)"),
+        ("alike", "activations", f"have a partner at correlation\n≥ {alike:g} on B (by activations)"),
     )
     axes = list(upper.subplots(1, len(measures), sharey=True))
     for axis, (measure, by, label) in zip(axes, measures, strict=True):
@@ -72,12 +72,13 @@ def drawn(table: Table, near: float, alike: float) -> "Figure":
     axes = list(lower.subplots(1, 3))
     asked = max((name for name, kind in kinds.items() if not kind.is_routed), key=lambda name: _latents(rows, name))
     shown = [pair for pair in pairs if pair[0] == asked]
+    looks = _looks({pair[1]: kinds[pair[1]] for pair in shown}, asked)
     for axis, measure, label in (
         (axes[0], "close by decoder", f"share at cosine ≥ {near:g}"),
         (axes[1], "correlation by activations", "mean correlation on B"),
     ):
         for pair in shown:
-            _curve(axis, chosen(rows, part="by_frequency", measure=measure, sae=asked, against=pair[1]), kinds[pair[1]], pair[0] == pair[1])
+            _curve(axis, chosen(rows, part="by_frequency", measure=measure, sae=asked, against=pair[1]), looks[pair[1]])
         axis.set_xlabel("share of rows on which the latent fires")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
@@ -91,7 +92,7 @@ def drawn(table: Table, near: float, alike: float) -> "Figure":
         mark("null", marker="|", color="0.45", linestyle="none", markersize=8),
         mark("ceiling: in other seeds of their own kind", marker="4", color="0.2", linestyle="none", markersize=9),
     ]
-    handles += [mark(f"below: in {pair[1]}", **_look(kinds[pair[1]], pair[0] == pair[1])) for pair in shown]
+    handles += [mark(f"below: in {pair[1]}", **looks[pair[1]]) for pair in shown]
     names = {"none": "recur in no seed", "any": "as many of any"}
     handles += [mark(f"right: {names[key]}", color="0.2", linestyle=dash) for key, dash in (("none", "-"), ("any", ":"))]
     text = (
@@ -122,15 +123,19 @@ def dot(axis: "Axes", record: dict[str, Any], place: float, hollow: bool) -> Non
     axis.plot(record["value"], place, clip_on=False, zorder=4, **style)
 
 
-def _look(kind: Kind, own: bool) -> dict[str, Any]:
-    """Of a curve: seeds of the asked kind itself, the ceiling, are black and dashed."""
-    return {"color": "black", "marker": "4", "linestyle": "--"} if own else look(*kind).style()
+def _looks(kinds: dict[str, Kind], asked: str) -> dict[str, dict[str, Any]]:
+    """Of curves: seeds of the asked kind itself, the ceiling, are black and dashed; a colour that comes again has other dashes."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, kind in kinds.items():
+        style = look(*kind).style()
+        again = sum(other["color"] == style["color"] for other in found.values())
+        found[name] = style | ({"linestyle": DASHES[1 + again % (len(DASHES) - 1)]} if again else {})
+    return found | ({asked: {"color": "black", "marker": "4", "linestyle": "--"}} if asked in kinds else {})
 
 
-def _curve(axis: "Axes", records: Table, kind: Kind, own: bool) -> None:
+def _curve(axis: "Axes", records: Table, style: dict[str, Any]) -> None:
     places = [place for place, record in enumerate(records) if record["value"] is not None]
     known = [records[place] for place in places]
-    style = _look(kind, own)
     for place, record in zip(places, known, strict=True):
         if record["low"] is not None:
             axis.plot([place, place], [record["low"], record["high"]], color=style["color"], linewidth=0.9)
