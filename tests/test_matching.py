@@ -181,7 +181,11 @@ def test_the_table_says_how_much_is_shared_beside_null_and_ceiling(table):
     assert sum(record["n"] * record["value"] for record in by_frequency if record["n"]) == pytest.approx(SHARED, abs=2)
     merged = chosen(means(records), part="one_to_one", measure="close", at=DECODER, sae="dense", against="switch")
     singles = chosen(records, part="one_to_one", measure="close", at=DECODER, sae=("dense-s0", "dense-s1"), against=("switch-s0", "switch-s1"))
-    assert [record["value"] for record in merged] == [pytest.approx(sum(record["value"] for record in singles) / 4)] and len(singles) == 4
+    different = [record["value"] for record in singles if record["sae"][-1] != record["against"][-1]]
+    assert len(singles) == 4 and len(different) == 2 and merged[0]["note"] == "mean of 2"
+    assert [record["value"] for record in merged] == [pytest.approx(sum(different) / 2)]
+    together = means([record for record in singles if record["sae"][-1] == record["against"][-1]])
+    assert together[0]["value"] is not None and len(together) == 1
     assert len(analysis.draw(records).axes) == 7 and "by_frequency" not in {record["part"] for record in analysis.shown(records)}
 
 

@@ -70,8 +70,8 @@ def tell(name, table):
 # of thousands of partners looks good by chance alone, as `correlation_on_a` and its null show.
 #
 # The **null** rotates the other dictionary, or gives its activations on other documents. The **ceiling** is what the same latents reach in another
-# seed of their own kind: a Switch SAE cannot be blamed for a dense latent that another dense SAE does not find either. SAEs of one seed and width
-# start from the same decoder, which helps their match a little; pairs of different seeds do not have this.
+# seed of their own kind: a Switch SAE cannot be blamed for a dense latent that another dense SAE does not find either. SAEs of one seed start
+# from the same random numbers and agree after little training for that reason alone: where there are pairs of different seeds, only these count.
 
 # %%
 matching = []

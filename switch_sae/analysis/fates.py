@@ -16,7 +16,7 @@ from switch_sae.analysis.findings import chosen, compact, finding
 from switch_sae.analysis.matching import BINS, EDGES
 from switch_sae.analysis.matching_figure import means
 from switch_sae.analysis.observed import observe, only_dense, only_routed, series
-from switch_sae.analysis.pairing import Side, sides, stranger
+from switch_sae.analysis.pairing import Side, same_start, sides, stranger
 from switch_sae.analysis.partners import KINDS, Judged, judge
 from switch_sae.checks import Settings, at_least
 from switch_sae.countdown import Countdown
@@ -124,6 +124,7 @@ class Fates(Analysis):
         spans = over_documents(lambda weights_RN: self._shares(one, judged, weights_RN), values, judged.rows_N, self.config.bootstrap)
         null_spans = over_documents(lambda weights_RN: self._shares(one, null, weights_RN), chance, null.rows_N, min(100, self.config.bootstrap))
         about: dict[str, Any] = {"against": other.seen.name}
+        notes = [same_start(one, other), "" if control else f"no control: one seed of {series(one.seen.row)}"]
         kind_A, table = judged.kind_A(), []
         for at, part_A in self._parts(one).items():
             n = int((kind_A[part_A] >= 0).sum())
@@ -139,14 +140,16 @@ class Fates(Analysis):
                             null_interval=_share_span(null_spans.get(name)),
                             ceiling=control.get(name),
                             n=n,
-                            note="" if control else f"no control: one seed of {series(one.seen.row)}",
+                            note="; ".join(filter(None, notes)),
                             **about,
                         )
                     )
         for place, kind in enumerate(KINDS[:4]):
             numbers = judged.partner_AB.sum(1)[kind_A == place].double()
             mean = float(numbers.mean()) if len(numbers) else None
-            table.append(finding(one.seen.row, "partners", "number", mean, at=kind, n=len(numbers), note="" if len(numbers) else "none", **about))
+            table.append(
+                finding(one.seen.row, "partners", "number", mean, at=kind, n=len(numbers), note=notes[0] if len(numbers) else "none", **about)
+            )
         return table
 
     def shown(self, table: Table) -> Table:

@@ -14,7 +14,7 @@ from switch_sae.analysis.base import Analysis, Table
 from switch_sae.analysis.findings import chosen, compact, finding
 from switch_sae.analysis.matching_figure import drawn, means
 from switch_sae.analysis.observed import observe, only_dense, series, series_name
-from switch_sae.analysis.pairing import ACTIVATIONS, DECODER, Matched, Scores, Side, matches, rotated, sides
+from switch_sae.analysis.pairing import ACTIVATIONS, DECODER, Matched, Scores, Side, matches, rotated, same_start, sides
 from switch_sae.analysis.recovery import mean_best_match
 from switch_sae.analysis.subspaces import overlaps
 from switch_sae.checks import Settings, at_least
@@ -55,7 +55,8 @@ class Matching(Analysis):
       angles between seeds' first r right singular vectors, `angle` = their median in degrees, and `variance` = what the r directions hold; at = r.
       Null of the overlap: random subspaces, r / D.
 
-    Intervals resample documents B. SAEs of one seed and width start from the same decoder: `note` says so, since it helps their match a little.
+    Intervals resample documents B. SAEs of one seed start from the same random numbers, which helps their match: `note` says so, and means
+    over seeds, in figures and on terminals, leave them out where pairs of different seeds are there.
     """
 
     @dataclass
@@ -108,7 +109,7 @@ class Matching(Analysis):
             parts |= {name: bin_A == place for place, name in enumerate(BINS)}
         spans = match.intervals(near, alike, parts, resamples)
         null_spans = {} if match.null is None else match.null.intervals(near, alike, parts, min(100, resamples))
-        note = _same_start(match)
+        note = same_start(match.first, match.second)
         if not bool((match.partner_A >= 0).any()):
             note, parts = f"more than {LARGEST} live latents on both sides: not matched one to one", {"": torch.zeros_like(bin_A, dtype=torch.bool)}
         for at, chosen_A in parts.items():
@@ -177,11 +178,6 @@ class Matching(Analysis):
 
 def _kind(side: Side) -> str:
     return series(side.seen.row)
-
-
-def _same_start(match: Matched) -> str:
-    one, other = match.first.seen.row, match.second.seen.row
-    return "same seed and width: same decoder at the start" if (one.seed, one.num_latents) == (other.seed, other.num_latents) else ""
 
 
 def _with_ceilings(table: Table) -> Table:

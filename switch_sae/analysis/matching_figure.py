@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from switch_sae.analysis.base import Table
 from switch_sae.analysis.findings import chosen
 from switch_sae.analysis.observed import series_name
+from switch_sae.analysis.pairing import SAME_START
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import grouped
 from switch_sae.style import DASHES, canvas, legends, look, mark, percent, styled
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def means(table: Table) -> Table:
     """Records of the pairs of runs of the same two kinds as one: means of values, nulls and ceilings; intervals that hold those of all pairs, or all
-    values where they have none; how many pairs in `note`. Names are those of kinds."""
+    values where they have none; how many pairs in `note`. Names are those of kinds. Pairs with a `SAME_START` count where there are no others."""
 
     def key(record: dict[str, Any]) -> tuple[Any, ...]:
         return (series_name(record["sae"]), series_name(record["against"]), record["part"], record["measure"], record["at"])
@@ -24,6 +25,7 @@ def means(table: Table) -> Table:
     found = []
     for (sae, against, *_), records in grouped(table, key).items():
         known = [record for record in records if record["value"] is not None]
+        known = [record for record in known if SAME_START not in record["note"]] or known
         merged = records[0] | {"sae": sae, "against": against, "seed": None}
         if known:
             merged |= {name: _mean([record[name] for record in known]) for name in ("value", "null", "ceiling")}
@@ -96,7 +98,7 @@ def drawn(table: Table, near: float, alike: float) -> "Figure":
     names = {"none": "recur in no seed", "any": "as many of any"}
     handles += [mark(f"right: {names[key]}", color="0.2", linestyle=dash) for key, dash in (("none", "-"), ("any", ":"))]
     text = (
-        "Names are kinds of SAEs, means over all pairs of their seeds; a kind alone is matched between its own seeds. Bars hold the 95 % intervals "
+        "Names are kinds of SAEs, means over all pairs of different seeds; a kind alone is matched between its own seeds. Bars hold the 95 % intervals "
         "over documents B of all pairs, or the values of all pairs where a number has no such interval. Nulls: rotated dictionary (decoder, "
         f"subspaces), permuted documents (activations). Below: latents of {asked}, one to one; dashed grey: the null."
     )

@@ -58,6 +58,14 @@ def sides(sample: Sample, seen: Sequence[Seen], min_count: int) -> list[Side]:
     return found
 
 
+SAME_START = "same seed: decoders start from the same random numbers"
+
+
+def same_start(first: Side, second: Side) -> str:
+    """What is to be said of a pair: SAEs of one seed have latents in common from the start, also of other widths."""
+    return SAME_START if first.seen.row.seed == second.seen.row.seed else ""
+
+
 def other_documents(document_T: Tensor, seed: int = 0) -> Tensor:
     """[T]: a row of another document for every row, each used once: documents in a random order, half a turn apart. Rows of a document stay in
     order. Where one document has more than half of all rows, some of its rows meet its own."""
