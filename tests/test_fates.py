@@ -12,7 +12,7 @@ from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.fates import Fates
 from switch_sae.analysis.findings import chosen
 from switch_sae.analysis.observed import observe, series
-from switch_sae.analysis.pairing import sides
+from switch_sae.analysis.pairing import SAME_START, sides
 from switch_sae.analysis.partners import KINDS, judge
 from switch_sae.models import SwitchSAE, TopKSAE
 from switch_sae.results import collect
@@ -169,7 +169,7 @@ def test_trained_saes_without_text_or_a_second_seed_are_judged_too(tmp_path):
     runs += [tiny_run(tmp_path, SwitchSAE.Config(num_latents=32, k=4, num_experts=4), source=source, baselines=[])]
     rows = collect([run.path for run in runs])
     records = analyze("fates", rows, {"rows": 400, "bootstrap": 20})
-    assert {record["note"] for record in chosen(records, part="latents")} == {f"no control: one seed of {series(only(rows))}"}
+    assert {record["note"] for record in chosen(records, part="latents")} == {f"{SAME_START}; no control: one seed of {series(only(rows))}"}
     assert {record["text"] for record in records} == {""} and chosen(records, part="latents")[0]["ceiling"] is None
     sample, found = observe(rows, source_of(rows[0]), 400)
     dense, other = sorted(sides(sample, found, 5), key=lambda side: side.seen.row.num_experts)

@@ -66,9 +66,9 @@ def drawn(table: Table) -> "Figure":
     ]
     handles += [Patch(label=kind, **fill) for kind, fill in zip(KINDS, fills, strict=True)]
     text = (
-        "Means over all pairs of different seeds; bars hold the 95 % intervals over documents B of all pairs. Null: the other SAE's rows come from other "
-        "documents. Control: another seed of the dense SAE, cut into as many arbitrary blocks as there are experts. Below: shares of latents by the "
-        "share of rows on which they fire."
+        "Means over all pairs of different seeds; bars hold the 95 % intervals over documents B of all pairs. Null: the other SAE's rows come "
+        "from other documents. Control: another seed of the dense SAE, cut into as many arbitrary blocks as there are experts. Below: shares of "
+        "latents by the share of rows on which they fire."
     )
     legends(figure, text, handles, columns=5)
     return figure

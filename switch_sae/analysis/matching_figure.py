@@ -98,9 +98,9 @@ def drawn(table: Table, near: float, alike: float) -> "Figure":
     names = {"none": "recur in no seed", "any": "as many of any"}
     handles += [mark(f"right: {names[key]}", color="0.2", linestyle=dash) for key, dash in (("none", "-"), ("any", ":"))]
     text = (
-        "Names are kinds of SAEs, means over all pairs of different seeds; a kind alone is matched between its own seeds. Bars hold the 95 % intervals "
-        "over documents B of all pairs, or the values of all pairs where a number has no such interval. Nulls: rotated dictionary (decoder, "
-        f"subspaces), permuted documents (activations). Below: latents of {asked}, one to one; dashed grey: the null."
+        "Names are kinds of SAEs, means over all pairs of different seeds; a kind alone is matched between its own seeds. Bars hold the 95 % "
+        "intervals over documents B of all pairs, or the values of all pairs where a number has no such interval. Nulls: rotated dictionary "
+        f"(decoder, subspaces), permuted documents (activations). Below: latents of {asked}, one to one; dashed grey: the null."
     )
     legends(figure, text, handles, columns=4)
     return figure
