@@ -1,6 +1,6 @@
 """The figure of `Fates`."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from switch_sae.analysis.base import Table
 from switch_sae.analysis.findings import chosen
@@ -30,7 +30,8 @@ def drawn(table: Table) -> "Figure":
     below = -(-len(stacks) // columns)
     upper_height, lower_height = 0.9 + 0.4 * len(pairs), 2.1 * below
     figure = canvas(10.4, 1.2 + upper_height + lower_height)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(upper_height, lower_height))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(upper_height, lower_height))
+    upper, lower = parts
     axes = list(upper.subplots(1, len(KINDS), sharey=True))
     for axis, kind in zip(axes, KINDS, strict=True):
         for part, shift, hollow in (("latents", -0.16, False), ("activation", 0.16, True)):
@@ -42,7 +43,9 @@ def drawn(table: Table) -> "Figure":
         axis.grid(axis="x", linewidth=0.4, color="0.88")
     axes[0].set_yticks(range(len(pairs)), [f"{one}\nin {other}" for one, other in pairs], fontsize=7)
     axes[0].set_ylim(len(pairs) - 0.5, -0.5)
-    fills = [{"facecolor": colour, "hatch": hatch, "edgecolor": "white"} for colour, hatch in zip((*COLOURS[:5], "0.8"), HATCHES, strict=True)]
+    fills: list[dict[str, Any]] = [
+        {"facecolor": colour, "hatch": hatch, "edgecolor": "white"} for colour, hatch in zip((*COLOURS[:5], "0.8"), HATCHES, strict=True)
+    ]
     panels = list(lower.subplots(below, columns, squeeze=False, sharey=True).flat)
     for axis, (one, other, column, title) in zip(panels, stacks, strict=False):
         records = chosen(rows, part="by_frequency", sae=one, against=other)
@@ -58,7 +61,7 @@ def drawn(table: Table) -> "Figure":
     for axis in panels[len(stacks) :]:
         axis.set_visible(False)
     style = look(*Kind.of(rows[0])).style() | {"linestyle": "none"}
-    handles = [
+    handles: list[Any] = [
         mark("share of latents", **style),
         mark("share of activation", **(style | {"markerfacecolor": "white"})),
         mark("null", marker="|", color="0.45", linestyle="none", markersize=8),

@@ -52,7 +52,8 @@ def drawn(table: Table, near: float, alike: float) -> "Figure":
     kinds = {record["sae"]: Kind.of(record) for record in rows}
     pairs.sort(key=lambda pair: (pair[0] == pair[1], kinds[pair[0]].order, kinds[pair[1]].order))
     figure = canvas(10.4, 4.2 + 0.34 * len(pairs))
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.1 + 0.34 * len(pairs), 2.6))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.1 + 0.34 * len(pairs), 2.6))
+    upper, lower = parts
     measures = (
         ("cosine", "decoder", "mean cosine of pairs\n(by decoder)"),
         ("close", "decoder", f"have a partner at cosine ≥ {near:g}\n(by decoder)"),

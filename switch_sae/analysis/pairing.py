@@ -207,5 +207,5 @@ def _dealt_again(partner_A: Tensor) -> Tensor:
 
 def _matched(first: Side, second: Side, kind: str, by: str, partner_A: Tensor, scores: Scores, null: Matched | None) -> Matched:
     at = torch.arange(len(partner_A)), partner_A.clamp(min=0)
-    found = [torch.where(partner_A >= 0, score_AB[at], 0.0) for score_AB in (scores.cosine, scores.on_a, scores.on_b)]
-    return Matched(first, second, kind, by, partner_A, *found, null)
+    cosine_A, on_a_A, on_b_A = (torch.where(partner_A >= 0, score_AB[at], 0.0) for score_AB in (scores.cosine, scores.on_a, scores.on_b))
+    return Matched(first, second, kind, by, partner_A, cosine_A, on_a_A, on_b_A, null)
