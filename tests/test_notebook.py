@@ -20,6 +20,7 @@ SAYS = {
     ),
     "router": ("SAEs with experts", "dense encoder rows explain", "principal components", "tell their own expert's decoder from others' with AUC"),
     "similarity": ("6 SAEs of the same activations", "Without routes the codes' agreement is", "are alike with Spearman 0."),
+    "features": ("kinds: ", "many_to_one", "recurs", "activation", "covered", "have a partner in their direction", "Their fates: matched"),
 }
 """What each notebook must print."""
 

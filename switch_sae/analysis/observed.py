@@ -180,7 +180,12 @@ def _widened(tensor_TK: Tensor, width: int) -> Tensor:
 
 def series(row: ResultRow) -> str:
     """What repetitions with other seeds are called together: the name without its date and its seed."""
-    return re.sub(r"-s\d+(?=$|/)", "", re.sub(r"^\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_", "", row.name))
+    return series_name(row.name)
+
+
+def series_name(name: str) -> str:
+    """The same of a name alone, such as a record's."""
+    return re.sub(r"-s\d+(?=$|/)", "", re.sub(r"^\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_", "", name))
 
 
 def by_series(seen: Sequence[Seen]) -> dict[str, list[Seen]]:
