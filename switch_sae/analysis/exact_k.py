@@ -27,6 +27,14 @@ def log_elementary(log_odds_CL: Tensor, most: int) -> Tensor:
     return F.pad(poly_CnJ[:, 0], (0, most + 1 - poly_CnJ.shape[-1]), value=NEVER)
 
 
+def about_log_elementary(log_odds_CL: Tensor, most: int) -> Tensor:
+    """[C, J] nearly the same, at a fraction of the work: as if the number of active latents were of Poisson's law. For comparing classes only: with it
+    probabilities do not add up to 1."""
+    mean_C1 = log_odds_CL.sigmoid().sum(1, keepdim=True)
+    number_J = torch.arange(most + 1, dtype=log_odds_CL.dtype)
+    return F.softplus(log_odds_CL).sum(1, keepdim=True) + number_J * mean_C1.log() - mean_C1 - torch.lgamma(number_J + 1)
+
+
 def _log_product(a_CnJ: Tensor, b_CnJ: Tensor, most: int) -> Tensor:
     size = a_CnJ.shape[-1]
     reach = min(2 * size - 2, most) + 1

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_sae.analysis.exact_k import SMALL, fitted_log_odds, log_elementary
+from switch_sae.analysis.exact_k import SMALL, about_log_elementary, fitted_log_odds, log_elementary
 from switch_sae.analysis.observed import Sample, Seen
 from switch_sae.rows import Shapes
 
@@ -215,7 +215,8 @@ class _Counts:
             prior_CC = len(tokens_C) / 2 * share_C.expand(len(share_C), -1)
             steps_CC = prior_CC if steps_CC is None else steps_CC + prior_CC
             log_step_CC = (steps_CC / steps_CC.sum(1, keepdim=True)).log()
-        return SupportLaw(log_odds_CL, log_elementary(log_odds_CL, supports.most), number_CJ.log(), share_C.log(), log_step_CC, group_C)
+        log_e_CJ = log_elementary(log_odds_CL, supports.most) if exact else about_log_elementary(log_odds_CL, supports.most)
+        return SupportLaw(log_odds_CL, log_e_CJ, number_CJ.log(), share_C.log(), log_step_CC, group_C)
 
 
 def uniform_bits(fitted: Supports, paid: Supports) -> tuple[Tensor, Tensor]:
