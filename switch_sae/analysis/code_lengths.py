@@ -87,8 +87,8 @@ class Lengths:
 
 
 def lengths_of(task: Task, seen: Seen, classes: Sequence[int], starts: dict[int, Tensor]) -> Lengths:
-    """All codes of an SAE. `classes` is how many it may have in all, for dense SAEs and within experts; `starts` [T] classes to start from too, by how
-    many they are."""
+    """All codes of an SAE. `classes` are numbers of latent classes in all, of a dense SAE or within experts; `starts` are [T] classes to start from
+    too, by their number."""
     lengths = Lengths(seen)
     _supports(task, lengths, supports_of(task.sample, seen), classes, starts)
     _values(task, lengths)

@@ -10,6 +10,8 @@ from torch import Tensor
 NEVER = -1e30
 """Instead of -inf as the logarithm of 0, which has no gradient."""
 SMALL = 1e-12
+BLOCK_ELEMENTS = 2**22
+"""Classes times latents times numbers that are worked on at once: a few hundred MB with gradients."""
 
 
 def log_elementary(log_odds_CL: Tensor, most: int) -> Tensor:
@@ -28,8 +30,8 @@ def log_elementary(log_odds_CL: Tensor, most: int) -> Tensor:
 
 
 def about_log_elementary(log_odds_CL: Tensor, most: int) -> Tensor:
-    """[C, J] nearly the same, at a fraction of the work: as if the number of active latents were of Poisson's law. For comparing classes only: with it
-    probabilities do not add up to 1."""
+    """[C, J] nearly the same, at a fraction of the work: as if the number of active latents were of Poisson's law. For comparing classes only: with
+    it probabilities do not add up to 1."""
     mean_C1 = log_odds_CL.sigmoid().sum(1, keepdim=True)
     number_J = torch.arange(most + 1, dtype=log_odds_CL.dtype)
     return F.softplus(log_odds_CL).sum(1, keepdim=True) + number_J * mean_C1.log() - mean_C1 - torch.lgamma(number_J + 1)
@@ -47,12 +49,16 @@ def expected_counts(log_odds_CL: Tensor, number_CJ: Tensor) -> tuple[Tensor, Ten
 
     The probability that i is among j is the derivative of ln e_j by ln o_i.
     """
-    with torch.enable_grad():
-        leaf_CL = log_odds_CL.detach().requires_grad_()
-        log_e_CJ = log_elementary(leaf_CL, number_CJ.shape[1] - 1)
-        possible_CJ = number_CJ.masked_fill(log_e_CJ <= NEVER / 2, 0.0)
-        (expected_CL,) = torch.autograd.grad((possible_CJ * log_e_CJ).sum(), leaf_CL)
-    return expected_CL, log_e_CJ.detach()
+    expected, log_e = [], []
+    block = max(1, BLOCK_ELEMENTS // (log_odds_CL.shape[1] * number_CJ.shape[1]))
+    for leaf_cL, number_cJ in zip(log_odds_CL.detach().split(block), number_CJ.split(block), strict=True):
+        with torch.enable_grad():
+            leaf_cL = leaf_cL.clone().requires_grad_()
+            log_e_cJ = log_elementary(leaf_cL, number_CJ.shape[1] - 1)
+            possible_cJ = number_cJ.masked_fill(log_e_cJ <= NEVER / 2, 0.0)
+            expected.append(torch.autograd.grad((possible_cJ * log_e_cJ).sum(), leaf_cL)[0])
+        log_e.append(log_e_cJ.detach())
+    return torch.cat(expected), torch.cat(log_e)
 
 
 def fitted_log_odds(fired_CL: Tensor, number_CJ: Tensor, steps: int = 6) -> Tensor:

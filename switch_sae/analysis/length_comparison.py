@@ -21,6 +21,8 @@ from switch_sae.results.rows import grouped
 
 SHORTEST = "shortest"
 """The code that is shortest on the documents that were fitted."""
+WITH_CLASSES = "exact k, dense with classes"
+"""The control: routes of a routed SAE against as many latent classes of a dense one."""
 WEIGHT_BITS = 16
 """Of each of an SAE's own parameters, where they are counted."""
 
@@ -82,7 +84,7 @@ class Comparison:
         own = self.found[routed].seen.row.num_experts
         classes = classes_named(own) if classes_named(own) in other else next((code for code in other if code.endswith(" classes")), EXACT)
         codes = {name: (name, name) for name in (UNIFORM, INDEPENDENT, EXACT)}
-        codes["exact k, dense with classes"] = (EXACT, classes)
+        codes[WITH_CLASSES] = (EXACT, classes)
         if EXACT + BACK in mine and classes + BACK in other:
             codes["both look back, dense with classes"] = (EXACT + BACK, classes + BACK)
         codes[SHORTEST] = (self._shortest(routed), self._shortest(dense))
@@ -163,7 +165,5 @@ class Comparison:
             interval = None if reach is None else (mean - reach, mean + reach)
             note = "" if n > 1 else "one pair of seeds: no interval over seeds"
             row = self.found[keys[0][1]].seen.row
-            table.append(
-                finding(row, "saved over seeds", name, mean, against=other, at=self.distortions[place], interval=interval, n=n, note=note)
-            )
+            table.append(finding(row, "saved over seeds", name, mean, against=other, at=self.distortions[place], interval=interval, n=n, note=note))
         return table

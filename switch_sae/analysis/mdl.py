@@ -32,8 +32,8 @@ class DescriptionLength(Analysis):
     """Bits per token: L(route) + L(support | route) + L(values, to a step) + L(residual, down to a distortion), with every law fitted on documents A
     and paid on documents B (Ayonrinde et al., arXiv 2410.11179, with codes that know of routes and of exact numbers of latents).
 
-    The distortion is the squared error over the variance of the activations, as FVU is. At each the step is the one that is shortest on A, and reverse
-    water-filling codes what is left of the residual. The null is the same without an SAE: a Gaussian code of the activations themselves.
+    The distortion is the squared error over the variance of the activations, as FVU is. At each the step is the one that is shortest on A, and
+    reverse water-filling codes what is left of the residual. The null is the same without an SAE: a Gaussian code of the activations themselves.
     A dense SAE may use a code with latent classes over its supports, as many as there are experts: what routes give for nothing.
     """
 

@@ -42,11 +42,11 @@ class ResidualLaw(Shapes):
         return squares_TD.new_zeros(num_documents, squares_TD.shape[1]).index_add_(0, document_T, squares_TD)
 
     def curve(self, energy_ND: Tensor, tokens_N: Tensor, level_H: Tensor) -> tuple[Tensor, Tensor]:
-        """(bits, squared error), both [N, H], of documents at water levels theta: reverse water-filling (Cover & Thomas, section 10.3.3) by the fitted
-        variances l_i, paid on what the documents have.
+        """(bits, squared error), both [N, H], of documents at water levels theta: reverse water-filling (Cover & Thomas 2006, section 10.3.3) by the
+        fitted variances l_i, paid on what the documents have.
 
         Where l > theta the axis passes a Gaussian test channel, y = a x + noise of variance a theta with a = 1 - theta / l; its bits are
-        E ln p(y|x) / q(y) with the fitted q(y) = N(0, l - theta), which is 1/2 log2(l / theta) where x has the variance l, and more where it has more.
+        E log2 p(y|x) / q(y) with the fitted q(y) = N(0, l - theta): 1/2 log2(l / theta) where x has the variance l, and more where it has more.
         """
         share_HD = level_H[:, None] / self.variance_D
         pass_HD = (1 - share_HD).clamp(min=0)

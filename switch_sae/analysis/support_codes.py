@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_sae.analysis.exact_k import SMALL, about_log_elementary, fitted_log_odds, log_elementary
+from switch_sae.analysis.exact_k import SMALL, about_log_elementary, expected_counts, fitted_log_odds
 from switch_sae.analysis.observed import Sample, Seen
 from switch_sae.rows import Shapes
 
@@ -215,7 +215,7 @@ class _Counts:
             prior_CC = len(tokens_C) / 2 * share_C.expand(len(share_C), -1)
             steps_CC = prior_CC if steps_CC is None else steps_CC + prior_CC
             log_step_CC = (steps_CC / steps_CC.sum(1, keepdim=True)).log()
-        log_e_CJ = log_elementary(log_odds_CL, supports.most) if exact else about_log_elementary(log_odds_CL, supports.most)
+        log_e_CJ = expected_counts(log_odds_CL, number_CJ)[1] if exact else about_log_elementary(log_odds_CL, supports.most)
         return SupportLaw(log_odds_CL, log_e_CJ, number_CJ.log(), share_C.log(), log_step_CC, group_C)
 
 
@@ -234,8 +234,8 @@ def uniform_bits(fitted: Supports, paid: Supports) -> tuple[Tensor, Tensor]:
 
 
 def independent_bits(fitted: Supports, paid: Supports) -> tuple[Tensor, Tensor]:
-    """([T] of the route, [T] of the support) where each latent is active by itself, with its frequency in its group: sum_i H(p_i), which also pays for
-    the number of active latents."""
+    """([T] of the route, [T] of the support) where each latent is active by itself, with its frequency in its group: sum_i H(p_i), which also pays
+    for the number of active latents."""
     law = fit_law(fitted, routes_alone(fitted))
     log_odds_GL = _Counts(fitted).group_shares(routes_alone(fitted)).logit()
     none_G = -F.softplus(log_odds_GL).sum(1)

@@ -22,7 +22,7 @@ LN2 = math.log(2)
 
 @dataclass(frozen=True, repr=False)
 class Values(Shapes):
-    """Values of active latents in slots by latent number, comparable between SAEs: each is the length of what its latent adds to the reconstruction."""
+    """Values of active latents, slots by latent number, comparable between SAEs: each is the length of what its latent adds to the reconstruction."""
 
     value_TK: Tensor
     """>= 0; 0 in unused slots. The gate is inside."""
