@@ -35,7 +35,7 @@ def draw_lengths(table: Table, at: float) -> "Figure":
     handles += [mark("no SAE: Gaussian code", color="0.5", linestyle=":")]
     unique = {handle.get_label(): handle for handle in handles}
     meaning = (
-        "Left: solid lines with the exact-k code of supports, thin dashed ones with each SAE's shortest code; means of seeds, bars are 95 % intervals "
+        "Left: solid lines with the exact-k code of supports, thin dashed ones with each SAE's shortest code; means of seeds, bars: 95 % intervals "
         "over documents. Middle: the shortest code. Right: bits that routed SAEs save against the widest dense one; lines are 95 % t intervals over "
         "seeds, or intervals over documents where there is one seed. Bits of the models themselves are in no total."
     )

@@ -13,7 +13,7 @@ from switch_sae.rows import Shapes
 
 BINS = 24
 """Laws of levels: one for each of so many ranges of what a value is expected to be."""
-GATES = 16
+GATES = 4
 """Levels of the gate, equally frequent."""
 CENTRED = 8
 """Levels that have a centre of their own; all above share one."""
