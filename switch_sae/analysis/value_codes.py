@@ -15,6 +15,8 @@ BINS = 24
 """Laws of levels: one for each of so many ranges of what a value is expected to be."""
 GATES = 4
 """Levels of the gate, equally frequent."""
+HEAVY = 0.01
+"""Share of a law whose tail no level is too large for."""
 CENTRED = 8
 """Levels that have a centre of their own; all above share one."""
 LN2 = math.log(2)
@@ -72,13 +74,13 @@ class Quantizer(Shapes):
 
 @dataclass(frozen=True, repr=False)
 class LevelLaw(Shapes):
-    """P(level | bin): frequencies, and where these are few or none a geometric law of the bin's mean, which has as much weight as there are distinct
-    levels (Witten & Bell 1991, method C). So every level can be coded, without an escape of its own."""
+    """P(level | bin): frequencies, and where these are few or none a geometric law of the bin's mean with a little of 1 / ((q + 1) (q + 2)), which
+    has as much weight as there are distinct levels (Witten & Bell 1991, method C). So every level can be coded, without an escape of its own."""
 
     count_BQ: Tensor
     weight_B: Tensor
     ratio_B: Tensor
-    """Of the geometric law: P(q) = (1 - r) r^q."""
+    """Of the geometric law: (1 - r) r^q."""
 
     @classmethod
     def fit(cls, level_P: Tensor, bin_P: Tensor, bins: int) -> "LevelLaw":
@@ -98,7 +100,8 @@ class LevelLaw(Shapes):
         """[P] float64."""
         seen_P = self.count_BQ[bin_P, level_P.clamp(max=self.count_BQ.shape[1] - 1)] * (level_P < self.count_BQ.shape[1])
         ratio_P, weight_P = self.ratio_B[bin_P], self.weight_B[bin_P]
-        return (seen_P + weight_P * (1 - ratio_P) * ratio_P**level_P) / (self.count_BQ.sum(1)[bin_P] + weight_P)
+        unseen_P = (1 - HEAVY) * (1 - ratio_P) * ratio_P**level_P + HEAVY / ((level_P + 1.0) * (level_P + 2.0))
+        return (seen_P + weight_P * unseen_P) / (self.count_BQ.sum(1)[bin_P] + weight_P)
 
 
 @dataclass(frozen=True, repr=False)
