@@ -113,8 +113,9 @@ class Comparison:
             codes = self._codes(routed, dense)[name]
             row, other = self.found[routed].seen.row, self.found[dense].seen.row
             key = ("saved", routed, dense, name, place)
-            about = {"against": other.name, "at": self.distortions[place], "interval": span.get(key), "n": int(self.tokens_N.sum())}
-            table.append(finding(row, "saved", name, bits, note="; dense: ".join(codes), **about))
+            n, words = int(self.tokens_N.sum()), "; dense: ".join(codes)
+            at = self.distortions[place]
+            table.append(finding(row, "saved", name, bits, against=other.name, at=at, interval=span.get(key), n=n, note=words))
         table += self._over_seeds(saved)
         if not saved:
             row = self.found[0].seen.row
@@ -126,12 +127,13 @@ class Comparison:
         table: Table = []
         for code in lengths.supports:
             for measure in ("support", "route"):
-                key = (measure, number, code)
-                table.append(finding(row, "support", code, value[key], against=measure, interval=span.get(key), n=n, note=note))
+                bits, interval = value[measure, number, code], span.get((measure, number, code))
+                table.append(finding(row, "support", code, bits, against=measure, interval=interval, n=n, note=note))
             for place, distortion in enumerate(self.distortions):
-                key = ("total", number, code, place)
-                nulls = {"null": value["null", place], "null_interval": span.get(("null", place))}
-                table.append(finding(row, "total", code, value[key], at=distortion, interval=span.get(key), n=n, note=note, **nulls))
+                bits, interval = value["total", number, code, place], span.get(("total", number, code, place))
+                null, null_interval = value["null", place], span.get(("null", place))
+                record = finding(row, "total", code, bits, at=distortion, interval=interval, null=null, null_interval=null_interval, n=n, note=note)
+                table.append(record)
         best = self._shortest(number)
         for place, (distortion, step) in enumerate(zip(self.distortions, self.step_SP[number], strict=True)):
             values = float(lengths.values_N[step].sum()) / n
@@ -163,7 +165,9 @@ class Comparison:
                 reach = t_quantile(0.95, n - 1) * float(bits.std()) / math.sqrt(n)
             mean = float(bits.mean())
             interval = None if reach is None else (mean - reach, mean + reach)
-            note = "" if n > 1 else "one pair of seeds: no interval over seeds"
             row = self.found[keys[0][1]].seen.row
+            note = "" if n > 1 else "one pair of seeds: no interval over seeds"
+            if row.seed != self.found[keys[0][2]].seen.row.seed:
+                note = "pairs of different seeds"
             table.append(finding(row, "saved over seeds", name, mean, against=other, at=self.distortions[place], interval=interval, n=n, note=note))
         return table

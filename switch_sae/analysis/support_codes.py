@@ -122,7 +122,9 @@ class SupportLaw(Shapes):
         log_TC = self.log_likelihood(supports)
         before_TC, _ = self.filtered(supports, log_TC)
         route_T = before_TC.masked_fill(self.group_C != supports.group_T[:, None], -math.inf).logsumexp(1)
-        return -route_T / LN2, (route_T - (before_TC + log_TC).logsumexp(1)) / LN2
+        if int(self.group_C.max()) == 0:
+            route_T = torch.zeros_like(route_T)  # there is one group, so it says nothing
+        return (-route_T) / LN2, (route_T - (before_TC + log_TC).logsumexp(1)) / LN2
 
     def filtered(self, supports: Supports, log_TC: Tensor) -> tuple[Tensor, Tensor]:
         """([T, C] ln P(c | earlier supports), ln P(c | these and its own)): the forward pass of a hidden Markov model (Rabiner 1989)."""
