@@ -21,6 +21,7 @@ SAYS = {
     "router": ("SAEs with experts", "dense encoder rows explain", "principal components", "tell their own expert's decoder from others' with AUC"),
     "similarity": ("6 SAEs of the same activations", "Without routes the codes' agreement is", "are alike with Spearman 0."),
     "features": ("kinds: ", "many_to_one", "recurs", "activation", "covered", "have a partner in their direction", "Their fates: matched"),
+    "description_length": ("exact k, dense with classes", "Gaussian code without an SAE takes", "saved over seeds"),
 }
 """What each notebook must print."""
 
