@@ -8,11 +8,14 @@ from switch_sae.analysis.base import Analysis, OpenSource, Table, kept_table
 from switch_sae.analysis.duplication import Duplication
 from switch_sae.analysis.recurrence import Recurrence
 from switch_sae.analysis.regret import Regret
+from switch_sae.analysis.screening import Screening
 from switch_sae.choices import Choice
 from switch_sae.results.rows import ResultRow
 from switch_sae.results.source import source_of
 
-ANALYSES: Choice[Analysis] = Choice("analysis", "name", {"duplication": Duplication, "recurrence": Recurrence, "regret": Regret})
+ANALYSES: Choice[Analysis] = Choice(
+    "analysis", "name", {"duplication": Duplication, "recurrence": Recurrence, "regret": Regret, "screening": Screening}
+)
 
 __all__ = ["ANALYSES", "Analysis", "Table", "analyze", "build_analysis"]
 

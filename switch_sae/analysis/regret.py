@@ -12,13 +12,11 @@ from switch_sae.activations.base import ActivationSource
 from switch_sae.analysis.base import Analysis, Table
 from switch_sae.analysis.findings import chosen, compact, finding
 from switch_sae.analysis.forced import SCALES, Forced, Scale, scaled_errors, through_every_expert, why_not_forced
-from switch_sae.analysis.observed import Sample, Seen, observe, only_routed
+from switch_sae.analysis.observed import Seen, observe, only_routed
+from switch_sae.analysis.scored import Scored
 from switch_sae.checks import Settings, at_least
-from switch_sae.metrics.base import add_by_document
-from switch_sae.metrics.bootstrap import effective_documents, intervals
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import ResultRow
-from switch_sae.rows import NormLimit, Rows
 from switch_sae.style import canvas, legends, log_ticks, look, mark, matrix, styled
 
 if TYPE_CHECKING:
@@ -30,8 +28,9 @@ MARKS: dict[str, dict[str, Any]] = {
     "oracle": {"color": "0.2", "marker": "4", "markersize": 9},
     "second best": {"color": "0.45", "marker": "|", "markersize": 8},
     "random": {"color": "0.7", "marker": "|", "markersize": 8},
+    "dense": {"color": "0.2", "marker": "o", "markerfacecolor": "white", "markersize": 4},
 }
-"""Of routes that are not the SAE's own."""
+"""Of what is not the SAE with its own routes."""
 MAPS, MAP_COLUMNS = 8, 4
 """Transfer matrices in a figure, one for each kind of SAE; how many stand beside each other."""
 
@@ -66,7 +65,7 @@ class Regret(Analysis):
         """Raises ValueError where no SAE has experts, or all have several for each token."""
         only_routed(saes, "regret")
         sample, seen = observe(saes, source, self.config.rows)
-        scored = _Scored.of(sample)
+        scored = Scored.of(sample)
         dense = [one for one in seen if one.row.num_experts == 1]
         table = [record for one in dense for record in _of_dense(one, scored)]
         routed = [one for one in seen if one.row.num_experts > 1]
@@ -111,51 +110,16 @@ class Regret(Analysis):
         handles += [mark(route, linestyle="none", **style) for route, style in MARKS.items()]
         legends(
             figure,
-            "Lines: 95 % intervals over documents. Every expert with the router's own gate for it above, with one refitted scalar per pair of experts "
-            "below. Routing: FVU(router) - FVU(oracle), what better routes to the same experts could repair at most; partition: FVU(oracle) - FVU of the "
-            "dense SAE of the same seed. T[e, f]: FVU of the tokens that the router sends to e, forced through f; a white cell has no tokens.",
+            "Lines: 95 % intervals over documents. Above, every expert with the router's own gate for it; below, with one refitted scalar per pair "
+            "of experts. Routing: FVU(router) - FVU(oracle), what better routes to the same experts could repair at most; partition: FVU(oracle) - "
+            "FVU(dense), of the same seed where there is one. T[e, f]: FVU of the tokens that the router sends to e, forced through f; a white "
+            "cell has no tokens.",
             handles,
         )
         return figure
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """Rows that are no outliers, and what every sum over them needs."""
-
-    rows: Rows
-    document_T: Tensor
-    halves: tuple[Tensor, Tensor]
-    variance_T: Tensor
-    kept_T: Tensor
-    """Which rows of the sample these are."""
-
-    @classmethod
-    def of(cls, sample: Sample) -> "_Scored":
-        inlier_T = NormLimit.of(sample.rows).inlier_T(sample.rows)
-        kept_T, place_T = inlier_T.nonzero()[:, 0], inlier_T.cumsum(0) - 1
-        first, second = (place_T[half[inlier_T[half]]] for half in sample.halves())
-        rows = sample.rows if len(kept_T) == len(sample) else sample.rows[kept_T]
-        target_TD = rows.target_TD.double()
-        document_T = sample.document_T[kept_T].unique(return_inverse=True)[1]
-        return cls(rows, document_T, (first, second), (target_TD - target_TD.mean(0)).square().sum(1), kept_T)
-
-    def ratios(self, columns: dict[str, Tensor], wanted: dict[str, Any]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-        """(values, intervals) of functions of the columns' sums; a function takes sums by name, of all rows or [R] of resamples."""
-        documents = int(self.document_T.max()) + 1
-        sums_NC = torch.zeros(documents, len(columns), dtype=torch.float64)
-        add_by_document(sums_NC, torch.stack([column.double() for column in columns.values()], dim=1), self.document_T)
-
-        def numbers(sums_RC: Tensor) -> dict[str, Tensor]:
-            sums = dict(zip(columns, sums_RC.unbind(1), strict=True))
-            return {name: function(sums) for name, function in wanted.items()}
-
-        sizes_N = self.document_T.bincount().double()
-        spans = intervals(lambda weights_RN: numbers(weights_RN @ sums_NC), documents, effective=effective_documents(sizes_N))
-        return {name: float(value) for name, value in numbers(sums_NC.sum(0, keepdim=True)).items()}, spans
-
-
-def _dense_errors(one: Seen, scored: _Scored) -> dict[Scale, Tensor]:
+def _dense_errors(one: Seen, scored: Scored) -> dict[Scale, Tensor]:
     """||x - recon||^2 of a dense SAE, with the scales of its code that experts get too: none, one scalar of other documents, one for each token."""
     bias_D = (one.sae.b_out_D / one.sae.target_scale).detach().double()
     centred_TD, added_TD = scored.rows.target_TD.double() - bias_D, one.recon_TD[scored.kept_T].double() - bias_D
@@ -164,7 +128,7 @@ def _dense_errors(one: Seen, scored: _Scored) -> dict[Scale, Tensor]:
     return {scale: scaled_errors(left_T, product_T1, norm_T1, scale, one_T1, group_T, scored.halves)[:, 0] for scale in SCALES}
 
 
-def _of_dense(one: Seen, scored: _Scored) -> Table:
+def _of_dense(one: Seen, scored: Scored) -> Table:
     columns: dict[str, Tensor] = {**_dense_errors(one, scored), "variance": scored.variance_T}
     values, spans = scored.ratios(columns, {scale: lambda sums, scale=scale: sums[scale] / sums["variance"] for scale in SCALES})
     return [
@@ -172,7 +136,7 @@ def _of_dense(one: Seen, scored: _Scored) -> Table:
     ]
 
 
-def _of_routed(one: Seen, dense: Sequence[Seen], scored: _Scored) -> Table:
+def _of_routed(one: Seen, dense: Sequence[Seen], scored: Scored) -> Table:
     forced = through_every_expert(one.sae, scored.rows)
     table: Table = []
     for scale in SCALES:
@@ -183,7 +147,7 @@ def _of_routed(one: Seen, dense: Sequence[Seen], scored: _Scored) -> Table:
     return table
 
 
-def _routes_and_split(row: ResultRow, forced: Forced, error_TE: Tensor, scale: Scale, dense: Sequence[tuple[str, Tensor]], scored: _Scored) -> Table:
+def _routes_and_split(row: ResultRow, forced: Forced, error_TE: Tensor, scale: Scale, dense: Sequence[tuple[str, Tensor]], scored: Scored) -> Table:
     oracle_T, best_T = error_TE.min(dim=1)
     own_T, second_T = error_TE.gather(1, forced.rank_TE[:, :2]).unbind(1)
     columns = {**dict(zip(ROUTES, (own_T, oracle_T, second_T, error_TE.mean(1)), strict=True)), "variance": scored.variance_T}
@@ -218,7 +182,7 @@ def _routes_and_split(row: ResultRow, forced: Forced, error_TE: Tensor, scale: S
     return table
 
 
-def _transfer(row: ResultRow, forced: Forced, error_TE: Tensor, scale: Scale, scored: _Scored) -> Table:
+def _transfer(row: ResultRow, forced: Forced, error_TE: Tensor, scale: Scale, scored: Scored) -> Table:
     experts, chosen_T = forced.num_experts, forced.chosen_T
     error_EE = torch.zeros(experts, experts, dtype=torch.float64).index_add_(0, chosen_T, error_TE)
     variance_E = torch.zeros(experts, dtype=torch.float64).index_add_(0, chosen_T, scored.variance_T)
@@ -252,7 +216,8 @@ def transfer_matrix(table: Table, sae: str, scale: Scale = "pair") -> Tensor:
 def _draw_routes(axis: "Axes", table: Table, names: Sequence[str]) -> None:
     values = []
     for place, name in enumerate(names):
-        for record in chosen(table, sae=name, part="routes", measure="fvu", at="gate"):
+        beside = [record["against"] for record in chosen(table, sae=name, part="split", measure="partition", at="gate")][:1]
+        for record in chosen(table, sae=(name, *beside), part="routes", measure="fvu", at="gate"):
             values.append(record["value"])
             style = MARKS.get(record["against"]) or look(*Kind.of(record)).style() | {"linestyle": "none"}
             axis.plot(record["value"], place, zorder=3, **style)
@@ -280,7 +245,7 @@ def _draw_split(axis: "Axes", table: Table, names: Sequence[str]) -> None:
                 axis.plot([gap["low"], gap["high"]], [place, place], color="0.2", linewidth=1.2)
             axis.plot(gap["value"], place, "|", color="0.2", markersize=8)
     axis.axvline(0, color="0.4", linewidth=0.8)
-    axis.set_xlabel("FVU above the dense SAE's: routing (full) + partition (hatched);\n|: the whole gap with its interval")
+    axis.set_xlabel("FVU - FVU(dense) = routing (full)\n+ partition (hatched)")
     axis.tick_params(labelleft=False)
     axis.grid(axis="x", linewidth=0.4, color="0.88")
 
