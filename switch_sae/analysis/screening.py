@@ -21,7 +21,7 @@ from switch_sae.models import BatchTopKSAE, SparseAutoencoder, SparseLatents, To
 from switch_sae.models.inference import Inference
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import ResultRow
-from switch_sae.style import COLOURS, legends, look, mark, panels, power_of_two_ticks, styled
+from switch_sae.style import COLOURS, legends, log_ticks, look, mark, panels, power_of_two_ticks, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,6 +108,7 @@ class Screening(Analysis):
             axis.set_xlabel("dense encoder's products / products spent")
             axis.set_ylabel(label)
             axis.grid(linewidth=0.4, color="0.88")
+        log_ticks(axes[0].yaxis, [record["value"] for record in chosen(table, measure="fvu") if record["value"]])
         whole = chosen(table, part="whole", measure="fvu")
         axes[0].axhline(_mean([record["value"] for record in whole]) or 0, color="0.2", linestyle="--", linewidth=1)
         kinds: dict[str, dict[str, Any]] = {}
