@@ -195,7 +195,7 @@ def test_what_is_missing_is_said(rows):
     notes = {(record["sae"], record["measure"]): record["note"] for record in table if record["value"] is None}
     assert "no dense SAE among the runs" in notes[rows["switch"].name, "partition"] and "experts_per_token=2" in notes[rows["two"].name, "fvu"]
     assert len(build_analysis("regret").draw(table).axes) == 4
-    with pytest.raises(ValueError, match="rows=1.* must be at least 2"):
+    with pytest.raises(ValueError, match=r"rows=1.* must be at least 2"):
         Regret.Config(rows=1)
     assert "has no experts" in why_not_forced(TopKSAE(TopKSAE.Config(num_latents=8, k=2), 4))
     with pytest.raises(ValueError, match="has no experts"):

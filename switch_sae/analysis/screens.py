@@ -204,10 +204,10 @@ def nearest(u_TD: Tensor, centroid_ED: Tensor) -> Tensor:
 
 
 def spherical_means(u_TD: Tensor, experts: int) -> Tensor:
-    """[E, D] centroids of unit norm by spherical k-means (Dhillon & Modha 2001) from rows drawn at random, the same on every call. An empty cluster
-    takes the row that is farthest from its own centroid."""
+    """[E, D] centroids of unit norm by spherical k-means (Dhillon & Modha 2001) from `spread` rows, the same on every call. An empty cluster takes
+    the row that is farthest from its own centroid."""
     unit_TD = F.normalize(u_TD, dim=1)
-    centroid_ED = unit_TD[torch.randperm(len(unit_TD), generator=torch.Generator().manual_seed(0))[:experts]]
+    centroid_ED = spread(unit_TD, experts)
     for _ in range(LLOYD_STEPS):
         cosine_T, expert_T = (unit_TD @ centroid_ED.T).max(dim=1)
         sums_ED = torch.zeros_like(centroid_ED).index_add_(0, expert_T, unit_TD)
@@ -219,13 +219,28 @@ def spherical_means(u_TD: Tensor, experts: int) -> Tensor:
 
 def clusters(rows_MD: Tensor, number: int) -> Tensor:
     """[M] cluster of each row by k-means (Lloyd 1982), the same on every call; empty clusters take the rows that are farthest from their own."""
-    centroid_nD = rows_MD[torch.randperm(len(rows_MD), generator=torch.Generator().manual_seed(0))[:number]]
+    centroid_nD = spread(rows_MD, number)
     for _ in range(LLOYD_STEPS):
         away_M, cluster_M = (centroid_nD.square().sum(1) - 2 * rows_MD @ centroid_nD.T).min(dim=1)
         centroid_nD = means(rows_MD, cluster_M, number)
         empty_n = (cluster_M.bincount(minlength=number) == 0).nonzero()[:, 0]
         centroid_nD[empty_n] = rows_MD[(away_M + rows_MD.square().sum(1)).topk(len(empty_n)).indices]
     return (centroid_nD.square().sum(1) - 2 * rows_MD @ centroid_nD.T).argmin(1)
+
+
+def spread(rows_MD: Tensor, number: int) -> Tensor:
+    """[n, D] rows to start k-means from, each drawn with a probability of its squared distance to the nearest one before (Arthur & Vassilvitskii
+    2007), the same on every call."""
+    draw_n = torch.rand(number, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    norm_M = rows_MD.square().sum(1)
+    chosen = [int(draw_n[0] * len(rows_MD))]
+    away_M = torch.full_like(norm_M, torch.inf)
+    for draw in draw_n[1:]:
+        row_D = rows_MD[chosen[-1]]
+        away_M = torch.minimum(away_M, (norm_M - 2 * rows_MD @ row_D + row_D.square().sum()).clamp_min(0))
+        total_M = away_M.double().cumsum(0)
+        chosen.append(min(int(torch.searchsorted(total_M, draw * float(total_M[-1]))), len(rows_MD) - 1))
+    return rows_MD[chosen].clone()
 
 
 def means(rows_MD: Tensor, cluster_M: Tensor, number: int) -> Tensor:
