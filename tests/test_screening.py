@@ -11,7 +11,7 @@ from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.findings import chosen
 from switch_sae.analysis.observed import observe
 from switch_sae.analysis.scored import Scored
-from switch_sae.analysis.screening import _Encoder, why_not_screened
+from switch_sae.analysis.screening import FAMILIES, _Encoder, why_not_screened
 from switch_sae.analysis.screens import (
     Drawn,
     Fitting,
@@ -144,12 +144,36 @@ def test_low_rank_scores_have_the_least_error_and_are_exact_at_full_rank():
     assert [set(one) for one in latent_tC.tolist()] == [set(one) for one in score_TM.topk(6).indices.tolist()]
 
 
+@pytest.mark.parametrize("kind", [LowRank, ProductKeys])
+def test_calibrated_screens_rank_by_the_measured_chance_of_a_score_above_the_threshold(kind):
+    generator = torch.Generator().manual_seed(0)
+    W_MD, b_M = torch.randn(40, 8, generator=generator) * torch.rand(40, 1, generator=generator), torch.randn(40, generator=generator)
+    u_TD = torch.randn(3000, 8, generator=generator) * torch.arange(1, 9) + 3
+    values_TK, indices_TK = (u_TD @ W_MD.T + b_M).topk(2)
+    values_TK[0] = 0
+    fitting = Fitting(u_TD, values_TK, indices_TK, W_MD, b_M)
+    rows, score_TM = Seeking(u_TD, values_TK, indices_TK, None, 0), u_TD @ W_MD.T + b_M
+    plain, screen = kind(fitting, 4, 6), kind(fitting, 4, 6, calibrated=True)
+    assert screen.cost - plain.cost == (5 if kind is ProductKeys else 0)
+    if kind is LowRank:
+        approximate_TM = (u_TD @ plain.key_RD.T) @ plain.left_MR.T
+    else:
+        approximate_TM = u_TD @ (plain.a_nD[plain.cell_M // 4] + plain.b_nD[plain.cell_M % 4]).T
+    error_TM = score_TM - approximate_TM
+    chance_TM = (approximate_TM + error_TM.mean(0) - values_TK[1:, 1].mean()) / (error_TM.var(0, correction=0) + 1e-6 * score_TM.var(0)).sqrt()
+    best_TC = chance_TM.topk(6).indices
+    same = sum(set(a) == set(b) for a, b in zip(best_TC.tolist(), screen.candidates(rows).tolist(), strict=True))
+    assert same >= 2990  # ties in the last bits
+    assert recalls(screen, rows, 40)[1] > recalls(plain, rows, 40)[1] - 0.05
+
+
 def test_settings_spend_the_budget_and_are_chosen_on_rows_that_were_not_fitted():
     for budget, latents, d_in in product((1, 2, 5, 16, 128, 1024), (32, 4096), (16, 128)):
-        for family in ("lists", "product keys", "low rank"):
+        for family in FAMILIES:
             for number, size in options(family, budget, latents, d_in):
-                spent = {"lists": number, "product keys": 2 * number, "low rank": low_rank_cost(number, latents, d_in)}[family] + size
-                assert spent == budget and size >= 1 and number >= 1
+                keys = 2 * number + (-(-latents // d_in) if family.endswith("calibrated") else 0)
+                spent = {"lists": number, "low ra": low_rank_cost(number, latents, d_in), "produc": keys}[family[:6]] + size
+                assert spent == budget and size >= budget / 4 and number >= 1
     assert not options("lists", 3, 32, 16) and options("lists", 4, 32, 16) == [(2, 2)]
     _, fitting, _ = planted()
     fold_T = torch.arange(400) % 2 == 1
@@ -226,6 +250,7 @@ def test_the_nulls_and_the_whole_are_what_an_sae_with_fewer_latents_gives(rows, 
     assert analysis.compute(saes, source_of(saes[0])) == table and len(analysis.draw(table).axes) == 2
     notes = [record["note"] for record in chosen(table, against="low rank", at=1 / 32, measure="fvu")]
     assert notes == ["a budget of 2 products leaves no candidates"]
+    assert {record["against"] for record in chosen(table, part="frontier")} >= {*FAMILIES, "lists, oracle", "random", "most frequent"}
 
 
 def test_all_latents_as_candidates_are_no_screen(rows):

@@ -12,7 +12,7 @@ from switch_sae.analysis.base import Analysis, Table
 from switch_sae.analysis.findings import chosen, compact, finding
 from switch_sae.analysis.observed import Seen, observe, only_dense, series
 from switch_sae.analysis.scored import Ratio, Scored
-from switch_sae.analysis.screens import Drawn, Fitting, Fixed, Lists, Screen, Seeking, best_setting, found, made
+from switch_sae.analysis.screens import CALIBRATED, Drawn, Fitting, Fixed, Lists, Screen, Seeking, best_setting, found, made
 from switch_sae.checks import Settings, at_least
 from switch_sae.countdown import Countdown
 from switch_sae.files import tell
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 """Budgets, as shares of the dense encoder's M products."""
-FAMILIES = ("lists", "product keys", "low rank")
+FAMILIES = ("lists", "product keys", "product keys" + CALIBRATED, "low rank", "low rank" + CALIBRATED)
 ORACLE = ", oracle"
 STYLES: dict[str, dict[str, Any]] = {
     "lists": {"color": COLOURS[0], "marker": "o"},
@@ -46,10 +46,10 @@ class Screening(Analysis):
     (`energy_recall`). Budgets are shares of the dense encoder's M products of size D per token, and include the screen's.
 
     Families: `lists` (spherical k-means of x - b; a cluster's candidates are the latents with most energy in it), the same with the best list for
-    each token (`lists, oracle`: a bound for any router to these lists), `product keys`, `low rank`, and lists over the experts of a trained router
-    (`router`). Nulls: `random` candidates, and the `most frequent` latents, both with the whole budget. Everything is fitted on documents A, settings
-    chosen by energy recall on A alone (fitted on one half of it, scored on the other), and scored on documents B. Nothing is trained: SAEs that learn
-    with a screen may do better.
+    each token (`lists, oracle`: a bound for any router to these lists), `product keys` and `low rank` scores, ranked as they are or `calibrated` (by
+    each latent's chance of being active), and lists over the experts of a trained router (`router of ...`). Nulls: `random` candidates, and the
+    `most frequent` latents, both with the whole budget. Everything is fitted on documents A, settings chosen by energy recall on A alone (fitted on
+    one half of it, scored on the other), and scored on documents B. Nothing is trained: SAEs that learn with a screen may do better.
     """
 
     @dataclass
@@ -251,15 +251,18 @@ def _records(one: Seen, held: Scored, screens: dict[tuple[str, float], Screen | 
 
 
 def _lines(table: Table) -> dict[str, dict[str, Any]]:
-    """The names of all screens of a table, with their looks; every router has a colour of its own."""
+    """The names of all screens of a table, with their looks; every router has a colour of its own. Bounds are dotted, raw scores dashed."""
     names = list(dict.fromkeys(record["against"] for record in chosen(table, part="frontier", measure="fvu") if record["value"] is not None))
-    routers = list(dict.fromkeys(name.removesuffix(ORACLE) for name in names if name not in STYLES and name.removesuffix(ORACLE) not in STYLES))
+    routers = list(dict.fromkeys(name.removesuffix(ORACLE) for name in names if name.startswith("router")))
     looks = {}
     for name in names:
-        base = name.removesuffix(ORACLE)
-        place = 3 + routers.index(base) if base in routers else 0
-        style = STYLES.get(base) or {"color": COLOURS[place % len(COLOURS)], "marker": "Dvp<>h"[(place - 3) % 6]}
-        looks[name] = style | ({"markerfacecolor": "white", "linestyle": ":"} if name != base else {})
+        base = name.removesuffix(ORACLE).removesuffix(CALIBRATED)
+        place = routers.index(base) if base in routers else 0
+        looks[name] = STYLES.get(base) or {"color": COLOURS[(3 + place) % len(COLOURS)], "marker": "Dvp<>h"[place % 6]}
+        if name.endswith(ORACLE):
+            looks[name] = looks[name] | {"markerfacecolor": "white", "linestyle": ":"}
+        elif base + CALIBRATED in names and name == base:
+            looks[name] = looks[name] | {"linestyle": "--", "linewidth": 0.9}
     return looks
 
 

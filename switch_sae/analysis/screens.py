@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LLOYD_STEPS = 10
+CALIBRATED = ", calibrated"
+"""Families whose names end so rank latents by their chance of being active, not by approximate scores."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Fitting:
     expert_T: Tensor | None = None
     """The experts that a trained router gives these rows."""
     experts: int = 0
+
+    def missing(self, approximate_MD: Tensor) -> Tensor:
+        """[M] what scores approximate_MD u lack on average."""
+        return self.b_M + (self.W_MD - approximate_MD) @ self.u_TD.mean(0)
 
     def part(self, chosen: Tensor) -> "Fitting":
         """Some rows."""
@@ -77,7 +83,6 @@ class Lists(Screen):
         self.list_EF = (energy_EM + energy_EM.sum(0) / max(1, len(fitting.u_TD))).topk(size, dim=1).indices
         self.member_ME = torch.zeros(experts, len(fitting.W_MD)).scatter_(1, self.list_EF, 1.0).T.contiguous()
         self.cost, self.setting = experts, f"{experts} lists of {size}"
-        self.chosen = (experts, size)
 
     def candidates(self, rows: Seeking) -> Tensor:
         if self.oracle:
@@ -94,10 +99,11 @@ class ProductKeys(Screen):
     """W_enc[m] ~ a_i + b_j by k-means of the rows and of what is left, n centroids each; the cells (i, j) with the largest a_i u + b_j u + the mean
     bias of their latents give candidates until there are C, as a staircase over sorted a_i u and b_j u finds them (Babenko & Lempitsky 2012).
 
-    Distances are those of scores over documents A: ||(w - w') Sigma^(1/2)||.
+    Distances are those of scores over documents A: ||(w - w') Sigma^(1/2)||. `calibrated` ranks latents by their chance instead (`chances`), which no
+    staircase can: a multiplication for each latent, M / D products more, rounded up.
     """
 
-    def __init__(self, fitting: Fitting, keys: int, size: int) -> None:
+    def __init__(self, fitting: Fitting, keys: int, size: int, calibrated: bool = False) -> None:
         root_DD = covariance_root(fitting.u_TD)
         first_M = clusters(fitting.W_MD @ root_DD, keys)
         self.a_nD = means(fitting.W_MD, first_M, keys)
@@ -105,24 +111,29 @@ class ProductKeys(Screen):
         second_M = clusters(left_MD @ root_DD, keys)
         self.b_nD = means(left_MD, second_M, keys)
         self.cell_M = first_M * keys + second_M
-        self.bias_M = means(fitting.b_M[:, None], self.cell_M, keys**2)[self.cell_M, 0]
-        self.cost, self.setting, self.size = 2 * keys, f"2 x {keys} keys, {size} candidates", size
+        self.scale_M, self.bias_M = torch.ones_like(fitting.b_M), means(fitting.b_M[:, None], self.cell_M, keys**2)[self.cell_M, 0]
+        if calibrated:
+            self.scale_M, self.bias_M = chances(fitting, self.a_nD[first_M] + self.b_nD[second_M], root_DD)
+        self.cost, self.size = keys_cost(keys, calibrated, *fitting.W_MD.shape), size
+        self.setting = f"2 x {keys} keys, {size} candidates"
 
     def candidates(self, rows: Seeking) -> Tensor:
         cells_tP = ((rows.u_tD @ self.a_nD.T)[:, :, None] + (rows.u_tD @ self.b_nD.T)[:, None, :]).flatten(1)
-        return (cells_tP[:, self.cell_M] + self.bias_M).topk(self.size, dim=1, sorted=False).indices
+        return (cells_tP[:, self.cell_M] * self.scale_M + self.bias_M).topk(self.size, dim=1, sorted=False).indices
 
 
 class LowRank(Screen):
     """Scores of rank r with the least squared error over documents A (reduced-rank regression, Izenman 1975): U U^T W_enc (u - mean) + W_enc mean
     + b_enc, with the r leading left singular vectors U of W_enc Sigma^(1/2). M scores of r numbers each cost M r / D products, rounded up.
+    `calibrated` ranks latents by their chance (`chances`), at the same cost.
     """
 
-    def __init__(self, fitting: Fitting, rank: int, size: int) -> None:
-        mean_D = fitting.u_TD.mean(0)
-        left_MR = torch.linalg.svd(fitting.W_MD @ covariance_root(fitting.u_TD), full_matrices=False).U[:, :rank]
-        self.left_MR, self.key_RD = left_MR, left_MR.T @ fitting.W_MD
-        self.bias_M = fitting.b_M + fitting.W_MD @ mean_D - left_MR @ (self.key_RD @ mean_D)
+    def __init__(self, fitting: Fitting, rank: int, size: int, calibrated: bool = False) -> None:
+        root_DD = covariance_root(fitting.u_TD)
+        left_MR = torch.linalg.svd(fitting.W_MD @ root_DD, full_matrices=False).U[:, :rank]
+        self.key_RD = left_MR.T @ fitting.W_MD
+        scale_M, self.bias_M = chances(fitting, left_MR @ self.key_RD, root_DD) if calibrated else (None, fitting.missing(left_MR @ self.key_RD))
+        self.left_MR = left_MR if scale_M is None else left_MR * scale_M[:, None]
         self.cost, self.size = low_rank_cost(rank, *fitting.W_MD.shape), size
         self.setting = f"rank {rank}, {size} candidates"
 
@@ -162,7 +173,19 @@ def made(family: str, setting: tuple[int, int], fitting: Fitting, oracle: bool =
     number, size = setting
     if family == "lists":
         return Lists(fitting, spherical_means(fitting.u_TD, number), size, oracle)
-    return ProductKeys(fitting, number, size) if family == "product keys" else LowRank(fitting, number, size)
+    screen = ProductKeys if family.startswith("product keys") else LowRank
+    return screen(fitting, number, size, family.endswith(CALIBRATED))
+
+
+def chances(fitting: Fitting, approximate_MD: Tensor, root_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale_M, bias_M) that turn approximate scores s into (s - theta) / sigma_m: the larger, the likelier an exact score above theta, if errors are
+    normal. theta: the mean of the rows' least active latents; sigma_m: the deviation of latent m's error over documents A, with a thousandth of that
+    of its score added in quadrature. Without it the worst approximated latents, mostly rare ones, crowd out the others.
+    """
+    wide_M, narrow_M = ((rows_MD @ root_DD).square().sum(1) for rows_MD in (fitting.W_MD - approximate_MD, fitting.W_MD))
+    scale_M = (wide_M + 1e-6 * narrow_M).clamp_min(torch.finfo(wide_M.dtype).tiny).rsqrt()
+    least_T = fitting.values_TK.masked_fill(fitting.values_TK == 0, torch.inf).amin(1)
+    return scale_M, (fitting.missing(approximate_MD) - least_T[least_T.isfinite()].mean().nan_to_num()) * scale_M
 
 
 def best_setting(family: str, budget: int, fitting: Fitting, fold_T: Tensor, most: int = 4096) -> tuple[int, int] | None:
@@ -189,6 +212,11 @@ def found(latent_tC: Tensor, values_tK: Tensor, indices_tK: Tensor, latents: int
 def low_rank_cost(rank: int, latents: int, d_in: int) -> int:
     """r products for the sketch, M of length r for the scores."""
     return rank + -(-latents * rank // d_in)
+
+
+def keys_cost(keys: int, calibrated: bool, latents: int, d_in: int) -> int:
+    """n products for each side, and M multiplications where each latent has a scale of its own."""
+    return 2 * keys + calibrated * -(-latents // d_in)
 
 
 def energies(fitting: Fitting, expert_T: Tensor, experts: int) -> Tensor:
@@ -257,11 +285,11 @@ def covariance_root(u_TD: Tensor) -> Tensor:
 
 
 def options(family: str, budget: int, latents: int, d_in: int) -> list[tuple[int, int]]:
-    """(clusters, keys per side or rank; candidates) that together cost `budget`; none where it is too small."""
+    """(clusters, keys per side or rank; candidates) that together cost `budget`, at least a quarter of it candidates; none where it is too small."""
     if family == "lists":
         return [(experts, budget - experts) for share in (16, 8, 4, 2) if (experts := budget // share) >= 2]
-    if family == "product keys":
-        root = round(latents**0.5)
-        return list(dict.fromkeys((keys, budget - 2 * keys) for share in (8, 4, 2) if (keys := min(root, budget // (2 * share))) >= 2))
-    costs = {rank: low_rank_cost(rank, latents, d_in) for rank in (1, 2, 4, 8, 16, 32) if rank <= min(latents, d_in)}
-    return [(rank, budget - cost) for rank, cost in costs.items() if cost < budget]
+    if family.startswith("product keys"):
+        costs = {keys: keys_cost(keys, family.endswith(CALIBRATED), latents, d_in) for keys in (2, 4, 8, 16, 32, 64, 128, 256) if 4 * keys <= latents}
+    else:
+        costs = {rank: low_rank_cost(rank, latents, d_in) for rank in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if rank <= min(latents, d_in)}
+    return [(number, budget - cost) for number, cost in costs.items() if budget / 8 <= cost <= 3 * budget / 4]
