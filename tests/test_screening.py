@@ -177,12 +177,12 @@ def test_settings_spend_the_budget_and_are_chosen_on_rows_that_were_not_fitted()
     assert not options("lists", 3, 32, 16) and options("lists", 4, 32, 16) == [(2, 2)]
     _, fitting, _ = planted()
     fold_T = torch.arange(400) % 2 == 1
-    setting = best_setting("lists", 16, fitting, fold_T)
     fitted, judged = fitting.part(~fold_T), fitting.part(fold_T)
+    setting = best_setting("lists", 16, fitted, judged)
     rows = Seeking(judged.u_TD, judged.values_TK, judged.indices_TK, None, 0)
     energy = {option: recalls(made("lists", option, fitted), rows, 20)[1] for option in options("lists", 16, 20, 20)}
     assert len(energy) == 3 and energy[setting] == max(energy.values())
-    assert best_setting("lists", 1, fitting, fold_T) is None
+    assert best_setting("lists", 1, fitted, judged) is None
 
 
 def test_clusters_are_found_and_none_stays_empty():

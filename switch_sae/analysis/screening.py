@@ -26,6 +26,8 @@ from switch_sae.style import COLOURS, legends, log_ticks, look, mark, panels, po
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CHOSEN_ON = 2048
+"""The most rows on which settings are chosen."""
 SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 """Budgets, as shares of the dense encoder's M products."""
 FAMILIES = ("lists", "product keys", "product keys" + CALIBRATED, "low rank", "low rank" + CALIBRATED)
@@ -74,6 +76,7 @@ class Screening(Analysis):
         if len(refused) == len(dense):
             raise ValueError(f"screening has nothing to work on: {next(iter(refused))}: {next(iter(refused.values()))}")
         table: Table = []
+        is_one_kind = len({series(one.row) for one in seen if one.routing is not None}) == 1
         for one in dense:
             if one.name in refused:
                 table.append(finding(one.row, "frontier", "fvu", None, note=refused[one.name]))
@@ -81,7 +84,7 @@ class Screening(Analysis):
             same_seed = [other for other in seen if other.row.seed == one.row.seed and other not in dense]
             others = same_seed or [other for other in seen if other not in dense]
             table += _whole_and_trained(one, others, scored, sample.rows.x_TD.shape[1])
-            table += _frontier(one, [other for other in others if other.routing is not None], scored)
+            table += _frontier(one, [other for other in others if other.routing is not None], is_one_kind, scored)
         return table
 
     def shown(self, table: Table) -> Table:
@@ -124,7 +127,7 @@ class Screening(Analysis):
             "of their ends where several SAEs are averaged). Oracles take for each token the list that holds most of its energy. Trained: SAEs that "
             "were trained with so many products, on the same rows. Grey: nulls with the whole budget.",
             handles,
-            columns=5,
+            columns=4,
         )
         return figure
 
@@ -179,14 +182,18 @@ def _whole_and_trained(one: Seen, others: Sequence[Seen], scored: Scored, d_in: 
     return table
 
 
-def _frontier(one: Seen, routers: Sequence[Seen], scored: Scored) -> Table:
+def _frontier(one: Seen, routers: Sequence[Seen], is_one_kind: bool, scored: Scored) -> Table:
     assert isinstance(one.sae, TopKSAE)
     encoder, (first, second) = _Encoder(one.sae), scored.halves
     u_TD, values_TK, indices_TK = encoder.centred(scored.rows.x_TD), one.latents.values_TK[scored.kept_T], one.latents.indices_TK[scored.kept_T]
     fitting = Fitting(u_TD[first], values_TK[first], indices_TK[first], one.sae.W_enc_MD.detach(), encoder.b_M)
-    routes = {f"router of {series(other.row)}": (other.expert_T()[scored.kept_T], other.row.num_experts) for other in routers}
+    names = {other.name: "router" if is_one_kind else f"router of {series(other.row)}" for other in routers}
+    routes = {names[other.name]: (other.expert_T()[scored.kept_T], other.row.num_experts) for other in routers}
     latents = len(fitting.W_MD)
-    screens = {(name, share): screen for share in SHARES for name, screen in _screens(fitting, scored, int(share * latents), routes).items()}
+    document_T = scored.document_T[first].unique(return_inverse=True)[1]
+    fold_T = document_T % 2 == 1 if int(document_T.max()) else torch.arange(len(first)) % 2 == 1
+    folds = fitting.part(~fold_T), fitting.part(fold_T.nonzero()[:CHOSEN_ON, 0])
+    screens = {(name, share): screen for share in SHARES for name, screen in _screens(fitting, folds, int(share * latents), routes, first).items()}
     sums: dict[Any, list[Tensor]] = {key: [] for key, screen in screens.items() if screen is not None}
     ahead = Countdown(f"screening {one.name}", len(second), "rows", tell)
     for start in range(0, len(second), ROWS_PER_CHUNK):
@@ -205,16 +212,15 @@ def _frontier(one: Seen, routers: Sequence[Seen], scored: Scored) -> Table:
     return _records(one, scored.part(second), screens, {key: torch.cat(parts) for key, parts in sums.items()})
 
 
-def _screens(fitting: Fitting, scored: Scored, budget: int, routes: dict[str, tuple[Tensor, int]]) -> dict[str, Screen | None]:
+def _screens(
+    fitting: Fitting, folds: tuple[Fitting, Fitting], budget: int, routes: dict[str, tuple[Tensor, int]], first: Tensor
+) -> dict[str, Screen | None]:
     """All screens of one budget by name; None where it is too small for any."""
-    latents, first = len(fitting.W_MD), scored.halves[0]
     screens: dict[str, Screen | None] = {"random": None, "most frequent": None}
     if budget:
-        screens = {"random": Drawn(latents, budget), "most frequent": Fixed(fitting, budget)}
-    document_T = scored.document_T[first].unique(return_inverse=True)[1]
-    fold_T = document_T % 2 == 1 if int(document_T.max()) else torch.arange(len(first)) % 2 == 1
+        screens = {"random": Drawn(len(fitting.W_MD), budget), "most frequent": Fixed(fitting, budget)}
     for family in FAMILIES:
-        setting = best_setting(family, budget, fitting, fold_T)
+        setting = best_setting(family, budget, *folds)
         screens[family] = None if setting is None else made(family, setting, fitting)
         if family == "lists":
             screens[family + ORACLE] = None if setting is None else made(family, setting, fitting, oracle=True)

@@ -5,7 +5,9 @@ bias; a latent's score is W_enc[m] u + b_enc[m]. Cost is counted in products of 
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,20 @@ class Fitting:
     expert_T: Tensor | None = None
     """The experts that a trained router gives these rows."""
     experts: int = 0
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """What many screens are made of: centroids, keys, a root of the covariance."""
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, computed at the first call with that name."""
+        if name not in self.memo:
+            self.memo[name] = make()
+        return self.memo[name]
+
+    @property
+    def root_DD(self) -> Tensor:
+        """Sigma^(1/2) of the rows."""
+        root_DD: Tensor = self.once("root", lambda: covariance_root(self.u_TD))
+        return root_DD
 
     def missing(self, approximate_MD: Tensor) -> Tensor:
         """[M] what scores approximate_MD u lack on average."""
@@ -104,16 +120,11 @@ class ProductKeys(Screen):
     """
 
     def __init__(self, fitting: Fitting, keys: int, size: int, calibrated: bool = False) -> None:
-        root_DD = covariance_root(fitting.u_TD)
-        first_M = clusters(fitting.W_MD @ root_DD, keys)
-        self.a_nD = means(fitting.W_MD, first_M, keys)
-        left_MD = fitting.W_MD - self.a_nD[first_M]
-        second_M = clusters(left_MD @ root_DD, keys)
-        self.b_nD = means(left_MD, second_M, keys)
+        first_M, second_M, self.a_nD, self.b_nD = fitting.once(("keys", keys), lambda: residual_keys(fitting, keys))
         self.cell_M = first_M * keys + second_M
         self.scale_M, self.bias_M = torch.ones_like(fitting.b_M), means(fitting.b_M[:, None], self.cell_M, keys**2)[self.cell_M, 0]
         if calibrated:
-            self.scale_M, self.bias_M = chances(fitting, self.a_nD[first_M] + self.b_nD[second_M], root_DD)
+            self.scale_M, self.bias_M = chances(fitting, self.a_nD[first_M] + self.b_nD[second_M])
         self.cost, self.size = keys_cost(keys, calibrated, *fitting.W_MD.shape), size
         self.setting = f"2 x {keys} keys, {size} candidates"
 
@@ -129,10 +140,9 @@ class LowRank(Screen):
     """
 
     def __init__(self, fitting: Fitting, rank: int, size: int, calibrated: bool = False) -> None:
-        root_DD = covariance_root(fitting.u_TD)
-        left_MR = torch.linalg.svd(fitting.W_MD @ root_DD, full_matrices=False).U[:, :rank]
+        left_MR = fitting.once("left", lambda: torch.linalg.svd(fitting.W_MD @ fitting.root_DD, full_matrices=False).U)[:, :rank]
         self.key_RD = left_MR.T @ fitting.W_MD
-        scale_M, self.bias_M = chances(fitting, left_MR @ self.key_RD, root_DD) if calibrated else (None, fitting.missing(left_MR @ self.key_RD))
+        scale_M, self.bias_M = chances(fitting, left_MR @ self.key_RD) if calibrated else (None, fitting.missing(left_MR @ self.key_RD))
         self.left_MR = left_MR if scale_M is None else left_MR * scale_M[:, None]
         self.cost, self.size = low_rank_cost(rank, *fitting.W_MD.shape), size
         self.setting = f"rank {rank}, {size} candidates"
@@ -172,34 +182,31 @@ def made(family: str, setting: tuple[int, int], fitting: Fitting, oracle: bool =
     """The screen of a family with one of its `options`."""
     number, size = setting
     if family == "lists":
-        return Lists(fitting, spherical_means(fitting.u_TD, number), size, oracle)
+        return Lists(fitting, fitting.once(("means", number), lambda: spherical_means(fitting.u_TD, number)), size, oracle)
     screen = ProductKeys if family.startswith("product keys") else LowRank
     return screen(fitting, number, size, family.endswith(CALIBRATED))
 
 
-def chances(fitting: Fitting, approximate_MD: Tensor, root_DD: Tensor) -> tuple[Tensor, Tensor]:
+def chances(fitting: Fitting, approximate_MD: Tensor) -> tuple[Tensor, Tensor]:
     """(scale_M, bias_M) that turn approximate scores s into (s - theta) / sigma_m: the larger, the likelier an exact score above theta, if errors are
     normal. theta: the mean of the rows' least active latents; sigma_m: the deviation of latent m's error over documents A, with a thousandth of that
     of its score added in quadrature. Without it the worst approximated latents, mostly rare ones, crowd out the others.
     """
-    wide_M, narrow_M = ((rows_MD @ root_DD).square().sum(1) for rows_MD in (fitting.W_MD - approximate_MD, fitting.W_MD))
+    wide_M, narrow_M = ((rows_MD @ fitting.root_DD).square().sum(1) for rows_MD in (fitting.W_MD - approximate_MD, fitting.W_MD))
     scale_M = (wide_M + 1e-6 * narrow_M).clamp_min(torch.finfo(wide_M.dtype).tiny).rsqrt()
     least_T = fitting.values_TK.masked_fill(fitting.values_TK == 0, torch.inf).amin(1)
     return scale_M, (fitting.missing(approximate_MD) - least_T[least_T.isfinite()].mean().nan_to_num()) * scale_M
 
 
-def best_setting(family: str, budget: int, fitting: Fitting, fold_T: Tensor, most: int = 4096) -> tuple[int, int] | None:
-    """The option with the largest energy recall on rows where `fold_T`, at most so many, after a fit on all others; None where there is no option."""
-    known = options(family, budget, *fitting.W_MD.shape)
-    if len(known) < 2:
-        return known[0] if known else None
-    fitted, judged = fitting.part((~fold_T).nonzero()[:, 0]), fitting.part(fold_T.nonzero()[:most, 0])
+def best_setting(family: str, budget: int, fitted: Fitting, judged: Fitting) -> tuple[int, int] | None:
+    """The option with the largest energy recall on rows that it was not fitted on; None where there is no option."""
+    known = options(family, budget, *fitted.W_MD.shape)
     rows = Seeking(judged.u_TD, judged.values_TK, judged.indices_TK, None, 0)
 
     def recall(setting: tuple[int, int]) -> float:
-        return float(found(made(family, setting, fitted).candidates(rows), judged.values_TK, judged.indices_TK, len(fitting.W_MD))[2].sum())
+        return float(found(made(family, setting, fitted).candidates(rows), judged.values_TK, judged.indices_TK, len(fitted.W_MD))[2].sum())
 
-    return max(known, key=recall)
+    return max(known, key=recall, default=None) if len(known) != 1 else known[0]
 
 
 def found(latent_tC: Tensor, values_tK: Tensor, indices_tK: Tensor, latents: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -217,6 +224,15 @@ def low_rank_cost(rank: int, latents: int, d_in: int) -> int:
 def keys_cost(keys: int, calibrated: bool, latents: int, d_in: int) -> int:
     """n products for each side, and M multiplications where each latent has a scale of its own."""
     return 2 * keys + calibrated * -(-latents // d_in)
+
+
+def residual_keys(fitting: Fitting, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(first key of each latent, second, first keys, second keys) for `ProductKeys`."""
+    first_M = clusters(fitting.W_MD @ fitting.root_DD, keys)
+    a_nD = means(fitting.W_MD, first_M, keys)
+    left_MD = fitting.W_MD - a_nD[first_M]
+    second_M = clusters(left_MD @ fitting.root_DD, keys)
+    return first_M, second_M, a_nD, means(left_MD, second_M, keys)
 
 
 def energies(fitting: Fitting, expert_T: Tensor, experts: int) -> Tensor:
