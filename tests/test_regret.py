@@ -183,6 +183,9 @@ def test_the_table_is_what_loops_over_the_errors_say_and_the_split_adds_up(rows)
             assert record["value"] == pytest.approx(float(sum(cells or others)) / total)
     analysis = build_analysis("regret", {"rows": 300})
     assert analysis.compute(saes, source_of(saes[0])) == table
+    (cell,) = chosen(table, sae=rows["switch"].name, part="transfer", against="pair", at="1->2")
+    idle = [record | {"value": None} if record is cell else record for record in table]
+    assert bool(transfer_matrix(idle, rows["switch"].name)[1, 2].isnan()) and len(analysis.draw(idle).axes) == 5
     assert len(analysis.draw(table).axes) == 2 + 2 + 1 and not any("->" in str(record.get("at")) for record in analysis.shown(table))
 
 

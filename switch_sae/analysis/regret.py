@@ -1,6 +1,7 @@
 """What a router costs: every token through every expert, and the gap to a dense SAE split into a part of the routes and a part of the experts."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,15 +95,17 @@ class Regret(Analysis):
         maps = list(first.values())[:MAPS]
         rows = math.ceil(len(maps) / MAP_COLUMNS)
         top = 1.2 + 0.22 * len(routed)
-        figure = canvas(11, top + 2.6 * rows)
-        grid = figure.add_gridspec(1 + rows, 12, height_ratios=[top, *[2.6] * rows])
-        routes = figure.add_subplot(grid[0, :7])
+        figure = canvas(11, top + 2.8 * rows)
+        grid = figure.add_gridspec(1 + bool(maps), 1, height_ratios=[top, 2.8 * rows][: 1 + bool(maps)])
+        above = grid[0].subgridspec(1, 2, width_ratios=(3, 2))
+        routes = figure.add_subplot(above[0])
         _draw_routes(routes, table, routed)
-        _draw_split(figure.add_subplot(grid[0, 7:], sharey=routes), table, routed)
-        high = max((record["value"] for record in chosen(table, part="transfer", measure="fvu", against="pair") if record["sae"] in maps), default=1)
+        _draw_split(figure.add_subplot(above[1], sharey=routes), table, routed)
+        below = grid[1].subgridspec(rows, MAP_COLUMNS) if maps else None
+        cells = chosen(table, sae=tuple(maps), part="transfer", measure="fvu", against="pair")
+        high = max((record["value"] for record in cells if record["value"] is not None), default=1)
         for place, name in enumerate(maps):
-            column = 3 * (place % MAP_COLUMNS)
-            axis = figure.add_subplot(grid[1 + place // MAP_COLUMNS, column : column + 3])
+            axis = figure.add_subplot(below[place // MAP_COLUMNS, place % MAP_COLUMNS])
             image = _draw_transfer(axis, table, name, high)
         if maps:
             figure.colorbar(image, ax=figure.axes[2:], shrink=0.7, label="T[e, f]", pad=0.01)
@@ -259,5 +262,5 @@ def _draw_transfer(axis: "Axes", table: Table, name: str, high: float) -> Any:
     axis.set_ylabel("routed to e", fontsize=7)
     (own,) = chosen(table, sae=name, part="transfer", measure="own", against="pair")
     (others,) = chosen(table, sae=name, part="transfer", measure="others", against="pair")
-    axis.set_title(f"{name}\nown {own['value']:.3f}, others {others['value']:.3f}", fontsize=7)
+    axis.set_title("\n".join(textwrap.wrap(name, 32)) + f"\nown {own['value']:.3f}, others {others['value']:.3f}", fontsize=7)
     return image
