@@ -1,5 +1,6 @@
 """Screens against brute force and planted truth: lists of a perfect partition recover everything, exact keys and ranks find the true candidates."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,7 +12,7 @@ from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.findings import chosen
 from switch_sae.analysis.observed import observe
 from switch_sae.analysis.scored import Scored
-from switch_sae.analysis.screening import FAMILIES, _Encoder, why_not_screened
+from switch_sae.analysis.screening import FAMILIES, Choice, why_not_screened
 from switch_sae.analysis.screens import (
     Drawn,
     Fitting,
@@ -30,7 +31,7 @@ from switch_sae.analysis.screens import (
     spherical_means,
 )
 from switch_sae.models import SAES, BatchTopKSAE, SwitchSAE, TopKSAE
-from switch_sae.models.inference import Inference
+from switch_sae.models.inference import Inference, with_inference
 from switch_sae.results import collect
 from switch_sae.results.source import source_of
 
@@ -75,7 +76,7 @@ def test_lists_of_a_planted_partition_recover_everything_and_half_a_list_does_no
         latent_tC = screen.candidates(rows)
         assert torch.equal(latent_tC.sort(dim=1).values // BLOCK, rows.expert_t[:, None].expand(-1, BLOCK))
         with torch.no_grad():
-            screened = _Encoder(sae).choose(rows.u_tD @ sae.W_enc_MD.T + sae.b_enc_M, latent_tC)
+            screened = Choice(sae).choose(rows.u_tD @ sae.W_enc_MD.T + sae.b_enc_M, latent_tC)
             assert torch.allclose(sae.decode(screened), sae(rows.u_tD).recon_TD)
     narrow = Lists(fitting, None, 2)
     assert 0.2 < recalls(narrow, rows, 20)[0] < 0.6
@@ -257,7 +258,7 @@ def test_all_latents_as_candidates_are_no_screen(rows):
     for name in ("topk", "batch"):
         _, (one,) = observe([rows[name]], source_of(rows[name]), 100)
         x_TD = source_of(rows[name]).evaluation_set(100).x_TD
-        encoder = _Encoder(one.sae)
+        encoder = Choice(one.sae)
         pre_TM = encoder.centred(x_TD) @ one.sae.W_enc_MD.detach().T + encoder.b_M
         chosen_latents = encoder.choose(pre_TM, torch.arange(64).expand(100, -1))
         assert torch.allclose(chosen_latents.to_dense(), one.latents.to_dense(), atol=1e-5)
@@ -274,5 +275,9 @@ def test_one_dense_run_alone_is_enough_and_what_cannot_be_screened_is_said(rows)
     assert record["value"] is None and "does not choose by top-k" in record["note"]
     with pytest.raises(ValueError, match="screening needs a dense SAE"):
         analyze("screening", [rows["switch"]], {"rows": 400})
-    refit = TopKSAE(TopKSAE.Config(num_latents=8, k=2, inference=Inference.refit), 4)
-    assert "inference=refit" in why_not_screened(refit) and why_not_screened(TopKSAE(TopKSAE.Config(num_latents=8, k=2), 4)) is None
+    _, (one,) = observe([rows["topk"]], source_of(rows["topk"]), 100)
+    x_TD = source_of(rows["topk"]).evaluation_set(100).x_TD
+    assert why_not_screened(one, x_TD) is None
+    assert "inference=refit" in why_not_screened(replace(one, sae=with_inference(one.sae, Inference.refit)), x_TD)
+    odd = replace(one, latents=replace(one.latents, values_TK=one.latents.values_TK * 1.1))
+    assert "a TopKSAE does not choose by top-k" in why_not_screened(odd, x_TD)

@@ -14,7 +14,7 @@ from switch_sae.analysis.base import Analysis, Table
 from switch_sae.analysis.findings import chosen, compact, finding
 from switch_sae.analysis.forced import SCALES, Forced, Scale, scaled_errors, through_every_expert, why_not_forced
 from switch_sae.analysis.observed import Seen, observe, only_routed
-from switch_sae.analysis.scored import Scored
+from switch_sae.analysis.scored import Ratio, Scored
 from switch_sae.checks import Settings, at_least
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import ResultRow
@@ -101,7 +101,7 @@ class Regret(Analysis):
         routes = figure.add_subplot(above[0])
         _draw_routes(routes, table, routed)
         _draw_split(figure.add_subplot(above[1], sharey=routes), table, routed)
-        below = grid[1].subgridspec(rows, MAP_COLUMNS) if maps else None
+        below = grid[-1].subgridspec(max(1, rows), MAP_COLUMNS)
         cells = chosen(table, sae=tuple(maps), part="transfer", measure="fvu", against="pair")
         high = max((record["value"] for record in cells if record["value"] is not None), default=1)
         for place, name in enumerate(maps):
@@ -131,9 +131,13 @@ def _dense_errors(one: Seen, scored: Scored) -> dict[Scale, Tensor]:
     return {scale: scaled_errors(left_T, product_T1, norm_T1, scale, one_T1, group_T, scored.halves)[:, 0] for scale in SCALES}
 
 
+def _fvu(name: str) -> Ratio:
+    return lambda sums: sums[name] / sums["variance"]
+
+
 def _of_dense(one: Seen, scored: Scored) -> Table:
-    columns: dict[str, Tensor] = {**_dense_errors(one, scored), "variance": scored.variance_T}
-    values, spans = scored.ratios(columns, {scale: lambda sums, scale=scale: sums[scale] / sums["variance"] for scale in SCALES})
+    columns: dict[str, Tensor] = {str(scale): error_T for scale, error_T in _dense_errors(one, scored).items()}
+    values, spans = scored.ratios(columns | {"variance": scored.variance_T}, {scale: _fvu(scale) for scale in SCALES})
     return [
         finding(one.row, "routes", "fvu", values[scale], against="dense", at=scale, interval=spans.get(scale), n=len(scored.rows)) for scale in SCALES
     ]
@@ -155,7 +159,7 @@ def _routes_and_split(row: ResultRow, forced: Forced, error_TE: Tensor, scale: S
     own_T, second_T = error_TE.gather(1, forced.rank_TE[:, :2]).unbind(1)
     columns = {**dict(zip(ROUTES, (own_T, oracle_T, second_T, error_TE.mean(1)), strict=True)), "variance": scored.variance_T}
     columns |= {"best": best_T == forced.chosen_T, "rows": torch.ones_like(own_T), **{f"dense {n}": error_T for n, (_, error_T) in enumerate(dense)}}
-    wanted: dict[str, Any] = {route: lambda sums, route=route: sums[route] / sums["variance"] for route in ROUTES}
+    wanted: dict[str, Any] = {route: _fvu(route) for route in ROUTES}
     wanted |= {"regret": lambda sums: sums["router"] / sums["oracle"] - 1, "null": lambda sums: sums["second best"] / sums["oracle"] - 1}
     wanted |= {"routing": lambda sums: (sums["router"] - sums["oracle"]) / sums["variance"], "best": lambda sums: sums["best"] / sums["rows"]}
     for n in range(len(dense)):
@@ -193,8 +197,7 @@ def _transfer(row: ResultRow, forced: Forced, error_TE: Tensor, scale: Scale, sc
     fvu_EE = error_EE / variance_E[:, None]
     own_T = error_TE.gather(1, chosen_T[:, None])[:, 0]
     columns = {"own": own_T, "others": (error_TE.sum(1) - own_T) / (experts - 1), "variance": scored.variance_T}
-    wanted = {name: lambda sums, name=name: sums[name] / sums["variance"] for name in ("own", "others")}
-    values, spans = scored.ratios(columns, wanted)
+    values, spans = scored.ratios(columns, {name: _fvu(name) for name in ("own", "others")})
     table = [
         finding(row, "transfer", name, values[name], against=scale, interval=spans.get(name), n=len(scored.rows), note=note)
         for name, note in (("own", "T[e, e], weighted by tokens"), ("others", "T[e, f] over all other f, weighted by tokens"))

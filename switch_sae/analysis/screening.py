@@ -17,7 +17,7 @@ from switch_sae.checks import Settings, at_least
 from switch_sae.countdown import Countdown
 from switch_sae.files import tell
 from switch_sae.metrics.forward import ROWS_PER_CHUNK
-from switch_sae.models import BatchTopKSAE, SparseAutoencoder, SparseLatents, TopKSAE
+from switch_sae.models import SparseAutoencoder, SparseLatents
 from switch_sae.models.inference import Inference
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import ResultRow
@@ -26,6 +26,8 @@ from switch_sae.style import COLOURS, legends, log_ticks, look, mark, panels, po
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CHECKED_ON = 512
+"""Rows on which an SAE must choose as `Choice` does."""
 CHOSEN_ON = 2048
 """The most rows on which settings are chosen."""
 SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -72,7 +74,7 @@ class Screening(Analysis):
         sample, seen = observe(saes, source, self.config.rows)
         scored = Scored.of(sample)
         dense = [one for one in seen if one.row.num_experts == 1 and one.row.num_latents == widest]
-        refused = {one.name: why for one in dense if (why := why_not_screened(one.sae))}
+        refused = {one.name: why for one in dense if (why := why_not_screened(one, sample.rows.x_TD))}
         if len(refused) == len(dense):
             raise ValueError(f"screening has nothing to work on: {next(iter(refused))}: {next(iter(refused.values()))}")
         table: Table = []
@@ -100,11 +102,11 @@ class Screening(Analysis):
             for name, style in _lines(table).items():
                 records = chosen(table, part="frontier", measure=measure, against=name)
                 shares = sorted({record["at"] for record in records if record["value"] is not None})
-                middle, low, high = (
-                    [_mean([record[key] for record in records if record["at"] == share]) for share in shares] for key in ("value", "low", "high")
-                )
-                axis.plot([1 / share for share in shares], middle, zorder=3, **style)
-                for share, bottom, top in zip(shares, low, high, strict=True):
+                ends: dict[str, list[float | None]] = {
+                    key: [_mean([record[key] for record in records if record["at"] == share]) for share in shares] for key in ("value", "low", "high")
+                }
+                axis.plot([1 / share for share in shares], [value or 0.0 for value in ends["value"]], zorder=3, **style)
+                for share, bottom, top in zip(shares, ends["low"], ends["high"], strict=True):
                     if bottom is not None and top is not None:
                         axis.plot([1 / share] * 2, [bottom, top], color=style["color"], linewidth=1, zorder=2)
             power_of_two_ticks(axis.xaxis, [1 / share for share in SHARES])
@@ -132,37 +134,56 @@ class Screening(Analysis):
         return figure
 
 
-def why_not_screened(sae: SparseAutoencoder) -> str | None:
-    """Why the latents of an SAE cannot be chosen among some of them; None if they can."""
-    if type(sae) not in (TopKSAE, BatchTopKSAE):
-        return f"a {type(sae).__name__} does not choose by top-k or one threshold among all latents. Give TopK or BatchTopK runs."
+def why_not_screened(one: Seen, x_TD: Tensor) -> str | None:
+    """Why the latents of an SAE cannot be chosen among some of them; None if they can. What it does itself on these rows of the sample must be what
+    `Choice` does with all latents as candidates."""
+    sae = one.sae
     if sae.inference is not Inference.encoder:
         return f"inference={sae.inference.name} finds latents otherwise than by the encoder. Give runs with inference=encoder."
-    return None
+    why = f"a {type(sae).__name__} does not choose by top-k or one threshold among all latents. Give TopK or BatchTopK runs."
+    if not isinstance(getattr(sae, "W_enc_MD", None), Tensor) or not (sae.by_threshold or sae.k):
+        return why
+    encoder, part = Choice(sae), x_TD[:CHECKED_ON]
+    own_TM = one.latents.part(slice(len(part))).to_dense()
+    code = encoder.choose(encoder.scores(encoder.centred(part)), torch.arange(sae.num_latents).expand(len(part), -1))
+    differs = float((code.to_dense() - own_TM).double().square().sum())
+    return why if differs > 1e-4 * float(own_TM.double().square().sum()) else None
 
 
 @dataclass(frozen=True)
-class _Encoder:
-    """A dense SAE's choice among candidates."""
+class Choice:
+    """A dense SAE's choice among candidates: its k largest scores, or those above its threshold."""
 
-    sae: TopKSAE
+    sae: SparseAutoencoder
 
-    def centred(self, x_TD: Tensor) -> Tensor:
-        return (x_TD.to(self.sae.activation_scale.dtype) * self.sae.activation_scale - self.sae.b_in_D).detach()
+    @property
+    def W_MD(self) -> Tensor:
+        """Encoder rows."""
+        weight_MD: Tensor = self.sae.W_enc_MD.detach()
+        return weight_MD
 
     @property
     def b_M(self) -> Tensor:
-        return torch.zeros(self.sae.num_latents) if self.sae.b_enc_M is None else self.sae.b_enc_M.detach()
+        """The encoder's biases."""
+        bias_M = getattr(self.sae, "b_enc_M", None)
+        return torch.zeros(self.sae.num_latents) if bias_M is None else bias_M.detach()
 
-    def choose(self, pre_tM: Tensor, latent_tC: Tensor) -> SparseLatents:
-        """The active latents of rows with scores pre_tM that may use latent_tC."""
-        pre_tC = pre_tM.gather(1, latent_tC)
-        if isinstance(self.sae, BatchTopKSAE):
-            active_tC = pre_tC > self.sae.threshold.clamp_min(0)
-            pre_tC, slots = pre_tC * active_tC, max(1, int(active_tC.sum(1).max()))
-        else:
-            slots = self.sae.config.k
-        values_tK, slot_tK = pre_tC.topk(min(slots, pre_tC.shape[1]), dim=1)
+    def centred(self, x_TD: Tensor) -> Tensor:
+        """What the encoder multiplies."""
+        return (x_TD.to(self.sae.activation_scale.dtype) * self.sae.activation_scale - self.sae.b_in_D).detach()
+
+    def scores(self, u_tD: Tensor) -> Tensor:
+        """[t, M]."""
+        return torch.addmm(self.b_M, u_tD, self.W_MD.T)
+
+    def choose(self, score_tM: Tensor, latent_tC: Tensor) -> SparseLatents:
+        """The active latents of rows that may use `latent_tC`."""
+        score_tC = score_tM.gather(1, latent_tC)
+        slots = self.sae.k or 1
+        if self.sae.by_threshold:
+            active_tC = score_tC > self.sae.threshold.clamp_min(0)
+            score_tC, slots = score_tC * active_tC, max(1, int(active_tC.sum(1).max()))
+        values_tK, slot_tK = score_tC.topk(min(slots, score_tC.shape[1]), dim=1)
         return SparseLatents(values_tK.relu(), latent_tC.gather(1, slot_tK), self.sae.num_latents)
 
 
@@ -183,10 +204,9 @@ def _whole_and_trained(one: Seen, others: Sequence[Seen], scored: Scored, d_in: 
 
 
 def _frontier(one: Seen, routers: Sequence[Seen], is_one_kind: bool, scored: Scored) -> Table:
-    assert isinstance(one.sae, TopKSAE)
-    encoder, (first, second) = _Encoder(one.sae), scored.halves
+    encoder, (first, second) = Choice(one.sae), scored.halves
     u_TD, values_TK, indices_TK = encoder.centred(scored.rows.x_TD), one.latents.values_TK[scored.kept_T], one.latents.indices_TK[scored.kept_T]
-    fitting = Fitting(u_TD[first], values_TK[first], indices_TK[first], one.sae.W_enc_MD.detach(), encoder.b_M)
+    fitting = Fitting(u_TD[first], values_TK[first], indices_TK[first], encoder.W_MD, encoder.b_M)
     names = {other.name: "router" if is_one_kind else f"router of {series(other.row)}" for other in routers}
     routes = {names[other.name]: (other.expert_T()[scored.kept_T], other.row.num_experts) for other in routers}
     latents = len(fitting.W_MD)
@@ -198,14 +218,14 @@ def _frontier(one: Seen, routers: Sequence[Seen], is_one_kind: bool, scored: Sco
     ahead = Countdown(f"screening {one.name}", len(second), "rows", tell)
     for start in range(0, len(second), ROWS_PER_CHUNK):
         row_t = second[start : start + ROWS_PER_CHUNK]
-        pre_tM = torch.addmm(fitting.b_M, u_TD[row_t], fitting.W_MD.T)
+        score_tM = encoder.scores(u_TD[row_t])
         for name, share in sums:
             screen, route = screens[name, share], routes.get(name.removesuffix(ORACLE))
             assert screen is not None
             asking = Seeking(u_TD[row_t], values_TK[row_t], indices_TK[row_t], None if route is None else route[0][row_t], start)
             latent_tC = screen.candidates(asking)
             with torch.no_grad():
-                recon_tD = one.sae.decode(encoder.choose(pre_tM, latent_tC))
+                recon_tD = one.sae.decode(encoder.choose(score_tM, latent_tC))
             error_t = (scored.rows.target_TD[row_t].double() - recon_tD.double()).square().sum(1)
             sums[name, share].append(torch.stack([error_t, *found(latent_tC, asking.values_tK, asking.indices_tK, latents)], dim=1))
         ahead(start + len(row_t))
@@ -250,7 +270,7 @@ def _records(one: Seen, held: Scored, screens: dict[tuple[str, float], Screen | 
                 table.append(finding(one.row, "frontier", measure, None, against=name, at=share, note=note))
                 continue
             (values, spans), (null, null_spans) = numbers[name, share], numbers["most frequent", share]
-            beside = {} if name == "most frequent" else {"null": null[measure], "null_interval": null_spans.get(measure)}
+            beside: dict[str, Any] = {} if name == "most frequent" else {"null": null[measure], "null_interval": null_spans.get(measure)}
             where: dict[str, Any] = {"against": name, "at": share, "interval": spans.get(measure), "n": len(held.rows), "note": screen.setting}
             table.append(finding(one.row, "frontier", measure, values[measure], **where, **beside))
     return table
