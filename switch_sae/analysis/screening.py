@@ -159,8 +159,9 @@ class Choice:
     @property
     def W_MD(self) -> Tensor:
         """Encoder rows."""
-        weight_MD: Tensor = self.sae.W_enc_MD.detach()
-        return weight_MD
+        weight_MD = self.sae.W_enc_MD
+        assert isinstance(weight_MD, Tensor)
+        return weight_MD.detach()
 
     @property
     def b_M(self) -> Tensor:
