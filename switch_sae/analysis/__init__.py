@@ -6,12 +6,13 @@ from typing import Any
 
 from switch_sae.analysis.base import Analysis, OpenSource, Table, kept_table
 from switch_sae.analysis.duplication import Duplication
+from switch_sae.analysis.geometry import FeatureGeometry
 from switch_sae.analysis.recurrence import Recurrence
 from switch_sae.choices import Choice
 from switch_sae.results.rows import ResultRow
 from switch_sae.results.source import source_of
 
-ANALYSES: Choice[Analysis] = Choice("analysis", "name", {"duplication": Duplication, "recurrence": Recurrence})
+ANALYSES: Choice[Analysis] = Choice("analysis", "name", {"duplication": Duplication, "geometry": FeatureGeometry, "recurrence": Recurrence})
 
 __all__ = ["ANALYSES", "Analysis", "Table", "analyze", "build_analysis"]
 
