@@ -41,9 +41,9 @@ def close_pairs(unit_ND: Tensor, threshold: float) -> Pairs:
     """All pairs of unit rows with a cosine above `threshold`, block by block. Raises ValueError where they are more than `MOST_PAIRS`."""
     rows, found = len(unit_ND), []
     count = 0
-    for block_B in torch.arange(rows).split(max(1, BLOCK_ELEMENTS // max(1, rows))):
-        start = int(block_B[0])
-        cosine_BN = unit_ND[block_B] @ unit_ND[start:].T
+    block = max(1, BLOCK_ELEMENTS // max(1, rows))
+    for start in range(0, rows, block):
+        cosine_BN = unit_ND[start : start + block] @ unit_ND[start:].T
         first_P, second_P = (cosine_BN > threshold).nonzero(as_tuple=True)
         cosine_P = cosine_BN[first_P, second_P]
         later_P = second_P > first_P
@@ -80,26 +80,29 @@ def expected_highest(unit_ND: Tensor, group_N: Tensor) -> tuple[float, float]:
     kept their sizes and were drawn at random: exact expectations, without drawing.
 
     Of a row's n - 1 others, sorted by cosine, the first that belongs to a random set of g of them has rank j with probability
-    C(n - 1 - j, g - 1) / C(n - 1, g). NaN where no row has such others.
+    C(n - 1 - j, g - 1) / C(n - 1, g); a row is in a group as often as the group is large. NaN where no row has such others.
     """
-    rows = len(unit_ND)
-    own_N = group_N.unique(return_inverse=True, return_counts=True)
-    own_N = own_N[2][own_N[1]] - 1
-    sums, counts = [0.0, 0.0], [0, 0]
-    for size in own_N.unique().tolist():
-        chances = [first_rank(rows - 1, g) for g in (size, rows - 1 - size)]
-        deepest = max(len(chance_J) for chance_J in chances)
-        members_N = (own_N == size).nonzero()[:, 0]
-        for block_B in members_N.split(max(1, BLOCK_ELEMENTS // rows)) if deepest else ():
-            cosine_BN = unit_ND[block_B] @ unit_ND.T
-            cosine_BN[torch.arange(len(block_B)), block_B] = -torch.inf
-            best_BJ = cosine_BN.topk(deepest, dim=1).values.double()
-            for place, chance_J in enumerate(chances):
-                if len(chance_J):
-                    sums[place] += float((best_BJ[:, : len(chance_J)] @ chance_J).sum())
-                    counts[place] += len(block_B)
-    within, across = (total / count if count else float("nan") for total, count in zip(sums, counts, strict=True))
+    rows, size_E = len(unit_ND), group_N.unique(return_counts=True)[1].tolist()
+    means = [_mean_rank(rows, [(size, size - 1) for size in size_E]), _mean_rank(rows, [(size, rows - size) for size in size_E])]
+    deepest = max(len(chance_J) for chance_J in means)
+    sums = [0.0, 0.0]
+    block = max(1, BLOCK_ELEMENTS // max(1, rows))
+    for start in range(0, rows, block):
+        cosine_BN = unit_ND[start : start + block] @ unit_ND.T
+        cosine_BN.diagonal(start).fill_(-torch.inf)
+        best_BJ = cosine_BN.topk(deepest, dim=1).values.double()
+        sums = [total + float((best_BJ[:, : len(chance_J)] @ chance_J).sum()) for total, chance_J in zip(sums, means, strict=True)]
+    within, across = (total / rows if len(chance_J) else float("nan") for total, chance_J in zip(sums, means, strict=True))
     return within, across
+
+
+def _mean_rank(rows: int, groups: list[tuple[int, int]]) -> Tensor:
+    """[J]: `first_rank` averaged over groups of so many rows, each with so many members among the others; those without are left out."""
+    ranks = [(size, first_rank(rows - 1, members)) for size, members in groups if members > 0]
+    mean_J = torch.zeros(max((len(chance_J) for _, chance_J in ranks), default=0), dtype=torch.float64)
+    for size, chance_J in ranks:
+        mean_J[: len(chance_J)] += size * chance_J / sum(size for size, _ in ranks)
+    return mean_J
 
 
 def first_rank(others: int, members: int) -> Tensor:
