@@ -23,7 +23,7 @@ POOL = 4
 """Rows are every fourth context of four times as many, so that they come from more documents: intervals and permutations live on these."""
 
 
-HOW_MANY = ("evaluation rows", "predictions")
+HOW_MANY = ("evaluation rows", "predictions", "half of the documents")
 """Parts of `evaluated_on` that say how much an SAE was scored on, not what."""
 
 
