@@ -6,6 +6,7 @@ python -m experiments.surgery RUN --threshold 0.8 --experts 4 --tokens 500000 --
 """
 
 import argparse
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,10 @@ def operate(
         say(f"{len(groups)} groups of copies, in {', '.join(str(len(group)) for group in groups)} experts, at cosine > {threshold:g}")
         starts = {"untouched": sae, "merged": merged(sae, groups, count_M)}
         starts["random"] = merged(sae, random_groups(sae, count_M, groups), count_M)
-        folders = {name: _folder(out, f"{run.name}-{name}", replace(config, sae=start.config), start) for name, start in starts.items()}
+        folders = {
+            name: _folder(out, re.sub(r"[^\w.-]", "_", f"{run.name}-{name}"), replace(config, sae=start.config), start)
+            for name, start in starts.items()
+        }
         configs = {name: config_from_plain(folder.read_json("config.json")) for name, folder in folders.items()}
         members = [replace(main_member(folder, configs[name]), name=name) for name, folder in folders.items()]
         Cohort(members, 0, streams, _Keeper(out), time.perf_counter()).work()
