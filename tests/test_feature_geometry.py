@@ -250,7 +250,10 @@ def test_the_table_says_what_brute_force_does(rows):
         expert = one.expert_M[live]
         cosine = (unit @ unit.T).fill_diagonal_(-1)
         assert single(mine, "size", "live")["value"] == len(live)
-        assert single(mine, "copies", "any")["value"] == pytest.approx(float((cosine.amax(1) > 0.6).double().mean()))
+        for at in (0.6, 0.7, 0.8, 0.9):
+            assert single(mine, "copies", "any", at=at)["value"] == pytest.approx(float((cosine.amax(1) > at).double().mean()))
+            components = single(mine, "size", "components", at=at)["value"]
+            assert components == len(live) if float(cosine.max()) <= at else 1 <= components < len(live)
         deciles = chosen(mine, part="by_rate", measure="any")
         assert sum(record["n"] for record in deciles) == len(live)
         assert sum(record["n"] * record["value"] for record in deciles) / len(live) == pytest.approx(deciles[0]["null"])

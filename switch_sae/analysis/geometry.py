@@ -34,8 +34,8 @@ DRAWS = 200
 """Relabellings behind the intervals of nulls."""
 LARGEST_SHOWN = 5
 """Clusters of so many rows and more are counted together."""
-COMPONENTS = (0.7, 0.8, 0.9)
-"""Cosines at which components are counted, beside `threshold`."""
+COSINES = (0.7, 0.8, 0.9)
+"""At which copies and components are counted, beside `threshold`."""
 FEWEST = 8
 """Live latents without which nothing is said."""
 SIMILAR_WIDTH = 1.1
@@ -82,7 +82,7 @@ class FeatureGeometry(Analysis):
                 table.append(finding(each.row, "size", "live", float(len(each.live_L)), n=each.row.num_latents, note=why))
                 continue
             partner = dense_partner(each, features)
-            copies = close_pairs(each.decoder_LD, min(self.config.threshold, *COMPONENTS))
+            copies = close_pairs(each.decoder_LD, self._cosines[0])
             table += _neighbours(each, routed)
             table += self._copies(each, copies, partner)
             table += self._sizes(each, copies)
@@ -91,12 +91,18 @@ class FeatureGeometry(Analysis):
         table += self._sparseness(features, sample.document_T)
         return [{**record, **{name: record.get(name) for name in ("x", "y", "expert")}} for record in table]
 
+    @property
+    def _cosines(self) -> list[float]:
+        return sorted({*COSINES, self.config.threshold})
+
     def _copies(self, each: "Features", pairs: Pairs, partner: "Features | None") -> Table:
         row, live, tau = each.row, len(each.live_L), self.config.threshold
+        records = []
+        for at in self._cosines:
+            share = float(pairs.above(at).touched(live).double().mean())
+            records.append(finding(row, "copies", "any", share, at=at, n=live))
         pairs = pairs.above(tau)
         copied_L = pairs.touched(live)
-        share, records = float(copied_L.double().mean()), []
-        records.append(finding(row, "copies", "any", share, at=tau, n=live))
         if each.experts > 1:
             own = pairs.where((each.expert_L[pairs.first_P] >= 0) & (each.expert_L[pairs.second_P] >= 0))
             null = {
@@ -145,7 +151,7 @@ class FeatureGeometry(Analysis):
     def _sizes(self, each: "Features", pairs: Pairs) -> Table:
         row, live = each.row, len(each.live_L)
         records = [finding(row, "size", "live", float(live), n=row.num_latents)]
-        for tau in sorted({*COMPONENTS, self.config.threshold}):
+        for tau in self._cosines:
             records.append(finding(row, "size", "components", float(len(clusters(pairs.above(tau), live).unique())), at=tau, n=live))
         noise_LD = torch.randn(each.decoder_LD.shape, generator=torch.Generator().manual_seed(0))
         for at, unit_LD in each.weights.items():

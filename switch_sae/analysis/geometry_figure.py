@@ -70,7 +70,7 @@ def _copies(axes: "Sequence[Axes]", table: Table, names: Sequence[str], threshol
     for place, name in enumerate(names):
         mine = [record for record in table if _line(record) == name]
         routed = chosen(mine, part="copies", measure="across")
-        _marks(copies, place, routed or chosen(mine, part="copies", measure="any"), True)
+        _marks(copies, place, routed or chosen(mine, part="copies", measure="any", at=threshold), True)
         _marks(copies, place, chosen(mine, part="copies", measure="within"), False)
         live = chosen(mine, part="size", measure="live")
         _marks(sizes, place, live, True)

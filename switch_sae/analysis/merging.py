@@ -1,14 +1,14 @@
 """Surgery on an SAE that has both experts and shared latents: copies of one concept in many experts become one shared latent."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from switch_sae.analysis.copies import close_pairs, clusters
-from switch_sae.models import SparseAutoencoder, SwitchPursuitSAE
+from switch_sae.models import SAES, SparseAutoencoder
 
 
 def copied_groups(sae: SparseAutoencoder, count_M: Tensor, threshold: float, least_experts: int) -> list[Tensor]:
@@ -104,8 +104,9 @@ def merged(sae: SparseAutoencoder, groups: Sequence[Tensor], count_M: Tensor) ->
 
 def check_has_shared(sae: SparseAutoencoder) -> None:
     """Raises ValueError for an architecture without shared latents."""
-    if not isinstance(sae, SwitchPursuitSAE):
+    if not hasattr(sae.config, "shared"):
+        able = [key for key, cls in SAES.items() if any(field.name == "shared" for field in fields(cls.Config))]
         raise ValueError(
-            f"{type(sae).__name__} has no latents that all experts share: each belongs to an expert, whose gate scales it. "
-            "Give a run of switch_refit or switch_pursuit, whose gate is hard and which have `shared`."
+            f"{type(sae).__name__} has no latents that all experts share: each belongs to an expert, and may be scaled by its gate. "
+            f"Give a run of {' or '.join(able)}, which have `shared`."
         )
