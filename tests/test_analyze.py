@@ -83,7 +83,7 @@ def test_an_analysis_of_several_saes_gets_its_rows_and_keeps_what_it_found(rows,
 
 
 def test_mistakes_are_named(rows, monkeypatch):
-    with pytest.raises(ValueError, match=r"unknown analysis 'dup'; this version knows duplication, recurrence\."):
+    with pytest.raises(ValueError, match=r"unknown analysis 'dup'; this version knows duplication, recurrence"):
         analyze("dup", rows)
     with pytest.raises(ValueError, match=r"unknown settings \['thresh'\].*it has \['threshold'\]"):
         analyze("duplication", rows, {"thresh": 0.5})

@@ -12,7 +12,7 @@ from switch_sae.choices import Choice
 from switch_sae.results.rows import ResultRow
 from switch_sae.results.source import source_of
 
-ANALYSES: Choice[Analysis] = Choice("analysis", "name", {"duplication": Duplication, "geometry": FeatureGeometry, "recurrence": Recurrence})
+ANALYSES: Choice[Analysis] = Choice("analysis", "name", {"duplication": Duplication, "recurrence": Recurrence, "geometry": FeatureGeometry})
 
 __all__ = ["ANALYSES", "Analysis", "Table", "analyze", "build_analysis"]
 
