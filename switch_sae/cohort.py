@@ -166,8 +166,9 @@ class Cohort:
             try:
                 start = saved_start(member)
                 sae = build_sae(member.sae, stream.source.d_in, member.config.seed) if start is None else start
-                trainer, normalize = member.config.trainer, member.config.normalize_activations
-                self.trainers[name] = stream.trainer(sae, trainer, self.config.total_steps, normalize, prepared=start is not None)
+                self.trainers[name] = stream.trainer(
+                    sae, member.config.trainer, self.config.total_steps, member.config.normalize_activations, prepared=start is not None
+                )
             except Exception as error:  # one member that cannot be built must not stop the others
                 self._failed(name, 0, error)
         if not self.trainers:

@@ -196,7 +196,8 @@ class FeatureGeometry(Analysis):
             for when, latents in {"before": one.ungated(), "after": one.latents}.items():
                 if when == "after" or latents is not one.latents:
                     codes[f"{place} {when}"] = sums_of(latents, document_T, one.expert_M, None if one.routing is None else one.routing.expert_TS)
-        value, slope = {}, {}
+        value: dict[str, float] = {}
+        slope: dict[str, Tensor] = {}
         for name, sums in codes.items():
             values, slopes = sums.slopes()
             value |= {f"{name} {measure}": number for measure, number in values.items()}
@@ -205,10 +206,9 @@ class FeatureGeometry(Analysis):
         for place, dense in partners.items():
             if dense is not None:
                 other = next(number for number, each in enumerate(features) if each is dense)
-                for found in (value, slope):
-                    found |= {
-                        f"{place} less {measure}": found[f"{place} after {measure}"] - found[f"{other} after {measure}"] for measure in MEASURES
-                    }
+                for measure in MEASURES:
+                    mine, theirs, less = (f"{who} {measure}" for who in (f"{place} after", f"{other} after", f"{place} less"))
+                    value[less], slope[less] = value[mine] - value[theirs], slope[mine] - slope[theirs]
 
         def resampled(weights_RN: Tensor) -> dict[str, Tensor]:
             return {name: value[name] + (weights_RN - 1) @ slope_N for name, slope_N in slope.items()}

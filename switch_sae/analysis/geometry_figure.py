@@ -11,7 +11,7 @@ from switch_sae.analysis.findings import chosen
 from switch_sae.analysis.maps import scatter
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import grouped
-from switch_sae.style import canvas, log_ticks, look, note, percent
+from switch_sae.style import DASHES, canvas, log_ticks, look, note, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def geometry_figure(table: Table, threshold: float) -> "Figure":
         "A mark for each seed. Grey bars and ticks: nulls (experts drawn at random, of the same sizes; for sizes random directions), with the middle "
         "95 % of draws. Black lines: 95 % intervals over documents. Live latents are those that fire on the sample. Copies: cosine of decoder rows > "
         f"{threshold:g}. Components: latents joined wherever a cosine exceeds it. Maps: t-SNE of unit rows; 'kept' is the share "
-        "of nearest neighbours that stay near, in brackets that of chance."
+        "of nearest neighbours that stay near, in brackets that of chance. Dashes tell kinds of one colour apart, in the order of the lines."
     )
     note(figure, text)
     return figure
@@ -67,6 +67,7 @@ def _neighbours(axes: "Sequence[Axes]", table: Table, lines: Sequence[tuple[str,
 
 def _copies(axes: "Sequence[Axes]", table: Table, names: Sequence[str], threshold: float) -> None:
     copies, curve, sizes, spectrum = axes
+    kinds = grouped(names, lambda name: Kind.of(next(record for record in table if _line(record) == name)))
     for place, name in enumerate(names):
         mine = [record for record in table if _line(record) == name]
         routed = chosen(mine, part="copies", measure="across")
@@ -79,7 +80,9 @@ def _copies(axes: "Sequence[Axes]", table: Table, names: Sequence[str], threshol
             sizes.plot(record["latents"], place, "|", color=NULL, markersize=8)
         for full, at in ((True, "decoder"), (False, "encoder")):
             _marks(spectrum, place, chosen(mine, part="size", measure="spectrum", at=at), full)
-        style = look(*Kind.of(mine[0])).style() | {"markersize": 3, "linewidth": 1}
+        kind = Kind.of(mine[0])
+        dash = DASHES[kinds[kind].index(name) % len(DASHES)]
+        style = look(*kind).style() | {"markersize": 3, "linewidth": 1, "linestyle": dash}
         for measure, changes in (("any", {}), ("dense_of_same_rate", {"color": RESAMPLED, "linestyle": ":", "marker": ""})):
             points = [record for record in chosen(mine, part="by_rate", measure=measure) if record["value"] is not None]
             deciles = grouped(points, lambda record: record["note"]).values()
@@ -90,7 +93,7 @@ def _copies(axes: "Sequence[Axes]", table: Table, names: Sequence[str], threshol
     copies.set_xlim(left=0)
     sizes.set_title("latents: live (full), components (hollow),\nall (grey)", fontsize=8)
     spectrum.set_title("exp(entropy) of the spectrum,\ndecoder (full) and encoder rows (hollow)", fontsize=8)
-    curve.set_title("share with a copy by firing rate; dotted:\nthe dense SAE's latents of the same rates", fontsize=8)
+    curve.set_title("share with a copy by firing rate; grey dots:\nthe dense SAE's latents of the same rates", fontsize=8)
     curve.set_xlabel("share of rows on which a latent fires", fontsize=7)
     curve.tick_params(labelsize=7)
     rates = [record["at"] for record in chosen(table, part="by_rate") if record["value"] is not None]
