@@ -36,7 +36,7 @@ LARGEST_SHOWN = 5
 """Clusters of so many rows and more are counted together."""
 COSINES = (0.7, 0.8, 0.9)
 """At which copies and components are counted, beside `threshold`."""
-FEWEST = 8
+FEWEST = DECILES
 """Live latents without which nothing is said."""
 SIMILAR_WIDTH = 1.1
 """A dense SAE is compared with at most so many times more or fewer latents."""
