@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from experiments.errors import clear_errors
-from switch_sae.analysis.merging import copied_groups, merged, random_groups
+from switch_sae.analysis.features.surgery import copied_groups, merged, random_groups
 from switch_sae.cohort import Cohort, Keeper, Streams
 from switch_sae.config import RunConfig, config_from_plain, config_to_plain
 from switch_sae.files import Say, tell, user_path

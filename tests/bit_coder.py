@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from switch_sae.analysis.exact_k import log_elementary
-from switch_sae.analysis.value_codes import Values
+from switch_sae.analysis.codes.exact_k import log_elementary
+from switch_sae.analysis.codes.values import Values
 
 TOP, HALF, QUARTER = 2**32, 2**31, 2**30
 

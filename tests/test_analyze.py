@@ -15,7 +15,7 @@ from test_report import tiny_run
 from experiments import analyze as command
 from switch_sae.activations import SyntheticSource
 from switch_sae.analysis import ANALYSES, Analysis, analyze, build_analysis
-from switch_sae.analysis.neighbours import decoder_geometry
+from switch_sae.analysis.features.neighbours import decoder_geometry
 from switch_sae.analysis.recurrence import _rotation
 from switch_sae.models import TopKSAE
 from switch_sae.results import collect

@@ -9,11 +9,11 @@ from test_report import tiny_run
 
 from switch_sae.activations import SyntheticSource
 from switch_sae.analysis import analyze, build_analysis
+from switch_sae.analysis.counterparts.pairing import SAME_START, sides
+from switch_sae.analysis.counterparts.partners import KINDS, judge
 from switch_sae.analysis.fates import Fates
 from switch_sae.analysis.findings import chosen
 from switch_sae.analysis.observed import observe, series
-from switch_sae.analysis.pairing import SAME_START, sides
-from switch_sae.analysis.partners import KINDS, judge
 from switch_sae.models import SwitchSAE, TopKSAE
 from switch_sae.results import collect
 from switch_sae.results.source import source_of

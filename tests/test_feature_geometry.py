@@ -10,12 +10,12 @@ from test_report import tiny_run
 
 from switch_sae.activations import SyntheticSource
 from switch_sae.analysis import build_analysis
-from switch_sae.analysis.copies import close_pairs, cluster_sizes, clusters, expected_highest, first_rank, relabelled, spectral_size
+from switch_sae.analysis.features.copies import close_pairs, cluster_sizes, clusters, expected_highest, first_rank, relabelled, spectral_size
+from switch_sae.analysis.features.maps import affinities, layout, preservation, principal, pull
+from switch_sae.analysis.features.sparseness import population, sums_of
 from switch_sae.analysis.findings import chosen
 from switch_sae.analysis.geometry import Features, dense_partner, nearest_rate, nearest_rows
-from switch_sae.analysis.maps import affinities, layout, preservation, principal, pull
 from switch_sae.analysis.observed import observe
-from switch_sae.analysis.sparseness import population, sums_of
 from switch_sae.models import SparseLatents, SwitchRefitSAE, SwitchSAE, TopKSAE
 from switch_sae.results import collect
 from switch_sae.results.source import source_of
@@ -63,7 +63,7 @@ def test_pairs_and_clusters_are_those_of_brute_force():
 
 
 def test_too_many_pairs_are_refused(monkeypatch):
-    monkeypatch.setattr("switch_sae.analysis.copies.MOST_PAIRS", 10)
+    monkeypatch.setattr("switch_sae.analysis.features.copies.MOST_PAIRS", 10)
     with pytest.raises(ValueError, match="Raise the threshold"):
         close_pairs(torch.ones(6, 1), 0.5)
 

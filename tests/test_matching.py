@@ -10,13 +10,24 @@ from test_report import tiny_run
 
 from switch_sae.activations import SyntheticSource
 from switch_sae.analysis import analyze, build_analysis
-from switch_sae.analysis.coactivation import GROUPS, PairSums, correlation, firing, groups, kept, over_documents, products, sums, values_of
+from switch_sae.analysis.counterparts.coactivation import (
+    GROUPS,
+    PairSums,
+    correlation,
+    firing,
+    groups,
+    kept,
+    over_documents,
+    products,
+    sums,
+    values_of,
+)
+from switch_sae.analysis.counterparts.matching_figure import means
+from switch_sae.analysis.counterparts.pairing import ACTIVATIONS, DECODER, Scores, matches, other_documents, rotated, sides, stranger
+from switch_sae.analysis.counterparts.unstable import overlap, overlaps, principal
 from switch_sae.analysis.findings import chosen
-from switch_sae.analysis.matching_figure import means
 from switch_sae.analysis.observed import observe, sparse
-from switch_sae.analysis.pairing import ACTIVATIONS, DECODER, Scores, matches, other_documents, rotated, sides, stranger
 from switch_sae.analysis.recovery import mean_best_match
-from switch_sae.analysis.unstable import overlap, overlaps, principal
 from switch_sae.models import DenseLatents, SwitchSAE, TopKSAE
 from switch_sae.results import collect
 from switch_sae.results.source import source_of
@@ -36,7 +47,7 @@ def pearson(a_T, b_T):
 
 @pytest.mark.parametrize("block", [2**22, 20])
 def test_sparse_correlations_are_those_of_whole_arrays(block, monkeypatch):
-    monkeypatch.setattr("switch_sae.analysis.coactivation.PAIRS", block)
+    monkeypatch.setattr("switch_sae.analysis.counterparts.coactivation.PAIRS", block)
     first, second = codes(60, 9, 0.3, 0), codes(60, 7, 0.4, 1)
     first[:, 4], second[:, 2] = 0, 0
     one, two = sparse(DenseLatents(first)), sparse(DenseLatents(second))
@@ -255,7 +266,7 @@ def test_trained_saes_are_matched_and_what_is_missing_is_said(rows, monkeypatch)
         analyze("matching", rows, {"rows": 400, "min_count": 400})
     with pytest.raises(ValueError, match=r"near=1\.0 must lie between 0 and 1"):
         build_analysis("matching", {"near": 1})
-    monkeypatch.setattr("switch_sae.analysis.pairing.LARGEST", 3)
+    monkeypatch.setattr("switch_sae.analysis.counterparts.pairing.LARGEST", 3)
     monkeypatch.setattr("switch_sae.analysis.matching.LARGEST", 3)
     analysis = build_analysis("matching", {"rows": 400, "bootstrap": 20})
     large = analysis.compute(rows, source_of(rows[0]))

@@ -10,15 +10,15 @@ from test_report import tiny_run
 
 from switch_sae.activations import SyntheticSource
 from switch_sae.analysis import analyze, build_analysis
-from switch_sae.analysis.code_lengths import EXACT, UNIFORM
-from switch_sae.analysis.exact_k import NEVER, about_log_elementary, expected_counts, fitted_log_odds, log_elementary
+from switch_sae.analysis.codes.comparison import WITH_CLASSES
+from switch_sae.analysis.codes.exact_k import NEVER, about_log_elementary, expected_counts, fitted_log_odds, log_elementary
+from switch_sae.analysis.codes.latent_classes import fit_classes
+from switch_sae.analysis.codes.lengths import EXACT, UNIFORM
+from switch_sae.analysis.codes.rate_distortion import Curve, ResidualLaw
+from switch_sae.analysis.codes.supports import Supports, fit_law, independent_bits, routes_alone, supports_of, uniform_bits
+from switch_sae.analysis.codes.values import Values, fit_values
 from switch_sae.analysis.findings import chosen
-from switch_sae.analysis.latent_classes import fit_classes
-from switch_sae.analysis.length_comparison import WITH_CLASSES
 from switch_sae.analysis.observed import Seen, observe
-from switch_sae.analysis.rate_distortion import Curve, ResidualLaw
-from switch_sae.analysis.support_codes import Supports, fit_law, independent_bits, routes_alone, supports_of, uniform_bits
-from switch_sae.analysis.value_codes import Values, fit_values
 from switch_sae.models import BatchTopKSAE, ReLUSAE, SparseLatents, SwitchRefitSAE, SwitchSAE, TopKSAE
 from switch_sae.results import collect
 from switch_sae.results.source import source_of

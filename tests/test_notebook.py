@@ -37,8 +37,8 @@ def test_its_cells_run_in_order_on_the_newest_runs(name, runs, monkeypatch, caps
     monkeypatch.chdir(runs[0].path.parents[1])
     monkeypatch.delenv("SWITCH_SAE_RUNS", raising=False)
     for pairs in ("RESAMPLED_PAIRS", "PAIRS_OF_PAIRS", "ORDERED_PAIRS"):  # so many are for trained runs
-        monkeypatch.setattr(f"switch_sae.analysis.comparing.{pairs}", 2000)
-    monkeypatch.setattr("switch_sae.analysis.calibration.MOST_DOCUMENTS", 40)
+        monkeypatch.setattr(f"switch_sae.analysis.likeness.comparing.{pairs}", 2000)
+    monkeypatch.setattr("switch_sae.analysis.likeness.calibration.MOST_DOCUMENTS", 40)
     before = {file for file in runs[0].path.rglob("*")}
     names = {"__name__": "__main__"}
     for cell in jupytext.read(run_notebook.NOTEBOOKS[name]).cells:

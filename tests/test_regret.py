@@ -10,10 +10,10 @@ from switch_kernels import Dispatch
 from switch_sae.activations import SyntheticSource
 from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.findings import chosen
-from switch_sae.analysis.forced import SCALES, pair_scales, through_every_expert, why_not_forced
 from switch_sae.analysis.observed import observe
 from switch_sae.analysis.regret import Regret, transfer_matrix
-from switch_sae.analysis.scored import Scored
+from switch_sae.analysis.routes.forced import SCALES, pair_scales, through_every_expert, why_not_forced
+from switch_sae.analysis.routes.scored import Scored
 from switch_sae.models import ROUTERS, SAES, SwitchSAE, TopKSAE
 from switch_sae.models.inference import Inference, with_inference
 from switch_sae.results import collect

@@ -10,15 +10,24 @@ from test_report import tiny_run
 from switch_sae.activations import SyntheticSource
 from switch_sae.activations.language_model_source import LanguageModelSource
 from switch_sae.activations.text import TextConfig
-from switch_sae.analysis import analyze, build_analysis, router_rows
+from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.findings import chosen
 from switch_sae.analysis.observed import observe
-from switch_sae.analysis.route_prediction import bigram_keys, by_table, fitted_logits, nearest_centroid, order_of_entry
-from switch_sae.analysis.route_statistics import adjusted_rand, co_routing, following, information, over_documents, shuffled, transition_counts
 from switch_sae.analysis.router import partner
-from switch_sae.analysis.router_parts import Routed, half_explained, sparsity
-from switch_sae.analysis.sparse_regression import rotation, similar_in_frequency, sparse_sums, sums_of
-from switch_sae.analysis.subspaces import complement, energy_share, moments, random_span, read, span, squared_errors
+from switch_sae.analysis.router_geometry import rows as router_rows
+from switch_sae.analysis.router_geometry.parts import Routed, half_explained, sparsity
+from switch_sae.analysis.router_geometry.prediction import bigram_keys, by_table, fitted_logits, nearest_centroid, order_of_entry
+from switch_sae.analysis.router_geometry.sparse_regression import rotation, similar_in_frequency, sparse_sums, sums_of
+from switch_sae.analysis.router_geometry.statistics import (
+    adjusted_rand,
+    co_routing,
+    following,
+    information,
+    over_documents,
+    shuffled,
+    transition_counts,
+)
+from switch_sae.analysis.router_geometry.subspaces import complement, energy_share, moments, random_span, read, span, squared_errors
 from switch_sae.models import SparseLatents, SwitchSAE, TopKSAE
 from switch_sae.models.routers import ROUTERS
 from switch_sae.results import collect

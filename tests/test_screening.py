@@ -11,9 +11,8 @@ from switch_sae.activations import SyntheticSource
 from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.findings import chosen
 from switch_sae.analysis.observed import observe
-from switch_sae.analysis.scored import Scored
-from switch_sae.analysis.screening import FAMILIES, Choice, why_not_screened
-from switch_sae.analysis.screens import (
+from switch_sae.analysis.routes.scored import Scored
+from switch_sae.analysis.routes.screens import (
     Drawn,
     Fitting,
     Fixed,
@@ -30,6 +29,7 @@ from switch_sae.analysis.screens import (
     options,
     spherical_means,
 )
+from switch_sae.analysis.screening import FAMILIES, Choice, why_not_screened
 from switch_sae.models import SAES, BatchTopKSAE, SwitchSAE, TopKSAE
 from switch_sae.models.inference import Inference, with_inference
 from switch_sae.results import collect

@@ -12,9 +12,9 @@ from experiments import analyze as command
 from switch_sae.activations import SyntheticSource
 from switch_sae.analysis import build_analysis
 from switch_sae.analysis.findings import chosen
+from switch_sae.analysis.likeness.representation import Codes, Vectors
+from switch_sae.analysis.likeness.rsa import Ranked, cosine_distances, normalised, rho_a, rho_a_matrix, sampled_pairs
 from switch_sae.analysis.observed import observe, series
-from switch_sae.analysis.representation import Codes, Vectors
-from switch_sae.analysis.rsa import Ranked, cosine_distances, normalised, rho_a, rho_a_matrix, sampled_pairs
 from switch_sae.analysis.similarity import MEASURES, STAGES
 from switch_sae.models import SwitchSAE, TopKSAE
 from switch_sae.results import collect
@@ -29,8 +29,8 @@ SOURCE = SyntheticSource.Config(d_in=16, common=4, topics=4, per_topic=6, common
 def few_pairs():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RESAMPLED_PAIRS", "PAIRS_OF_PAIRS", "ORDERED_PAIRS"):
-            patch.setattr(f"switch_sae.analysis.comparing.{name}", 2000)
-        patch.setattr("switch_sae.analysis.calibration.MOST_DOCUMENTS", 40)
+            patch.setattr(f"switch_sae.analysis.likeness.comparing.{name}", 2000)
+        patch.setattr("switch_sae.analysis.likeness.calibration.MOST_DOCUMENTS", 40)
         yield
 
 
@@ -153,7 +153,7 @@ def test_what_cannot_be_compared_is_refused(rows, tmp_path, monkeypatch):
         build_analysis("similarity", {"merge": 1.5})
     with pytest.raises(ValueError, match=r"permutations=3 must be at least 19"):
         build_analysis("similarity", {"permutations": 3})
-    monkeypatch.setattr("switch_sae.analysis.merging.MOST_MIXED", 3)
+    monkeypatch.setattr("switch_sae.analysis.likeness.merging.MOST_MIXED", 3)
     table = analysis.compute(rows[:2], source_of(rows[0]))
     (record,) = chosen(table, at="soft")
     assert record["value"] is None and "no mixing matrix for more than" in record["note"]

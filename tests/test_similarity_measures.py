@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from switch_sae.analysis.calibration import MOST_DOCUMENTS, MOST_ROWS, balanced, calibrated, orders, pair_slots
-from switch_sae.analysis.cka import centred_inner, cka, hsic
-from switch_sae.analysis.comparing import Plan, compare
-from switch_sae.analysis.dual_bootstrap import dual_variance, seed_mean, spread
-from switch_sae.analysis.merging import duplicate_clusters, likeness
-from switch_sae.analysis.mutual_knn import is_near, nearest_rows, overlap
-from switch_sae.analysis.representation import Codes, Vectors
-from switch_sae.analysis.rsa import (
+from switch_sae.analysis.likeness.calibration import MOST_DOCUMENTS, MOST_ROWS, balanced, calibrated, orders, pair_slots
+from switch_sae.analysis.likeness.cka import centred_inner, cka, hsic
+from switch_sae.analysis.likeness.comparing import Plan, compare
+from switch_sae.analysis.likeness.dual_bootstrap import dual_variance, seed_mean, spread
+from switch_sae.analysis.likeness.merging import duplicate_clusters, likeness
+from switch_sae.analysis.likeness.mutual_knn import is_near, nearest_rows, overlap
+from switch_sae.analysis.likeness.representation import Codes, Vectors
+from switch_sae.analysis.likeness.rsa import (
     Pairs,
     Ranked,
     correlation_distances,
@@ -27,7 +27,7 @@ from switch_sae.analysis.rsa import (
     sampled_pairs,
     tau_a,
 )
-from switch_sae.analysis.strata import stratum
+from switch_sae.analysis.likeness.strata import stratum
 
 GOLDEN = Path(__file__).parent / "golden" / "similarity.json"
 
@@ -79,7 +79,7 @@ def test_rdms_and_their_comparisons_equal_rsatoolbox(golden):
 
 
 def test_debiased_cka_equals_pytorch_cka_without_an_n_by_n_matrix(golden, monkeypatch):
-    monkeypatch.setattr("switch_sae.analysis.cka.CROSS_ELEMENTS", 40)  # several blocks of latents
+    monkeypatch.setattr("switch_sae.analysis.likeness.cka.CROSS_ELEMENTS", 40)  # several blocks of latents
     _, views, oracle = golden
     assert max(oracle["cka"].values()) > 0.3
     for couple, wanted in oracle["cka"].items():
@@ -184,7 +184,7 @@ def test_partialling_out_equals_regression_of_ranks():
 
 
 def test_inner_products_of_sparse_and_mixed_codes_are_those_of_dense_ones(monkeypatch):
-    monkeypatch.setattr("switch_sae.analysis.representation.BLOCK_ELEMENTS", 128)
+    monkeypatch.setattr("switch_sae.analysis.likeness.representation.BLOCK_ELEMENTS", 128)
     codes, pairs = random_codes(30, 24, 4, 0), sampled_pairs(30, 100)
     generator = torch.Generator().manual_seed(0)
     decoder = torch.randn(24, 5, generator=generator)
@@ -273,7 +273,7 @@ def test_clusters_follow_chains_and_leave_dead_latents_alone():
 
 
 def test_mutual_neighbours_equal_brute_force_and_leave_the_document_out(monkeypatch):
-    monkeypatch.setattr("switch_sae.analysis.mutual_knn.BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr("switch_sae.analysis.likeness.mutual_knn.BLOCK_ELEMENTS", 200)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(40, 5, generator=generator), torch.randn(40, 5, generator=generator)
     y += x
@@ -338,7 +338,7 @@ def plan_of(document_T, permutations=200, bootstrap=2, pairs=20_000, neighbours=
 def test_false_positives_are_five_per_cent(monkeypatch):
     """200 draws of two independent representations whose rows are alike within documents of very different length."""
     for name in ("RESAMPLED_PAIRS", "PAIRS_OF_PAIRS", "ORDERED_PAIRS"):
-        monkeypatch.setattr(f"switch_sae.analysis.comparing.{name}", 1000)
+        monkeypatch.setattr(f"switch_sae.analysis.likeness.comparing.{name}", 1000)
     sizes = torch.tensor([1, 3, 4, 6, 6, 8, 9, 12, 20, 40])
     document_T = torch.arange(len(sizes)).repeat_interleave(sizes)
     generator = torch.Generator().manual_seed(0)

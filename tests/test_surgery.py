@@ -11,7 +11,7 @@ from test_report import tiny_run
 
 from experiments import surgery
 from switch_sae.activations import SyntheticSource
-from switch_sae.analysis.merging import copied_groups, merged, random_groups
+from switch_sae.analysis.features.surgery import copied_groups, merged, random_groups
 from switch_sae.cohort import saved_start
 from switch_sae.config import config_from_plain
 from switch_sae.models import SwitchPursuitSAE, SwitchRefitSAE, SwitchSAE

@@ -24,8 +24,8 @@ import warnings
 from IPython.display import Image, display
 
 from switch_sae.analysis import analyze, build_analysis
+from switch_sae.analysis.codes.comparison import SHORTEST, WITH_CLASSES
 from switch_sae.analysis.findings import chosen, compact
-from switch_sae.analysis.length_comparison import SHORTEST, WITH_CLASSES
 from switch_sae.analysis.observed import HOW_MANY
 from switch_sae.report import render
 from switch_sae.report.tables import records_table

@@ -26,8 +26,8 @@ import warnings
 from IPython.display import Image, display
 
 from switch_sae.analysis import analyze, build_analysis
+from switch_sae.analysis.counterparts.matching_figure import means
 from switch_sae.analysis.findings import chosen
-from switch_sae.analysis.matching_figure import means
 from switch_sae.analysis.observed import HOW_MANY, series
 from switch_sae.report import render
 from switch_sae.report.tables import records_table

@@ -29,7 +29,7 @@ from IPython.display import Image, display
 from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.findings import chosen, compact
 from switch_sae.analysis.observed import HOW_MANY
-from switch_sae.analysis.router_figure import pooled, series_of
+from switch_sae.analysis.router_geometry.figure import pooled, series_of
 from switch_sae.report import render
 from switch_sae.report.tables import records_table
 from switch_sae.results import collect, finished_runs

@@ -19,7 +19,22 @@ from switch_sae.choices import Choice
 from switch_sae.results.rows import ResultRow
 from switch_sae.results.source import source_of
 
-ANALYSES: Choice[Analysis] = Choice("analysis", "name", {"duplication": Duplication, "recurrence": Recurrence, "router": RouterGeometry, "similarity": Similarity, "matching": Matching, "fates": Fates, "mdl": DescriptionLength, "regret": Regret, "screening": Screening, "geometry": FeatureGeometry})
+ANALYSES: Choice[Analysis] = Choice(
+    "analysis",
+    "name",
+    {
+        "duplication": Duplication,
+        "recurrence": Recurrence,
+        "router": RouterGeometry,
+        "similarity": Similarity,
+        "matching": Matching,
+        "fates": Fates,
+        "mdl": DescriptionLength,
+        "regret": Regret,
+        "screening": Screening,
+        "geometry": FeatureGeometry,
+    },
+)
 
 __all__ = ["ANALYSES", "Analysis", "Table", "analyze", "build_analysis"]
 

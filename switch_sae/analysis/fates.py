@@ -9,15 +9,15 @@ from torch import Tensor
 
 from switch_sae.activations.base import ActivationSource
 from switch_sae.analysis.base import Analysis, Table
-from switch_sae.analysis.coactivation import over_documents
-from switch_sae.analysis.fate_examples import EMPTY, Decode, examples
-from switch_sae.analysis.fates_figure import drawn
+from switch_sae.analysis.counterparts.coactivation import over_documents
+from switch_sae.analysis.counterparts.fate_examples import EMPTY, Decode, examples
+from switch_sae.analysis.counterparts.fates_figure import drawn
+from switch_sae.analysis.counterparts.matching_figure import means
+from switch_sae.analysis.counterparts.pairing import Side, same_start, sides, stranger
+from switch_sae.analysis.counterparts.partners import KINDS, Judged, judge
 from switch_sae.analysis.findings import chosen, compact, finding
 from switch_sae.analysis.matching import BINS, EDGES
-from switch_sae.analysis.matching_figure import means
 from switch_sae.analysis.observed import observe, only_dense, only_routed, series
-from switch_sae.analysis.pairing import Side, same_start, sides, stranger
-from switch_sae.analysis.partners import KINDS, Judged, judge
 from switch_sae.checks import Settings, at_least
 from switch_sae.countdown import Countdown
 from switch_sae.results.rows import ResultRow

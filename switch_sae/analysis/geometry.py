@@ -12,13 +12,13 @@ from torch import Tensor
 
 from switch_sae.activations.base import ActivationSource
 from switch_sae.analysis.base import Analysis, Table
-from switch_sae.analysis.copies import Pairs, close_pairs, cluster_sizes, clusters, expected_highest, relabelled, spectral_size
+from switch_sae.analysis.features.copies import Pairs, close_pairs, cluster_sizes, clusters, expected_highest, relabelled, spectral_size
+from switch_sae.analysis.features.figure import geometry_figure
+from switch_sae.analysis.features.maps import layout, preservation
+from switch_sae.analysis.features.neighbours import decoder_geometry
+from switch_sae.analysis.features.sparseness import MEASURES, Sums, sums_of
 from switch_sae.analysis.findings import compact, finding
-from switch_sae.analysis.geometry_figure import geometry_figure
-from switch_sae.analysis.maps import layout, preservation
-from switch_sae.analysis.neighbours import decoder_geometry
 from switch_sae.analysis.observed import Seen, observe
-from switch_sae.analysis.sparseness import MEASURES, Sums, sums_of
 from switch_sae.checks import Settings, all_at_least
 from switch_sae.countdown import Countdown
 from switch_sae.files import tell

@@ -11,12 +11,12 @@ from torch import Tensor
 from switch_sae.activations.base import ActivationSource
 from switch_sae.analysis.assignment import LARGEST
 from switch_sae.analysis.base import Analysis, Table
+from switch_sae.analysis.counterparts.matching_figure import drawn, means
+from switch_sae.analysis.counterparts.pairing import ACTIVATIONS, DECODER, Matched, Scores, Side, matches, rotated, same_start, sides
+from switch_sae.analysis.counterparts.unstable import overlaps
 from switch_sae.analysis.findings import chosen, compact, finding
-from switch_sae.analysis.matching_figure import drawn, means
 from switch_sae.analysis.observed import observe, only_dense, series, series_name
-from switch_sae.analysis.pairing import ACTIVATIONS, DECODER, Matched, Scores, Side, matches, rotated, same_start, sides
 from switch_sae.analysis.recovery import mean_best_match
-from switch_sae.analysis.unstable import overlaps
 from switch_sae.checks import Settings, at_least
 from switch_sae.countdown import Countdown
 from switch_sae.results.rows import ResultRow, grouped

@@ -8,10 +8,10 @@ import torch
 
 from switch_sae.activations.base import ActivationSource
 from switch_sae.analysis.base import Analysis, Table
-from switch_sae.analysis.code_lengths import Half, Lengths, Task, gaussian_curve, lengths_of
+from switch_sae.analysis.codes.comparison import Comparison
+from switch_sae.analysis.codes.figure import draw_lengths
+from switch_sae.analysis.codes.lengths import Half, Lengths, Task, gaussian_curve, lengths_of
 from switch_sae.analysis.findings import chosen, compact
-from switch_sae.analysis.length_comparison import Comparison
-from switch_sae.analysis.length_figure import draw_lengths
 from switch_sae.analysis.observed import Sample, Seen, observe
 from switch_sae.checks import Settings, all_at_least
 from switch_sae.countdown import Countdown

@@ -12,9 +12,9 @@ from torch import Tensor
 from switch_sae.activations.base import ActivationSource
 from switch_sae.analysis.base import Analysis, Table
 from switch_sae.analysis.findings import chosen, compact, finding
-from switch_sae.analysis.forced import SCALES, Forced, Scale, scaled_errors, through_every_expert, why_not_forced
 from switch_sae.analysis.observed import Seen, observe, only_routed
-from switch_sae.analysis.scored import Ratio, Scored
+from switch_sae.analysis.routes.forced import SCALES, Forced, Scale, scaled_errors, through_every_expert, why_not_forced
+from switch_sae.analysis.routes.scored import Ratio, Scored
 from switch_sae.checks import Settings, at_least
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import ResultRow

@@ -12,11 +12,11 @@ from switch_sae.activations.base import ActivationSource
 from switch_sae.analysis.base import Analysis, Table
 from switch_sae.analysis.findings import compact, finding
 from switch_sae.analysis.observed import Sample, Seen, observe, only_routed
-from switch_sae.analysis.router_control import Wanted, control
-from switch_sae.analysis.router_figure import draw_router
-from switch_sae.analysis.router_partitions import prediction, stability
-from switch_sae.analysis.router_parts import Routed, alike, coupling, margins, sparsity
-from switch_sae.analysis.subspaces import one_hot
+from switch_sae.analysis.router_geometry.control import Wanted, control
+from switch_sae.analysis.router_geometry.figure import draw_router
+from switch_sae.analysis.router_geometry.partitions import prediction, stability
+from switch_sae.analysis.router_geometry.parts import Routed, alike, coupling, margins, sparsity
+from switch_sae.analysis.router_geometry.subspaces import one_hot
 from switch_sae.checks import Settings, all_at_least
 from switch_sae.countdown import Countdown
 from switch_sae.results.rows import ResultRow

@@ -11,8 +11,8 @@ from switch_sae.activations.base import ActivationSource
 from switch_sae.analysis.base import Analysis, Table
 from switch_sae.analysis.findings import chosen, compact, finding
 from switch_sae.analysis.observed import Seen, observe, only_dense, series
-from switch_sae.analysis.scored import Ratio, Scored
-from switch_sae.analysis.screens import CALIBRATED, Drawn, Fitting, Fixed, Lists, Screen, Seeking, best_setting, found, made
+from switch_sae.analysis.routes.scored import Ratio, Scored
+from switch_sae.analysis.routes.screens import CALIBRATED, Drawn, Fitting, Fixed, Lists, Screen, Seeking, best_setting, found, made
 from switch_sae.checks import Settings, at_least
 from switch_sae.countdown import Countdown
 from switch_sae.files import tell

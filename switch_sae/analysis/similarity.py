@@ -11,16 +11,16 @@ from torch import Tensor
 
 from switch_sae.activations.base import ActivationSource
 from switch_sae.analysis.base import Analysis, Table
-from switch_sae.analysis.calibration import LEAST_DOCUMENTS, balanced, calibrated
-from switch_sae.analysis.comparing import Comparison, Plan, compare
-from switch_sae.analysis.dual_bootstrap import seed_mean, spread
 from switch_sae.analysis.findings import chosen, compact, finding
-from switch_sae.analysis.merging import MOST_MIXED, duplicate_clusters, likeness
+from switch_sae.analysis.likeness.calibration import LEAST_DOCUMENTS, balanced, calibrated
+from switch_sae.analysis.likeness.comparing import Comparison, Plan, compare
+from switch_sae.analysis.likeness.dual_bootstrap import seed_mean, spread
+from switch_sae.analysis.likeness.figure import similarity_figure
+from switch_sae.analysis.likeness.merging import MOST_MIXED, duplicate_clusters, likeness
+from switch_sae.analysis.likeness.representation import Codes, Representation, Vectors
+from switch_sae.analysis.likeness.rsa import noise_ceiling, partialled, sampled_pairs
+from switch_sae.analysis.likeness.strata import stratum
 from switch_sae.analysis.observed import Sample, Seen, by_series, observe
-from switch_sae.analysis.representation import Codes, Representation, Vectors
-from switch_sae.analysis.rsa import noise_ceiling, partialled, sampled_pairs
-from switch_sae.analysis.similarity_figure import similarity_figure
-from switch_sae.analysis.strata import stratum
 from switch_sae.checks import Settings, all_at_least
 from switch_sae.countdown import Countdown
 from switch_sae.metrics.bootstrap import effective_documents

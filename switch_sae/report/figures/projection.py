@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_sae.analysis.maps import PALETTE, scatter
-from switch_sae.analysis.neighbours import decoder_geometry
+from switch_sae.analysis.features.maps import PALETTE, scatter
+from switch_sae.analysis.features.neighbours import decoder_geometry
 from switch_sae.results.rows import ResultRow
 from switch_sae.results.selection import Material, NotEnough, common_k
 from switch_sae.runs import MODEL_FILE

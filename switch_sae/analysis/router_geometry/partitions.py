@@ -15,10 +15,10 @@ from switch_sae.analysis.findings import finding
 from switch_sae.analysis.observed import Sample, Seen
 from switch_sae.analysis.pca import mean_and_covariance
 from switch_sae.analysis.recovery import normalized_mutual_information
-from switch_sae.analysis.route_prediction import bigram_keys, by_table, fitted_logits, nearest_centroid, order_of_entry
-from switch_sae.analysis.route_statistics import adjusted_rand, co_routing, null_of, over_documents, shuffled, span_of
-from switch_sae.analysis.router_parts import SIZES, Routed
-from switch_sae.analysis.router_rows import cosines
+from switch_sae.analysis.router_geometry.parts import SIZES, Routed
+from switch_sae.analysis.router_geometry.prediction import bigram_keys, by_table, fitted_logits, nearest_centroid, order_of_entry
+from switch_sae.analysis.router_geometry.rows import cosines
+from switch_sae.analysis.router_geometry.statistics import adjusted_rand, co_routing, null_of, over_documents, shuffled, span_of
 from switch_sae.models import SparseLatents
 
 FEATURES = tuple(size for size in SIZES if size & (size - 1) == 0)

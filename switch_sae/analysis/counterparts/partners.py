@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from switch_sae.analysis.coactivation import PAIRS, firing, groups, products, sums, values_of
-from switch_sae.analysis.pairing import Side
+from switch_sae.analysis.counterparts.coactivation import PAIRS, firing, groups, products, sums, values_of
+from switch_sae.analysis.counterparts.pairing import Side
 from switch_sae.rows import Shapes
 
 KINDS = ("matched", "copied", "split", "refined", "absorbed", "lost")

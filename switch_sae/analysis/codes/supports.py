@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_sae.analysis.exact_k import SMALL, about_log_elementary, expected_counts, fitted_log_odds
+from switch_sae.analysis.codes.exact_k import SMALL, about_log_elementary, expected_counts, fitted_log_odds
 from switch_sae.analysis.observed import Sample, Seen
 from switch_sae.rows import Shapes
 

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from switch_sae.analysis.base import Table
+from switch_sae.analysis.counterparts.matching_figure import dot, means
+from switch_sae.analysis.counterparts.partners import KINDS
 from switch_sae.analysis.findings import chosen
-from switch_sae.analysis.matching_figure import dot, means
-from switch_sae.analysis.partners import KINDS
 from switch_sae.results.kind import Kind
 from switch_sae.style import COLOURS, canvas, legends, look, mark, percent, styled
 

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from switch_sae.analysis.base import Table
+from switch_sae.analysis.counterparts.pairing import SAME_START
 from switch_sae.analysis.findings import chosen
 from switch_sae.analysis.observed import series_name
-from switch_sae.analysis.pairing import SAME_START
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import grouped
 from switch_sae.style import DASHES, canvas, legends, look, mark, percent, styled

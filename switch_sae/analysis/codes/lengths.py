@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_sae.analysis.latent_classes import fit_classes
+from switch_sae.analysis.codes.latent_classes import fit_classes
+from switch_sae.analysis.codes.rate_distortion import Curve, ResidualLaw, water_levels
+from switch_sae.analysis.codes.supports import Supports, fit_law, independent_bits, order_of_slots, routes_alone, supports_of, uniform_bits
+from switch_sae.analysis.codes.values import Values, fit_values
 from switch_sae.analysis.observed import Sample, Seen
-from switch_sae.analysis.rate_distortion import Curve, ResidualLaw, water_levels
-from switch_sae.analysis.support_codes import Supports, fit_law, independent_bits, order_of_slots, routes_alone, supports_of, uniform_bits
-from switch_sae.analysis.value_codes import Values, fit_values
 
 UNIFORM, INDEPENDENT, EXACT, BACK = "uniform", "independent", "exact k", ", looks back"
 

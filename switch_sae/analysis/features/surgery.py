@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_sae.analysis.copies import close_pairs, clusters
+from switch_sae.analysis.features.copies import close_pairs, clusters
 from switch_sae.models import SAES, SparseAutoencoder
 
 

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from switch_sae.analysis.representation import Codes, Representation, Vectors
-from switch_sae.analysis.rsa import Pairs
+from switch_sae.analysis.likeness.representation import Codes, Representation, Vectors
+from switch_sae.analysis.likeness.rsa import Pairs
 
 CROSS_ELEMENTS = 2**24
 """Largest block of M1 x M2 cross products held at once: 128 MB in float64."""

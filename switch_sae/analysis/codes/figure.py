@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from switch_sae.analysis.base import Table
-from switch_sae.analysis.code_lengths import EXACT
+from switch_sae.analysis.codes.comparison import SHORTEST, WITH_CLASSES
+from switch_sae.analysis.codes.lengths import EXACT
 from switch_sae.analysis.findings import chosen, dots
-from switch_sae.analysis.length_comparison import SHORTEST, WITH_CLASSES
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import grouped
 from switch_sae.style import canvas, legends, log_ticks, look, mark, styled

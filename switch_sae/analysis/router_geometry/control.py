@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switch_sae.analysis import subspaces
 from switch_sae.analysis.base import Table
 from switch_sae.analysis.findings import finding
 from switch_sae.analysis.observed import Sample, Seen
 from switch_sae.analysis.pca import mean_and_covariance
-from switch_sae.analysis.route_statistics import over_documents, span_of
-from switch_sae.analysis.router_parts import Routed
+from switch_sae.analysis.router_geometry import subspaces
+from switch_sae.analysis.router_geometry.parts import Routed
+from switch_sae.analysis.router_geometry.statistics import over_documents, span_of
 from switch_sae.metrics.forward import run
 
 

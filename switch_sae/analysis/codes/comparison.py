@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from switch_sae.analysis.base import Table
-from switch_sae.analysis.code_lengths import BACK, EXACT, INDEPENDENT, UNIFORM, Lengths, Task, classes_named
+from switch_sae.analysis.codes.lengths import BACK, EXACT, INDEPENDENT, UNIFORM, Lengths, Task, classes_named
+from switch_sae.analysis.codes.rate_distortion import Curve
 from switch_sae.analysis.findings import finding
 from switch_sae.analysis.observed import series
-from switch_sae.analysis.rate_distortion import Curve
 from switch_sae.metrics.bootstrap import effective_documents, intervals, t_quantile
 from switch_sae.results.rows import grouped
 

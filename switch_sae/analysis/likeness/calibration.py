@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switch_sae.analysis.rsa import Pairs
+from switch_sae.analysis.likeness.rsa import Pairs
 
 LEAST_DOCUMENTS = 6
 """6! = 720 orders; fewer documents have too few for 200 different permutations."""

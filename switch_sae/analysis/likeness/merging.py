@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_sae.analysis.neighbours import BLOCK_ELEMENTS
+from switch_sae.analysis.features.neighbours import BLOCK_ELEMENTS
 
 MOST_MIXED = 12_288
 """Latents that a mixing matrix is made for: 600 MB in float32."""

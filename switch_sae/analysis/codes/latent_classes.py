@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_sae.analysis.support_codes import PRIORS, SupportLaw, Supports, fit_law
+from switch_sae.analysis.codes.supports import PRIORS, SupportLaw, Supports, fit_law
 
 SEEDS = (0, 1)
 """Restarts."""

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from switch_sae.analysis.counterparts.pairing import Side
 from switch_sae.analysis.findings import finding
-from switch_sae.analysis.pairing import Side
 
 RANKS = (4, 16, 64)
 DRAWS = 20

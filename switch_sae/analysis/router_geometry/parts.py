@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switch_sae.analysis import router_rows
 from switch_sae.analysis.base import Table
 from switch_sae.analysis.findings import finding
 from switch_sae.analysis.observed import Sample, Seen
 from switch_sae.analysis.pca import mean_and_covariance
-from switch_sae.analysis.route_statistics import flipped, following, information, null_of, over_documents, span_of, transition_counts
-from switch_sae.analysis.sparse_regression import rotation, similar_in_frequency, sparse_sums, sums_of
+from switch_sae.analysis.router_geometry import rows as router_rows
+from switch_sae.analysis.router_geometry.sparse_regression import rotation, similar_in_frequency, sparse_sums, sums_of
+from switch_sae.analysis.router_geometry.statistics import flipped, following, information, null_of, over_documents, span_of, transition_counts
 from switch_sae.models import SparseAutoencoder
 from switch_sae.models.routers import Router
 from switch_sae.results.rows import ResultRow

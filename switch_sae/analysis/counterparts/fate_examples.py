@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from switch_sae.analysis.base import Table
-from switch_sae.analysis.coactivation import correlation, kept
+from switch_sae.analysis.counterparts.coactivation import correlation, kept
+from switch_sae.analysis.counterparts.pairing import Side
+from switch_sae.analysis.counterparts.partners import KINDS, Judged
 from switch_sae.analysis.findings import finding
 from switch_sae.analysis.observed import Sample, Seen
-from switch_sae.analysis.pairing import Side
-from switch_sae.analysis.partners import KINDS, Judged
 from switch_sae.analysis.text_examples import Example, format_example
 from switch_sae.models import SparseLatents
 

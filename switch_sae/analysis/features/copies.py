@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switch_sae.analysis.neighbours import BLOCK_ELEMENTS
+from switch_sae.analysis.features.neighbours import BLOCK_ELEMENTS
 
 MOST_PAIRS = 5_000_000
 NEGLIGIBLE = 1e-9

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from switch_sae.analysis.calibration import Balanced, orders, pair_slots
-from switch_sae.analysis.cka import centred_inner, hsic, normalised_hsic
-from switch_sae.analysis.mutual_knn import is_near, nearest_rows, overlap
-from switch_sae.analysis.representation import Codes, Representation
-from switch_sae.analysis.rsa import Pairs, Ranked, correlation_distances, cosine_distances, normalised, rank_scale, rho_a_matrix, tau_a
+from switch_sae.analysis.likeness.calibration import Balanced, orders, pair_slots
+from switch_sae.analysis.likeness.cka import centred_inner, hsic, normalised_hsic
+from switch_sae.analysis.likeness.mutual_knn import is_near, nearest_rows, overlap
+from switch_sae.analysis.likeness.representation import Codes, Representation
+from switch_sae.analysis.likeness.rsa import Pairs, Ranked, correlation_distances, cosine_distances, normalised, rank_scale, rho_a_matrix, tau_a
 from switch_sae.metrics.bootstrap import document_weights
 
 RESAMPLED_PAIRS = 50_000

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switch_sae.analysis.assignment import LARGEST, one_to_one
-from switch_sae.analysis.coactivation import PairSums, correlation, kept, over_documents
+from switch_sae.analysis.counterparts.coactivation import PairSums, correlation, kept, over_documents
 from switch_sae.analysis.observed import Sample, Seen
 from switch_sae.models import SparseLatents
 from switch_sae.rows import Shapes

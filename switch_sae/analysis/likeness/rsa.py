@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switch_sae.analysis.representation import Representation
+from switch_sae.analysis.likeness.representation import Representation
 
 
 @dataclass(frozen=True)

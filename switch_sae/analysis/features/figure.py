@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from switch_sae.analysis.base import Table
+from switch_sae.analysis.features.maps import scatter
 from switch_sae.analysis.findings import chosen
-from switch_sae.analysis.maps import scatter
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import grouped
 from switch_sae.style import DASHES, canvas, log_ticks, look, note, percent

@@ -6,7 +6,7 @@ Shapes: T rows, k neighbours.
 import torch
 from torch import Tensor
 
-from switch_sae.analysis.representation import BLOCK_ELEMENTS, Representation
+from switch_sae.analysis.likeness.representation import BLOCK_ELEMENTS, Representation
 
 
 def nearest_rows(view: Representation, neighbours: int, document_T: Tensor, seed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switch_sae.analysis.rsa import Pairs, Ranked, normalised, rho_a_matrix
+from switch_sae.analysis.likeness.rsa import Pairs, Ranked, normalised, rho_a_matrix
 from switch_sae.metrics.bootstrap import document_weights
 
 PARTITIONS = 20
