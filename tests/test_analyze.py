@@ -71,6 +71,16 @@ def test_duplication_says_what_the_geometry_does_and_is_computed_once(rows, monk
         analyze("duplication", rows)
 
 
+def test_what_other_code_computed_is_computed_again(rows, monkeypatch):
+    table = analyze("duplication", rows[:1])
+    monkeypatch.setattr("switch_sae.analysis.base._code", lambda analysis: "mended")
+    monkeypatch.setattr("switch_sae.analysis.duplication.decoder_geometry", None)
+    with pytest.raises(TypeError):
+        analyze("duplication", rows[:1])
+    monkeypatch.undo()
+    assert analyze("duplication", rows[:1]) == table
+
+
 def test_an_analysis_of_several_saes_gets_its_rows_and_keeps_what_it_found(rows, monkeypatch):
     monkeypatch.setitem(ANALYSES, "agreement", Agreement)
     (record,) = analyze("agreement", rows)

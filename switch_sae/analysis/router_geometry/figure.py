@@ -1,10 +1,10 @@
 """The figure of the router analysis."""
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from switch_sae.analysis.base import Table
 from switch_sae.analysis.findings import chosen
+from switch_sae.analysis.observed import series_name
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import grouped
 from switch_sae.style import legends, look, mark, panels, power_of_two_ticks
@@ -72,7 +72,7 @@ def draw_router(table: Table) -> "Figure":
 
 def series_of(record: dict[str, Any]) -> str:
     """A record's SAE without its date and seed."""
-    return re.sub(r"-s\d+(?=$|/)", "", re.sub(r"^\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_", "", record["sae"]))
+    return series_name(record["sae"])
 
 
 def pooled(records: Table) -> dict[str, Any] | None:
