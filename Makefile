@@ -41,7 +41,7 @@ $(foreach name,RUN RESUME RUNS OUT,$(if $(findstring command,$(origin $(name))),
 	is a variable of your shell unset? Give a folder, $(name)=runs/..., or leave $(name) out))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare sweep frontier results figures analyze evaluate notebook real real-model real-text benchmark test kernels check clean
+.PHONY: help setup train compare sweep frontier results figures analyze surgery evaluate notebook real real-model real-text benchmark test kernels check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -85,6 +85,9 @@ evaluate: $(VENV)/.installed  ## score a finished run again, or on other rows: m
 
 analyze: $(VENV)/.installed  ## an analysis, its table and figure: make analyze NAME=duplication RUNS="runs/a runs/b"
 	$(PY) -m experiments.analyze $(or $(NAME),duplication) $(call paths,$(or $(RUNS),runs)) $(ARGS)
+
+surgery: $(VENV)/.installed  ## merge copies of latents into shared ones, fine-tune, score: make surgery RUN=runs/... OUT=runs/surgery
+	$(PY) -m experiments.surgery $(call quote,$(or $(RUN),$(error make surgery needs the folder of a finished run: RUN=runs/...))) --out $(call quote,$(or $(OUT),runs/surgery)) $(ARGS)
 
 notebook: $(VENV)/.installed  ## execute a notebook on your latest runs (or NAME=compare RUNS="runs/a runs/b")
 	$(PY) -m experiments.run_notebook $(if $(RUNS),$(call paths,$(RUNS))) $(if $(NAME),--notebook $(NAME))

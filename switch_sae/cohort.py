@@ -18,7 +18,7 @@ from switch_sae.files import Say, make_variable
 from switch_sae.memory import available_bytes, group_bytes
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.progress import Progress
-from switch_sae.runs import TRAINING_FILE, Checkpoint, RunDir, RunError
+from switch_sae.runs import TRAINING_FILE, Checkpoint, RunDir, RunError, load_sae
 from switch_sae.scoring import Asked, Scorer, trained, training_facts
 from switch_sae.stream import Batches, Stream, resolve_device
 from switch_sae.training import Interruption, StepResult, Trainer, joined, part_of, prepare, train
@@ -132,6 +132,17 @@ def build_sae(config: Any, d_in: int, seed: int) -> SparseAutoencoder:
     return SAES.build(config, d_in, torch.Generator().manual_seed(seed))
 
 
+def saved_start(member: Member) -> SparseAutoencoder | None:
+    """The SAE whose weights a main SAE starts from, scale and biases included; None where it starts anew. Raises ValueError for other settings."""
+    path = member.config.start_from
+    if member.role != MAIN or path is None:
+        return None
+    sae = load_sae(path)
+    if sae.config != member.sae:
+        raise ValueError(f"start_from={path} holds {sae}, which has other settings than this run's sae. Give the settings that it was saved with.")
+    return sae
+
+
 class Cohort:
     """Members that train together from step `start` to the end of their stream and are then scored."""
 
@@ -153,8 +164,11 @@ class Cohort:
         free = available_bytes(stream.device)
         for name, member in self.members.items():
             try:
-                sae = build_sae(member.sae, stream.source.d_in, member.config.seed)
-                self.trainers[name] = stream.trainer(sae, member.config.trainer, self.config.total_steps, member.config.normalize_activations)
+                start = saved_start(member)
+                sae = build_sae(member.sae, stream.source.d_in, member.config.seed) if start is None else start
+                self.trainers[name] = stream.trainer(
+                    sae, member.config.trainer, self.config.total_steps, member.config.normalize_activations, prepared=start is not None
+                )
             except Exception as error:  # one member that cannot be built must not stop the others
                 self._failed(name, 0, error)
         if not self.trainers:

@@ -67,6 +67,8 @@ class RunConfig(Settings):
     tokens: int = 2_500_000
     """Activations to train on."""
     batch_size: int = 2048
+    start_from: str | None = None
+    """The model.safetensors of an SAE of the same settings, whose weights the main SAE starts from; null starts anew from the seed."""
     seed: int = 0
     device: str = "auto"
     """auto takes a GPU where there is one."""

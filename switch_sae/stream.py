@@ -38,9 +38,13 @@ class Stream:
             self.source.close()
             raise
 
-    def trainer(self, sae: SparseAutoencoder, config: TrainerConfig, total_steps: int, normalize_activations: bool) -> Trainer:
-        """A trainer for a new SAE, which moves to the device and gets its scale and biases from the calibration rows."""
-        prepare(sae.to(self.device), self.calibration, normalize_activations, None)
+    def trainer(
+        self, sae: SparseAutoencoder, config: TrainerConfig, total_steps: int, normalize_activations: bool, prepared: bool = False
+    ) -> Trainer:
+        """A trainer for an SAE, which moves to the device and, unless it is `prepared`, gets its scale and biases from the calibration rows."""
+        sae.to(self.device).train()
+        if not prepared:
+            prepare(sae, self.calibration, normalize_activations, None)
         return Trainer(sae, config, total_steps, self.batch_size, self.execution)
 
     def batches(self) -> "Batches":

@@ -9,7 +9,7 @@ from torch import nn
 
 from switch_sae.activations import SyntheticSource
 from switch_sae.activations.base import EvaluationSet
-from switch_sae.analysis.neighbours import decoder_geometry
+from switch_sae.analysis.features.neighbours import decoder_geometry
 from switch_sae.analysis.pca import PCABaseline, participation_ratio
 from switch_sae.analysis.recovery import normalized_mutual_information, recovery, recovery_scores
 from switch_sae.analysis.text_examples import expert_tokens, format_example, sample_latents, top_examples
@@ -44,7 +44,7 @@ def brute_force(weight, alive):
 @pytest.mark.parametrize("some_dead", [False, True])
 @pytest.mark.parametrize("block", [2**24, 5])
 def test_geometry_equals_brute_force_in_blocks_of_any_size(monkeypatch, some_dead, block):
-    monkeypatch.setattr("switch_sae.analysis.neighbours.BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("switch_sae.analysis.features.neighbours.BLOCK_ELEMENTS", block)
     weight = decoder()
     counts = torch.ones(M, dtype=torch.int64)
     if some_dead:

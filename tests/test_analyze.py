@@ -15,7 +15,7 @@ from test_report import tiny_run
 from experiments import analyze as command
 from switch_sae.activations import SyntheticSource
 from switch_sae.analysis import ANALYSES, Analysis, analyze, build_analysis
-from switch_sae.analysis.neighbours import decoder_geometry
+from switch_sae.analysis.features.neighbours import decoder_geometry
 from switch_sae.analysis.recurrence import _rotation
 from switch_sae.models import TopKSAE
 from switch_sae.results import collect
@@ -71,6 +71,16 @@ def test_duplication_says_what_the_geometry_does_and_is_computed_once(rows, monk
         analyze("duplication", rows)
 
 
+def test_what_other_code_computed_is_computed_again(rows, monkeypatch):
+    table = analyze("duplication", rows[:1])
+    monkeypatch.setattr("switch_sae.analysis.base._code", lambda analysis: "mended")
+    monkeypatch.setattr("switch_sae.analysis.duplication.decoder_geometry", None)
+    with pytest.raises(TypeError):
+        analyze("duplication", rows[:1])
+    monkeypatch.undo()
+    assert analyze("duplication", rows[:1]) == table
+
+
 def test_an_analysis_of_several_saes_gets_its_rows_and_keeps_what_it_found(rows, monkeypatch):
     monkeypatch.setitem(ANALYSES, "agreement", Agreement)
     (record,) = analyze("agreement", rows)
@@ -83,7 +93,7 @@ def test_an_analysis_of_several_saes_gets_its_rows_and_keeps_what_it_found(rows,
 
 
 def test_mistakes_are_named(rows, monkeypatch):
-    with pytest.raises(ValueError, match=r"unknown analysis 'dup'; this version knows duplication, recurrence\."):
+    with pytest.raises(ValueError, match=r"unknown analysis 'dup'; this version knows duplication, recurrence"):
         analyze("dup", rows)
     with pytest.raises(ValueError, match=r"unknown settings \['thresh'\].*it has \['threshold'\]"):
         analyze("duplication", rows, {"thresh": 0.5})

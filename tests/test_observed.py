@@ -1,6 +1,7 @@
 """What the lab's analyses share: rows of many documents, codes before and after the gate, records, and one-to-one matches."""
 
 import sys
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -12,7 +13,8 @@ from switch_sae.activations.language_model_source import LanguageModelSource
 from switch_sae.analysis.assignment import one_to_one
 from switch_sae.analysis.findings import chosen, compact, dots, finding
 from switch_sae.analysis.observed import POOL, by_series, observe, only_dense, only_routed, sample_of, series, sparse
-from switch_sae.models import DenseLatents, SwitchSAE, TopKSAE
+from switch_sae.models import DenseLatents, SwitchSAE, TopKSAE, with_inference
+from switch_sae.models.routers import Gate, SoftmaxRouter
 from switch_sae.results import collect
 from switch_sae.results.source import source_of
 from switch_sae.style import canvas
@@ -83,6 +85,20 @@ def test_what_cannot_be_compared_is_refused(rows, tmp_path):
     with pytest.raises(ValueError, match="Add a dense run"):
         only_dense(rows[1:], "this")
     assert only_dense(rows, "this") == rows[:1] and only_routed(rows, "this") == rows[1:]
+
+
+def test_kinds_that_names_do_not_tell_apart_are_refused(rows, tmp_path):
+    source = SyntheticSource.Config(d_in=16, common=4, topics=4, per_topic=6, common_active=1.0, topic_active=2.0)
+    hard = SwitchSAE.Config(num_latents=32, k=4, num_experts=4, experts_per_token=2, router=SoftmaxRouter.Config(gate=Gate.hard))
+    other = collect([tiny_run(tmp_path, hard, seed=5, source=source, baselines=[]).path])
+    with pytest.raises(ValueError, match=r"would both be called switch-e4-m32-k4, but have other settings \(sae\.router\.gate\)\. Rename one"):
+        observe([*rows, *other], source_of(rows[0]), 60)
+
+
+def test_values_of_least_squares_have_no_gate(rows):
+    _, (one,) = observe(rows[1:2], source_of(rows[0]), 60)
+    refitted = replace(one, sae=with_inference(one.sae, "refit"))
+    assert refitted.ungated() is one.latents and one.ungated() is not one.latents
 
 
 def test_codes_without_a_fixed_k_get_the_slots_they_need():

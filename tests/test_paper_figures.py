@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_results import FakeSweep, default_run, frozen, switch, topk
 
-from switch_sae.analysis.neighbours import decoder_geometry
+from switch_sae.analysis.features.neighbours import decoder_geometry
 from switch_sae.models import ROUTERS, SwitchSAE, TopKSAE
 from switch_sae.models.routers import Gate
 from switch_sae.report import FIGURES, draw_figures

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.evaluate import evaluate_again
 from switch_sae.activations import SyntheticSource
-from switch_sae.analysis.neighbours import decoder_geometry
+from switch_sae.analysis.features.neighbours import decoder_geometry
 from switch_sae.analysis.text_examples import TokenLift
 from switch_sae.config import Baseline, EvaluationConfig, RunConfig
 from switch_sae.models import SwitchSAE, TopKSAE

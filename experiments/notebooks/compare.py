@@ -24,7 +24,7 @@ from IPython.display import Image, display
 
 from switch_sae.activations import SyntheticSource, build_source
 from switch_sae.analysis.assignment import LARGEST
-from switch_sae.analysis.neighbours import decoder_geometry
+from switch_sae.analysis.features.neighbours import decoder_geometry
 from switch_sae.analysis.recovery import recovery, recovery_scores
 from switch_sae.analysis.text_examples import expert_tokens, format_example, sample_latents, top_examples
 from switch_sae.config import config_from_plain

@@ -6,12 +6,35 @@ from typing import Any
 
 from switch_sae.analysis.base import Analysis, OpenSource, Table, kept_table
 from switch_sae.analysis.duplication import Duplication
+from switch_sae.analysis.fates import Fates
+from switch_sae.analysis.geometry import FeatureGeometry
+from switch_sae.analysis.matching import Matching
+from switch_sae.analysis.mdl import DescriptionLength
 from switch_sae.analysis.recurrence import Recurrence
+from switch_sae.analysis.regret import Regret
+from switch_sae.analysis.router import RouterGeometry
+from switch_sae.analysis.screening import Screening
+from switch_sae.analysis.similarity import Similarity
 from switch_sae.choices import Choice
 from switch_sae.results.rows import ResultRow
 from switch_sae.results.source import source_of
 
-ANALYSES: Choice[Analysis] = Choice("analysis", "name", {"duplication": Duplication, "recurrence": Recurrence})
+ANALYSES: Choice[Analysis] = Choice(
+    "analysis",
+    "name",
+    {
+        "duplication": Duplication,
+        "recurrence": Recurrence,
+        "router": RouterGeometry,
+        "similarity": Similarity,
+        "matching": Matching,
+        "fates": Fates,
+        "mdl": DescriptionLength,
+        "regret": Regret,
+        "screening": Screening,
+        "geometry": FeatureGeometry,
+    },
+)
 
 __all__ = ["ANALYSES", "Analysis", "Table", "analyze", "build_analysis"]
 

@@ -1,10 +1,14 @@
 """The contract of an analysis of trained SAEs: a table that is computed once and kept in the run folder, and a figure of it."""
 
+import hashlib
+import inspect
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from switch_sae.activations.base import ActivationSource
@@ -49,7 +53,7 @@ OpenSource = Callable[[ResultRow], ActivationSource]
 
 
 def kept_table(analysis: Analysis, name: str, saes: Sequence[ResultRow], open_source: OpenSource | None) -> Table:
-    """What `compute` gave for these weights and settings before, from analysis/NAME.json beside the first SAE's weights; else computed and kept.
+    """What `compute` gave for these weights, settings and code, from analysis/NAME.json beside the first SAE's weights; else computed and kept.
 
     Raises ValueError for SAEs without weights, and for an analysis whose needs are not met.
     """
@@ -57,13 +61,13 @@ def kept_table(analysis: Analysis, name: str, saes: Sequence[ResultRow], open_so
         raise ValueError(f"{', '.join(missing)} have no weights: not finished, or their files are gone. Name finished runs.")
     file = saes[0].model_file.parent / "analysis" / f"{name}.json"
     models = {str(row.model_file.resolve()): [(stat := row.model_file.stat()).st_mtime_ns, stat.st_size] for row in saes}
-    about: dict[str, Any] = {"settings": to_plain(analysis.config), "models": models}
+    about: dict[str, Any] = {"settings": to_plain(analysis.config), "models": models, "code": _code(type(analysis))}
     kept: list[dict[str, Any]] = []
     with suppress(OSError, json.JSONDecodeError):
         kept = json.loads(file.read_text())
     table: Table
     for one in kept:
-        if about == {key: one[key] for key in about}:
+        if about == {key: one.get(key) for key in about}:
             table = one["table"]
             return table
     source = None
@@ -78,6 +82,13 @@ def kept_table(analysis: Analysis, name: str, saes: Sequence[ResultRow], open_so
     with suppress(RunError):  # somebody else's folder: the next time computes it again
         write_atomically(file, (json.dumps([*others, {**about, "table": table}]) + "\n").encode())
     return table
+
+
+@cache
+def _code(analysis: type[Analysis]) -> str:
+    """A hash of what computes an analysis: this folder's modules, and the file of one that stands elsewhere. A mended estimator computes anew."""
+    files = {*Path(__file__).parent.rglob("*.py"), Path(inspect.getfile(analysis))}
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

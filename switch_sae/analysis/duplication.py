@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from switch_sae.activations.base import ActivationSource
 from switch_sae.analysis.base import Analysis, Table
-from switch_sae.analysis.neighbours import decoder_geometry
+from switch_sae.analysis.features.neighbours import decoder_geometry
 from switch_sae.checks import Settings
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import ResultRow

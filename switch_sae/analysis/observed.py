@@ -15,7 +15,7 @@ from switch_sae.activations.base import ActivationSource
 from switch_sae.countdown import Countdown
 from switch_sae.files import Say, tell
 from switch_sae.metrics.forward import sae_outputs
-from switch_sae.models import Latents, Routing, SparseAutoencoder, SparseLatents
+from switch_sae.models import Inference, Latents, Routing, SparseAutoencoder, SparseLatents
 from switch_sae.results.rows import ResultRow, grouped, other_activations
 from switch_sae.rows import Rows, Shapes
 
@@ -23,7 +23,7 @@ POOL = 4
 """Rows are every fourth context of four times as many, so that they come from more documents: intervals and permutations live on these."""
 
 
-HOW_MANY = ("evaluation rows", "predictions")
+HOW_MANY = ("evaluation rows", "predictions", "half of the documents")
 """Parts of `evaluated_on` that say how much an SAE was scored on, not what."""
 
 
@@ -95,8 +95,9 @@ class Seen(Shapes):
         return self.routing.expert_TS[:, 0]
 
     def ungated(self) -> SparseLatents:
-        """The latents before the gate: values over the gate of their expert. The same object where there is none; shared latents have no gate."""
-        if self.routing is None:
+        """The latents before the gate: values over the gate of their expert. The same object where there is none, as where values are those of least
+        squares; shared latents have no gate."""
+        if self.routing is None or self.sae.inference is not Inference.encoder:
             return self.latents
         expert_TK = self.expert_M[self.latents.indices_TK]
         gate_TK = torch.ones_like(self.latents.values_TK)
@@ -128,7 +129,7 @@ def sample_of(source: ActivationSource, rows: int) -> Sample:
 def observe(saes: Sequence[ResultRow], source: ActivationSource | None, rows: int, say: Say = tell) -> tuple[Sample, list[Seen]]:
     """The sample and what every SAE makes of it, in the order given.
 
-    Raises ValueError where SAEs were trained on other activations than the first: codes of other inputs cannot be compared.
+    Raises ValueError where SAEs were trained on other activations than the first: codes of other inputs cannot be compared. And as `check_series`.
     """
     if source is None:
         raise ValueError("this analysis needs activations, but no source was given. Give open_source.")
@@ -138,6 +139,7 @@ def observe(saes: Sequence[ResultRow], source: ActivationSource | None, rows: in
             raise ValueError(
                 f"{saes[0].name} and {row.name} saw other activations ({differs}), so nothing of them can be compared. Give runs of one source."
             )
+    check_series(saes)
     sample = sample_of(source, rows)
     ahead = Countdown("encoding", len(saes) * len(sample), "rows", say)
     seen = []
@@ -180,7 +182,24 @@ def _widened(tensor_TK: Tensor, width: int) -> Tensor:
 
 def series(row: ResultRow) -> str:
     """What repetitions with other seeds are called together: the name without its date and its seed."""
-    return re.sub(r"-s\d+(?=$|/)", "", re.sub(r"^\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_", "", row.name))
+    return series_name(row.name)
+
+
+def series_name(name: str) -> str:
+    """The same of a name alone, such as a record's."""
+    return re.sub(r"-s\d+(?=$|/)", "", re.sub(r"^\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_", "", name))
+
+
+def check_series(saes: Sequence[ResultRow]) -> None:
+    """Raises ValueError where two SAEs would be taken for repetitions of each other and are not: names tell kinds apart, in figures too."""
+    for name, alike in grouped(saes, series).items():
+        first, *others = alike
+        for other in others:
+            if differs := sorted(key for key in first.settings.keys() | other.settings.keys() if first.settings.get(key) != other.settings.get(key)):
+                raise ValueError(
+                    f"{first.name} and {other.name} would both be called {name}, but have other settings ({', '.join(differs[:4])}). Rename one of "
+                    "their folders, or train them in one sweep, which names what differs."
+                )
 
 
 def by_series(seen: Sequence[Seen]) -> dict[str, list[Seen]]:

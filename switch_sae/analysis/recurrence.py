@@ -12,7 +12,7 @@ from torch import Tensor
 
 from switch_sae.activations.base import ActivationSource
 from switch_sae.analysis.base import Analysis, Table
-from switch_sae.analysis.neighbours import BLOCK_ELEMENTS
+from switch_sae.analysis.features.neighbours import BLOCK_ELEMENTS
 from switch_sae.checks import Settings
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import ResultRow

@@ -2,7 +2,7 @@
 
 import shlex
 
-from switch_sae.analysis.neighbours import decoder_geometry
+from switch_sae.analysis.features.neighbours import decoder_geometry
 from switch_sae.files import Say, make_variable, tell
 from switch_sae.report.figures import FIGURES, draw_figures
 from switch_sae.report.figures.single_runs import curves_figure, geometry_figure, has_load, load_figure, scores_figure

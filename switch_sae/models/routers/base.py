@@ -64,6 +64,8 @@ class Router(nn.Module, ABC):
     config: Any
     group: Group = ALONE
     """The processes that share a batch: shares and means are over all of them."""
+    directions_are: str = "rows of its weights"
+    """What `directions` are."""
 
     def __init__(self, config: Any, d_in: int, num_experts: int, experts_per_token: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -99,6 +101,10 @@ class Router(nn.Module, ABC):
     def fold_scale(self, scale: Tensor) -> None:
         """Makes routes of x what they were of x * scale, without gradients."""
 
+    def directions(self) -> Tensor | None:
+        """[E, D]: by its product with these, up to what is the same for all experts, an activation is sent; None where no such rows decide."""
+        return None
+
     def kernel(self) -> RouterKernel | None:
         """What Triton kernels need to compute this router; None where they cannot, and always in a subclass that does not say otherwise."""
         return None
@@ -132,6 +138,9 @@ class LinearRouter(Router):
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E]."""
         return (x_TD - self.b_D) @ self.W_ED.T
+
+    def directions(self) -> Tensor | None:
+        return self.W_ED
 
     def flops(self) -> tuple[int, int]:
         product = 2 * self.d_in * self.num_experts

@@ -32,6 +32,7 @@ class CosineKMeansRouter(Router):
                 raise ValueError(f"decay={self.decay} must lie between 0 (this batch alone) and 1 (centroids stay). Use 0.99.")
 
     config: "CosineKMeansRouter.Config"
+    directions_are = "unit centroids"
     mean_ED: Tensor
     centre_D: Tensor
 
@@ -68,6 +69,9 @@ class CosineKMeansRouter(Router):
         moved_ED = self.mean_ED.lerp(mean_ED, 1 - self.config.decay)
         has_rows_E1 = (mean_ED != 0).any(dim=1, keepdim=True)
         self.mean_ED.copy_(torch.where(has_rows_E1, moved_ED, self.mean_ED))  # an idle expert stays: it must not fade to 0
+
+    def directions(self) -> Tensor | None:
+        return F.normalize(self.mean_ED, dim=1)
 
     def flops(self) -> tuple[int, int]:
         return 2 * self.d_in * self.num_experts, 0

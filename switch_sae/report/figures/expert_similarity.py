@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from switch_sae.analysis.neighbours import decoder_geometry
+from switch_sae.analysis.features.neighbours import decoder_geometry
 from switch_sae.results.rows import ResultRow
 from switch_sae.results.selection import Material, NotEnough, common_k, references
 from switch_sae.style import Drawing, canvas, legends, look, matrix, styled

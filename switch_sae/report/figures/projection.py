@@ -7,22 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_sae.analysis.neighbours import decoder_geometry
+from switch_sae.analysis.features.maps import PALETTE, scatter
+from switch_sae.analysis.features.neighbours import decoder_geometry
 from switch_sae.results.rows import ResultRow
 from switch_sae.results.selection import Material, NotEnough, common_k
 from switch_sae.runs import MODEL_FILE
-from switch_sae.style import COLOURS, MARKERS, Drawing, canvas, legends, mark, styled
+from switch_sae.style import MARKERS, Drawing, canvas, legends, mark, styled
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SHOWN = 4000
 """Rows that t-SNE places, evenly spaced over the live latents: about half a minute on 2 cores."""
-PALETTE = (*(colour for colour in COLOURS if colour != "#000000"), "#882255", "#7A7A7A")
-"""Of single experts, not of numbers of experts: no black, which would lie over all others; Tol's wine and a grey."""
-LAYERS = 16
-"""Parts of a random order in which all experts are drawn, so that none covers the others."""
 PERPLEXITY, LEARNING_RATE, SEED = 50, 100, 0
 """As in the paper."""
 
@@ -78,7 +74,7 @@ def _figure(row: ResultRow, places: dict[str, Tensor], expert: Tensor, shares: d
     figure = canvas(6.8, 4.0)
     chance = 1 / row.num_experts
     for axis, (name, xy) in zip(figure.subplots(1, 2), places.items(), strict=True):
-        _scatter(axis, xy, expert, row.num_experts)
+        scatter(axis, xy, expert, row.num_experts)
         title = f"{name} rows: {shares[name]:.1%} have their nearest row\nin their own expert (chance 1/E = {chance:.1%})"
         axis.set_title(title, fontsize=8.5)
     handles = [
@@ -92,20 +88,3 @@ def _figure(row: ResultRow, places: dict[str, Tensor], expert: Tensor, shares: d
     )
     legends(figure, text, handles, columns=16, title="expert", handlelength=1)
     return figure
-
-
-def _scatter(axis: "Axes", xy: Tensor, expert: Tensor, experts: int) -> None:
-    size = 7.0 if len(xy) < 1500 else 3.0
-    order = torch.randperm(len(xy), generator=torch.Generator().manual_seed(SEED))
-    for layer in order.tensor_split(min(LAYERS, len(order))):
-        for e in range(experts):
-            mine = xy[layer][expert[layer] == e]
-            marker = MARKERS[e % len(MARKERS)] if experts <= 16 else "."
-            axis.scatter(mine[:, 0], mine[:, 1], s=size, color=PALETTE[e % len(PALETTE)], marker=marker, linewidths=0, alpha=0.8, rasterized=True)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.spines[:].set_visible(False)
-    axis.set_box_aspect(1)
-    middle, half = (xy.amax(0) + xy.amin(0)) / 2, 0.52 * float((xy.amax(0) - xy.amin(0)).max())
-    axis.set_xlim(float(middle[0]) - half, float(middle[0]) + half)
-    axis.set_ylim(float(middle[1]) - half, float(middle[1]) + half)

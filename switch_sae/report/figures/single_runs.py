@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from switch_sae.analysis.neighbours import DecoderGeometry
+from switch_sae.analysis.features.neighbours import DecoderGeometry
 from switch_sae.results.rows import TRAINED, ResultRow, grouped
 from switch_sae.results.settings import EXACT, HEADLINE, without_outliers
 from switch_sae.runs import RunDir

@@ -1,0 +1,1 @@
+"""Codes that a receiver can decode, and how long they are: behind the analysis `mdl`."""

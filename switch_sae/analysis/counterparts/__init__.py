@@ -1,0 +1,1 @@
+"""Which latents of two SAEs belong together: behind `matching` and `fates`."""

@@ -1,0 +1,1 @@
+"""How latents lie to each other: behind `geometry`, `duplication` and surgery."""

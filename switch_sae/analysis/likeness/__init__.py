@@ -1,0 +1,1 @@
+"""How alike representations are: estimators and tests behind the analysis `similarity`."""

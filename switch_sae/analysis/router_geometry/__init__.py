@@ -1,0 +1,1 @@
+"""What a router is, geometrically: the parts of the analysis `router`."""
