@@ -2,10 +2,13 @@
 
 Each library runs in an environment of its own (`.benchmark-peers/`). It saves tiny SAEs of all its architectures as it saves them, with what it makes
 of the same activations; we read them. Then we write every architecture of ours in its format, it loads them, and both ends must agree.
-Prints a table; with `--out` the library's files become golden ones, which CI reads. Both ends are here; the library's needs switch_sae for plug-ins.
+Prints a table and, of all libraries, writes experiments/results/format_parity.csv; with `--out` their files become golden ones, which CI reads. Both
+ends are here; the library's needs switch_sae for plug-ins alone.
 """
 
 import argparse
+import copy
+import csv
 import importlib.metadata
 import json
 import os
@@ -23,9 +26,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN, OUTPUTS = ROOT / "tests" / "golden" / "formats", "outputs.safetensors"
+CSV = ROOT / "experiments" / "results" / "format_parity.csv"
 LIMIT = 1e-5
 T, D, M, K, GROUPS = 6, 8, 16, 3, (4, 4, 8)
-SETTINGS: dict[str, dict[str, Any]] = {"sae_lens/standard, scaled outside": {"scaling_factor": 0.5}}
+SETTINGS: dict[str, dict[str, Any]] = {"sae_lens/standard_scaled_outside": {"scaling_factor": 0.5}}
 """What a case's files lack."""
 Outputs = dict[str, Tensor]
 """`x` [T, D], `latents` [T, M], `recon` [T, D]."""
@@ -87,7 +91,7 @@ def read_dictionary_learning(folder: Path) -> Outputs:
 def write_sparsify(folder: Path) -> Iterator[tuple[str, Outputs]]:
     from sparsify import SparseCoder, SparseCoderConfig
 
-    for seed, (name, settings) in enumerate({"topk": {"num_latents": M}, "topk, by expansion factor": {"expansion_factor": M // D}}.items()):
+    for seed, (name, settings) in enumerate({"topk": {"num_latents": M}, "topk_by_expansion_factor": {"expansion_factor": M // D}}.items()):
         randomised(SparseCoder(D, SparseCoderConfig(k=K, **settings), dtype=torch.float32), seed).save_to_disk(folder / name)
         yield name, read_sparsify(folder / name)
 
@@ -111,39 +115,39 @@ def write_sae_lens(folder: Path) -> Iterator[tuple[str, Outputs]]:
     norms = ("layer_norm", "constant_norm_rescale")
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "standard": ("StandardSAE", {}),
-        "standard, not centred": ("StandardSAE", {"apply_b_dec_to_input": False}),
+        "standard_uncentred": ("StandardSAE", {"apply_b_dec_to_input": False}),
         "topk": ("TopKSAE", {"k": K}),
-        "topk, rescaled": ("TopKSAE", {"k": K, "rescale_acts_by_decoder_norm": True}),
-        "topk, not centred": ("TopKSAE", {"k": K, "apply_b_dec_to_input": False}),
+        "topk_rescaled": ("TopKSAE", {"k": K, "rescale_acts_by_decoder_norm": True}),
+        "topk_uncentred": ("TopKSAE", {"k": K, "apply_b_dec_to_input": False}),
         "jumprelu": ("JumpReLUSAE", {}),
-        "jumprelu, not centred": ("JumpReLUSAE", {"apply_b_dec_to_input": False}),
+        "jumprelu_uncentred": ("JumpReLUSAE", {"apply_b_dec_to_input": False}),
         "gated": ("GatedSAE", {}),
-        "gated, not centred": ("GatedSAE", {"apply_b_dec_to_input": False}),
-        **{f"topk, {norm}": ("TopKSAE", {"k": K, "normalize_activations": norm}) for norm in norms},
-        **{f"jumprelu, {norm}": ("JumpReLUSAE", {"normalize_activations": norm}) for norm in norms},
+        "gated_uncentred": ("GatedSAE", {"apply_b_dec_to_input": False}),
+        **{f"topk_{norm}": ("TopKSAE", {"k": K, "normalize_activations": norm}) for norm in norms},
+        **{f"jumprelu_{norm}": ("JumpReLUSAE", {"normalize_activations": norm}) for norm in norms},
     }
     for seed, (name, (kind, settings)) in enumerate(cases.items()):
         randomised(make(kind, **settings), seed).save_model(folder / name)
         yield name, read_sae_lens(folder / name)
     x, scaler = activations(), ActivationScaler(scaling_factor=0.5)
     scaled = randomised(make("TopKTrainingSAE", k=K, normalize_activations="expected_average_only_in"), 20)
-    checkpoint(scaled, folder / "topk, training checkpoint", scaler)
-    yield "topk, training checkpoint", through(scaled, scaler, x)
+    checkpoint(scaled, folder / "topk_training_checkpoint", scaler)
+    yield "topk_training_checkpoint", through(scaled, scaler, x)
     standard = randomised(make("StandardSAE", normalize_activations="expected_average_only_in"), 21)
-    standard.save_model(folder / "standard, scaled outside")
-    yield "standard, scaled outside", through(standard, scaler, x)
+    standard.save_model(folder / "standard_scaled_outside")
+    yield "standard_scaled_outside", through(standard, scaler, x)
     whitening = ActivationScaler()
     generator = torch.Generator().manual_seed(5)
     whitening.estimate_whitening(D, iter(lambda: torch.randn(64, D, generator=generator) * torch.arange(1.0, D + 1) + 1, None), 4)
     for centred in (True, False):
-        name = "gated, whitened" + ("" if centred else ", not centred")
+        name = "gated_whitened" + ("" if centred else "_uncentred")
         white = randomised(make("GatedSAE", normalize_activations="covariance_whitening", apply_b_dec_to_input=centred), 22)
         checkpoint(white, folder / name, whitening)
         yield name, through(white, whitening, x)
     # Training SAEs choose over the batch; what they are saved as for inference is the function that a threshold gives.
     for name, home, kind, more in (
-        ("batchtopk, training checkpoint", batchtopk_sae, "BatchTopKTrainingSAE", {}),
-        ("matryoshka, training checkpoint", matryoshka_batchtopk_sae, "MatryoshkaBatchTopKTrainingSAE", {"matryoshka_widths": [4, 8, 16]}),
+        ("batchtopk_training_checkpoint", batchtopk_sae, "BatchTopKTrainingSAE", {}),
+        ("matryoshka_training_checkpoint", matryoshka_batchtopk_sae, "MatryoshkaBatchTopKTrainingSAE", {"matryoshka_widths": [4, 8, 16]}),
     ):
         sae = randomised(make(kind, home, k=K, **more), 23)
         sae.topk_threshold.fill_(0.4)
@@ -197,6 +201,13 @@ def serve(format_name: str, folder: Path, what: str) -> None:
             save_file(tensors, folder / name / OUTPUTS, {"version": importlib.metadata.version(package)})
 
 
+def version_of(format_name: str) -> str:
+    """The library's version that is compared with."""
+    from experiments.benchmarks.parity import PEERS
+
+    return PEERS[LIBRARIES[format_name][0]][0]
+
+
 def asked(format_name: str, folder: Path, what: str) -> None:
     """`serve` in the library's environment. Raises CalledProcessError where it fails; what it printed is on the terminal."""
     from experiments.benchmarks.parity import PEERS
@@ -213,6 +224,7 @@ def asked(format_name: str, folder: Path, what: str) -> None:
 
 def our_saes() -> Iterator[tuple[str, Any]]:
     """Every architecture of ours, on scaled activations."""
+    from switch_sae.interop.token_norm import TokenNorm, TokenNormSAE
     from switch_sae.models import SAES, Inference, with_inference
 
     plain: dict[str, dict[str, Any]] = {
@@ -236,6 +248,10 @@ def our_saes() -> Iterator[tuple[str, Any]]:
         yield name, sae
         if name == "switch":
             yield "switch_refitted", with_inference(sae, Inference.refit)
+        if name == "topk":
+            normalised = copy.deepcopy(sae)
+            normalised.fold_activation_scale()
+            yield "topk_layer_norm", TokenNormSAE(normalised, TokenNorm.layer_norm).eval()
 
 
 def ours(sae: Any, x: Tensor) -> Outputs:
@@ -248,7 +264,7 @@ def ours(sae: Any, x: Tensor) -> Outputs:
 def difference(found: Outputs, expected: Outputs) -> float:
     """The largest |found - expected| / max |expected| of latents and reconstructions."""
     parts = ((found[name] - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-12) for name in ("latents", "recon"))
-    return max(float(part) for part in parts)
+    return max(float(part.detach()) for part in parts)
 
 
 def loaded(format_name: str, folder: Path) -> tuple[Outputs, Outputs]:
@@ -295,11 +311,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         return serve(options.serve[0], Path(options.serve[1]), options.serve[2])
-    measured = []
+    measured, rows = [], []
     for format_name in options.formats:
         for direction, case, value in compare(format_name, options.out):
             measured.append(value)
+            rows.append(
+                {"format": format_name, "version": version_of(format_name), "direction": direction, "case": case, "max_rel_diff": f"{value:.1e}"}
+            )
             print(f"{format_name:20s} {direction:8s} {case:36s} {value:.1e}", flush=True)
+    if set(options.formats) == set(LIBRARIES):
+        with CSV.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     print(f"worst: {max(measured):.1e} of the largest value; at most {LIMIT:.0e} is parity")
     sys.exit(not all(value <= LIMIT for value in measured))  # NaN is no parity either
 

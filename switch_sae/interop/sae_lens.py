@@ -55,22 +55,21 @@ class SAELens(Format):
         name = _architecture(file, config)
         if name == PLUGIN:
             return _ours(file, config, tensors)
-        norm = config.get("normalize_activations")
-        norm = {None: "none", False: "none", True: "expected_average_only_in"}.get(norm, norm) if isinstance(norm, bool | None) else norm
+        said = config.get("normalize_activations")
+        norm = str(said) if not isinstance(said, bool | None) else "expected_average_only_in" if said else "none"
         if "scaling_factor" in settings and norm != "expected_average_only_in":
             raise ValueError(f"{file}: scaling_factor is no setting of normalize_activations={norm}. Leave it out.")
         weights = _weights(file, name, config, tensors)
         tensors.finish()
-        if norm == "none":
-            return to_sae(weights)
         if norm == "expected_average_only_in":
             weights = _scaled(folder, weights, settings.get("scaling_factor"))
-            return to_sae(weights)
-        if norm == "covariance_whitening":
-            return to_sae(_whitened(folder, weights))
-        if norm not in TokenNorm.__members__:
-            raise ValueError(f"{file}: normalize_activations={str(norm)[:40]!r} is not known here.")
-        return TokenNormSAE(to_sae(weights), TokenNorm[norm]).eval()
+        elif norm == "covariance_whitening":
+            weights = _whitened(folder, weights)
+        elif norm != "none" and norm not in TokenNorm.__members__:
+            raise ValueError(f"{file}: normalize_activations={norm[:40]!r} is not known here.")
+        sae = TokenNormSAE(to_sae(weights), TokenNorm[norm]).eval() if norm in TokenNorm.__members__ else to_sae(weights)
+        sae.activations = _activations(config)
+        return sae
 
     def save(self, sae: SparseAutoencoder, path: Path) -> None:
         inner, norm = (sae.inner, sae.norm.name) if isinstance(sae, TokenNormSAE) else (sae, "none")
@@ -98,6 +97,14 @@ class SAELens(Format):
             tensors = _tensors(weights)
         write(path / WEIGHTS, lambda part: save_file(tensors, part))
         write(path / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+
+
+def _activations(config: dict[str, Any]) -> dict[str, str]:
+    """What the SAE was trained on, as far as it is said: before version 6 beside the other settings, after it among the metadata."""
+    metadata = config.get("metadata")
+    known = {**config, **(metadata if isinstance(metadata, dict) else {})}
+    found = {"model": known.get("model_name"), "hook": known.get("hook_name", known.get("hook_point"))}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def _origin(sae: SparseAutoencoder) -> dict[str, str]:

@@ -151,7 +151,7 @@ def fold_decoder_norms(weights: DenseWeights, norms_M: Tensor) -> DenseWeights:
 def fractions(group_sizes: list[int]) -> list[float]:
     """Shares of all but the last group that give these sizes back, rounded as Matryoshka's are."""
     total = sum(group_sizes)
-    return [(size + 0.5) / total if int(size / total * total) != size else size / total for size in group_sizes[:-1]]
+    return [size / total if int(size / total * total) == size else (size + 1e-6) / total for size in group_sizes[:-1]]
 
 
 def _own_bias(weights: DenseWeights) -> Tensor:
