@@ -334,6 +334,7 @@ LENS = {
     "a scale that nobody knows": ("topk", config(normalize_activations="expected_average_only_in"), "scaling_factor=1.0"),
     "whitening without its matrix": ("topk", config(normalize_activations="covariance_whitening"), "needs activation_whitening.safetensors"),
     "a centre that is neither": ("topk", config(apply_b_dec_to_input="yes"), "apply_b_dec_to_input='yes' must be true or false"),
+    "a rescaling that is neither": ("topk", config(rescale_acts_by_decoder_norm=1), "rescale_acts_by_decoder_norm='1' must be true or false"),
     "k beyond the latents": ("topk", config(k=13), "k=13 must be"),
     "decoder rows of norm 0": ("topk", lambda f: (config(rescale_acts_by_decoder_norm=True)(f), tensors(W_dec=torch.zeros(M, D))(f)), "rows are 0"),
     "no threshold": ("jumprelu", tensors(threshold=None), "no tensor threshold"),

@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries, read here, and ours, read there: python -m experiments.benchmarks.formats [--out tests/golden/formats]
+"""Checkpoints of other libraries, read here, and ours, read there: python -m experiments.benchmarks.formats --out tests/golden/formats
 
 Each library runs in an environment of its own (`.benchmark-peers/`). It saves tiny SAEs of all its architectures as it saves them, with what it makes
 of the same activations; we read them. Then we write every architecture of ours in its format, it loads them, and both ends must agree.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
-_JSON_BYTES = 16 * 2**20
+_JSON_BYTES = 2**20
 _ANOTHER_KIND = "It is cut, damaged or of another kind; copy it again."
 
 
@@ -41,7 +41,7 @@ class TensorFile:
     def take(self, name: str, *shape: int) -> Tensor:
         """float32, contiguous, in memory of its own. Raises ValueError for another shape, for integers, and for NaN or infinite values."""
         tensor = self._of_shape(name, shape, _FLOATS, "real numbers (float32, float16, bfloat16, float64)")
-        values = tensor.to(torch.float32).clone(memory_format=torch.contiguous_format)
+        values = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if not torch.isfinite(values).all():
             raise ValueError(f"{self.path}: {name} holds NaN or infinite values; it is not loaded. Take an earlier checkpoint.")
         return values
@@ -85,7 +85,7 @@ def read_safetensors(path: Path) -> TensorFile:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for anything else, and for a file of more than 16 MB."""
+    """A JSON object. Raises ValueError for anything else, and for a file of more than 1 MB."""
     with clear(path):
         if path.stat().st_size > _JSON_BYTES:
             raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a configuration has at most {_JSON_BYTES:,}. It is something else.")

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,18 +20,39 @@ WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 PLUGIN = "switch_sae"
 """The architecture that `sae_lens_plugin` adds to SAELens: any of ours, as it is."""
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """What its files hold, beside encoder and decoder."""
+
+    ours: str
+    """Our architecture of the same function."""
+    bias: str = "b_enc"
+    magnitudes: bool = False
+    """b_mag and r_mag."""
+    thresholds: bool = False
+    """One for each latent."""
+    k: bool = False
+    """In the config: exact, or with a threshold for all (`topk_threshold`) an average."""
+    one_threshold: bool = False
+    groups: bool = False
+    rescales: bool = False
+    """Its default of `rescale_acts_by_decoder_norm`."""
+
+
 _ARCHITECTURES = {
-    "standard": "relu",
-    "topk": "topk",
-    "gated": "gated",
-    "jumprelu": "jumprelu",
-    "batchtopk": "batch_topk",
-    "matryoshka_batchtopk": "matryoshka",
+    "standard": _Architecture("relu"),
+    "topk": _Architecture("topk", k=True),
+    "gated": _Architecture("gated", bias="b_gate", magnitudes=True),
+    "jumprelu": _Architecture("jumprelu", thresholds=True),
+    "batchtopk": _Architecture("batch_topk", k=True, one_threshold=True, rescales=True),
+    "matryoshka_batchtopk": _Architecture("matryoshka", k=True, one_threshold=True, groups=True, rescales=True),
 }
+_FUNCTIONS = {"relu": None, "topk": "topk"}
+"""Activation functions before version 6, and the architecture of today that one of them made of a standard SAE."""
 _WRITTEN = {"relu": "standard", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu", "batch_topk": "jumprelu", "matryoshka": "jumprelu"}
 """Its inference has BatchTopK and Matryoshka as JumpReLU with one threshold."""
-_RESCALES = {"topk": False, "batchtopk": True, "matryoshka_batchtopk": True}
-"""Its default of `rescale_acts_by_decoder_norm`."""
 
 
 class SAELens(Format):
@@ -92,7 +113,7 @@ class SAELens(Format):
         else:
             weights = of_sae(inner)
             config |= {"architecture": _WRITTEN[weights.architecture], "apply_b_dec_to_input": weights.centred}
-            if weights.architecture in _RESCALES and weights.threshold is None:
+            if weights.k is not None and weights.threshold is None:
                 config |= {"k": weights.k, "rescale_acts_by_decoder_norm": False}
             tensors = _tensors(weights)
         write(path / WEIGHTS, lambda part: save_file(tensors, part))
@@ -115,11 +136,10 @@ def _origin(sae: SparseAutoencoder) -> dict[str, str]:
 
 def _architecture(file: Path, config: dict[str, Any]) -> str:
     """Its name of today. Before version 6 TopK was a standard SAE with another activation function."""
-    name, function = config.get("architecture", "standard"), config.get("activation_fn", config.get("activation_fn_str", "relu"))
-    if function == "topk":
-        name = "topk"
-    elif function != "relu":
-        raise ValueError(f"{file}: activation_fn={str(function)[:40]!r} cannot be represented; relu and topk can.")
+    function = config.get("activation_fn", config.get("activation_fn_str", "relu"))
+    if not isinstance(function, str) or function not in _FUNCTIONS:
+        raise ValueError(f"{file}: activation_fn={str(function)[:40]!r} cannot be represented; {' and '.join(_FUNCTIONS)} can.")
+    name = _FUNCTIONS[function] or config.get("architecture", "standard")
     if name != PLUGIN and (not isinstance(name, str) or name not in _ARCHITECTURES):
         raise ValueError(
             f"{file}: architecture={str(name)[:40]!r} is not one that can be computed here; those are {', '.join(_ARCHITECTURES)}. "
@@ -132,42 +152,43 @@ def _weights(file: Path, name: str, config: dict[str, Any], tensors: TensorFile)
     d_in, num_latents = tensors.size("W_enc")
     for key, size in (("d_in", d_in), ("d_sae", num_latents)):
         agree(file, key, (CONFIG, config.get(key)), ("the shape of W_enc", size))
-    centred = config.get("apply_b_dec_to_input", True)
-    if not isinstance(centred, bool):
-        raise ValueError(f"{file}: apply_b_dec_to_input={str(centred)[:40]!r} must be true or false.")
-    found: dict[str, Any] = {}
-    if name == "gated":
-        found = {"b_mag_M": tensors.take("b_mag", num_latents), "r_mag_M": tensors.take("r_mag", num_latents)}
-    elif name == "jumprelu":
+    architecture, found = _ARCHITECTURES[name], dict[str, Any]()
+    centred = _switch(file, config, "apply_b_dec_to_input", True)
+    rescales = _switch(file, config, "rescale_acts_by_decoder_norm", architecture.rescales)
+    if architecture.magnitudes:
+        found |= {"b_mag_M": tensors.take("b_mag", num_latents), "r_mag_M": tensors.take("r_mag", num_latents)}
+    if architecture.thresholds:
         is_log = "log_threshold" in tensors
         threshold_M = tensors.take("log_threshold" if is_log else "threshold", num_latents)
-        found = {"threshold": threshold_M.exp() if is_log else threshold_M}
-    elif name in _RESCALES:
+        found["threshold"] = threshold_M.exp() if is_log else threshold_M
+    if architecture.k:
         kwargs = config.get("activation_fn_kwargs")
         k = config.get("k", kwargs.get("k") if isinstance(kwargs, dict) else None)
-        if name == "topk":
-            found = {"k": count(file, "k", k, num_latents)}
-        else:
-            # An average number of latents may be a fraction there; here it only says what to train with.
-            average = k if isinstance(k, int | float) and not isinstance(k, bool) and 0 < k <= num_latents else None
-            found = {
-                "k": count(file, "k", None if average is None else max(1, round(average)), num_latents),
-                "threshold": tensors.take("topk_threshold"),
-            }
-        if name == "matryoshka_batchtopk":
-            found["group_sizes"] = _groups(file, config.get("matryoshka_widths"), num_latents)
+        if architecture.one_threshold:
+            found["threshold"] = tensors.take("topk_threshold")
+            k = max(1, round(k)) if isinstance(k, float) and 0 < k <= num_latents else k  # an average, which only says what to train with
+        found["k"] = count(file, "k", k, num_latents)
+    if architecture.groups:
+        found["group_sizes"] = _groups(file, config.get("matryoshka_widths"), num_latents)
     weights = DenseWeights(
-        _ARCHITECTURES[name],
+        architecture.ours,
         tensors.take("W_enc", d_in, num_latents).T.contiguous(),
         tensors.take("W_dec", num_latents, d_in),
-        tensors.take("b_gate" if name == "gated" else "b_enc", num_latents),
+        tensors.take(architecture.bias, num_latents),
         tensors.take("b_dec", d_in),
         centred=centred,
         **found,
     )
-    if name in _RESCALES and config.get("rescale_acts_by_decoder_norm", _RESCALES[name]):
+    if architecture.k and rescales:
         return fold_decoder_norms(weights, unit_norms(file, weights))
     return weights
+
+
+def _switch(file: Path, config: dict[str, Any], key: str, default: bool) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{file}: {key}={str(value)[:40]!r} must be true or false.")
+    return value
 
 
 def _groups(file: Path, widths: Any, num_latents: int) -> list[int]:

@@ -36,7 +36,7 @@ def register() -> type[Any]:
     class SwitchSAELens(SAE[SwitchSAELensConfig]):
         """encode gives all latents, [..., d_sae], gates inside and zeros elsewhere; decode(encode(x)) == forward(x).
 
-        `switch_sae` is the SAE that computes; `W_enc` [d_in, d_sae], `W_dec` [d_sae, d_in], `b_enc` and `b_dec` are views of its weights.
+        `ours` is the SAE that computes; `W_enc` [d_in, d_sae], `W_dec` [d_sae, d_in], `b_enc` and `b_dec` are views of its weights.
         """
 
         def initialize_weights(self) -> None:
@@ -46,30 +46,35 @@ def register() -> type[Any]:
             self.switch_sae = ours.eval()
 
         @property
-        def W_dec(self) -> Tensor:  # type: ignore[override]
-            return self.switch_sae.decoder_weight()
+        def ours(self) -> Any:
+            """The SAE of switch_sae that computes: `switch_sae`, by whose name its weights are saved."""
+            return self.switch_sae
 
         @property
-        def W_enc(self) -> Tensor:  # type: ignore[override]
-            return self.switch_sae.W_enc_MD.T
+        def W_dec(self) -> Tensor:
+            return self.ours.decoder_weight()
 
         @property
-        def b_dec(self) -> Tensor:  # type: ignore[override]
-            return self.switch_sae.b_out_D
+        def W_enc(self) -> Tensor:
+            return self.ours.W_enc_MD.T
+
+        @property
+        def b_dec(self) -> Tensor:
+            return self.ours.b_out_D
 
         @property
         def b_enc(self) -> Tensor:
-            bias_M = getattr(self.switch_sae, "b_enc_M", None)
+            bias_M = getattr(self.ours, "b_enc_M", None)
             return self.W_dec.new_zeros(self.cfg.d_sae) if bias_M is None else bias_M
 
         def encode(self, x: Tensor) -> Tensor:
             x = self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
             x = self.run_time_activation_norm_fn_in(x)
-            latents = self.switch_sae.encode(x.reshape(-1, self.cfg.d_in)).to_dense()
+            latents = self.ours.encode(x.reshape(-1, self.cfg.d_in)).to_dense()
             return self.hook_sae_acts_post(latents.view(*x.shape[:-1], self.cfg.d_sae))
 
         def decode(self, feature_acts: Tensor) -> Tensor:
-            recon = self.switch_sae.decode(DenseLatents(feature_acts.reshape(-1, self.cfg.d_sae)))
+            recon = self.ours.decode(DenseLatents(feature_acts.reshape(-1, self.cfg.d_sae)))
             recon = self.hook_sae_recons(recon.view(*feature_acts.shape[:-1], self.cfg.d_in))
             return self.reshape_fn_out(self.run_time_activation_norm_fn_out(recon), self.d_head)
 
