@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import random
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from experiments.benchmarks.formats import GOLDEN
 from switch_sae import load_sae
-from switch_sae.interop import FORMATS
+from switch_sae.interop import FORMATS, pickled
 from switch_sae.models import SAES
 
 D, M, K = 4, 12, 3
@@ -265,6 +268,13 @@ def test_the_hostile_pickle_would_have_run_code(topk):
     assert (topk / "executed").exists()
 
 
+def test_code_is_not_run_even_where_the_instructions_were_not_looked_at(topk, monkeypatch):
+    """Two walls: torch's own, weights_only, stands behind ours."""
+    code(2)(topk)
+    monkeypatch.setattr(pickled, "_instructions", lambda path: set())
+    refused(topk, "no state dict that torch can read")
+
+
 def config(**settings):
     def damage(folder: Path) -> None:
         file = folder / "cfg.json"
@@ -425,6 +435,31 @@ def test_a_file_of_openai_that_cannot_be_represented_is_refused(changed, match, 
     plain |= {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}
     torch.save(plain | changed, tmp_path / "ae.pt")
     refused(tmp_path / "ae.pt", match)
+
+
+@pytest.mark.parametrize("case", ["dictionary_learning/MatryoshkaBatchTopKSAE", "sae_lens/gated_whitened", "sparsify/topk"])
+def test_any_damage_gives_an_sae_or_one_message(case, tmp_path):
+    """Bytes changed, put in or left out at random, mostly where names and shapes are."""
+    draw, folder = random.Random(0), tmp_path / "theirs"
+    shutil.copytree(GOLDEN / case, folder)
+    (folder / "outputs.safetensors").unlink()
+    refusals = 0
+    for _ in range(120):
+        file = draw.choice(sorted(folder.iterdir()))
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        for _ in range(draw.choice([1, 1, 8])):
+            at = draw.randrange(min(len(whole), draw.choice([900, len(whole)])))
+            damaged[at : at + draw.choice([0, 1])] = bytes([draw.randrange(256)])
+        file.write_bytes(damaged[: draw.choice([len(damaged), len(damaged), draw.randrange(len(damaged))])])
+        try:
+            load_sae(folder)
+        except ValueError as error:
+            refusals += 1
+            assert str(folder) in str(error) and "\n" not in str(error)
+        file.write_bytes(whole)
+    assert refusals > 60
+    load_sae(folder)
 
 
 def test_bombs_are_refused_within_little_memory(tmp_path):

@@ -9,6 +9,8 @@ import pickle
 import pickletools
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,9 @@ def read_pickled(path: Path) -> tuple[TensorFile, dict[str, Any]]:
         try:
             # Mapped, not read: a record that claims to be longer than it is cannot make torch allocate, or read beyond it.
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except (pickle.UnpicklingError, AttributeError, KeyError, IndexError, TypeError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no state dict that torch can read: {str(error).splitlines()[0][:150]}. {_SAVE_AGAIN}") from error
+        except (pickle.UnpicklingError, AttributeError, KeyError, IndexError, TypeError, ValueError, EOFError, AssertionError, struct.error) as error:
+            reason = " ".join(str(error).split())[:150] or type(error).__name__
+            raise ValueError(f"{path} is no state dict that torch can read: {reason}. {_SAVE_AGAIN}") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict with names. {_SAVE_AGAIN}")
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -84,26 +87,29 @@ class _Refused(ValueError):
 def _pickle_of(path: Path) -> bytes:
     with clear(path):
         size = path.stat().st_size
-        try:
-            with zipfile.ZipFile(path) as archive:
-                records = archive.infolist()
-                packed = [
-                    record.filename for record in records if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size
-                ]
-                if packed:
-                    raise ValueError(f"{path}: its records {listed(packed)} are compressed, as torch.save never does. {_SAVE_AGAIN}")
-                if sum(record.file_size for record in records) > size:
-                    raise ValueError(f"{path} has {size:,} bytes, but its records claim more than that. {_SAVE_AGAIN}")
-                pickles = [record for record in records if record.filename.split("/")[-1] == "data.pkl"]
-                if len(pickles) != 1 or pickles[0].file_size > _PICKLE_BYTES:
-                    raise ValueError(
-                        f"{path} holds no pickle of a state dict (one record data.pkl of at most {_PICKLE_BYTES:,} bytes). {_SAVE_AGAIN}"
-                    )
-                return archive.read(pickles[0])
-        except (zipfile.BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path} is no zip file of torch.save ({str(error)[:100]}): it is cut, of another kind, or from before torch 1.6. {_SAVE_AGAIN}"
-            ) from error
+        with _opened(path) as archive:
+            records = archive.infolist()
+        if packed := [record.filename for record in records if not _is_stored(record)]:
+            raise ValueError(f"{path}: its records {listed(packed)} are compressed, as torch.save never does. {_SAVE_AGAIN}")
+        if sum(record.file_size for record in records) > size:
+            raise ValueError(f"{path} has {size:,} bytes, but its records claim more than that. {_SAVE_AGAIN}")
+        pickles = [record for record in records if record.filename.split("/")[-1] == "data.pkl"]
+        if len(pickles) != 1 or pickles[0].file_size > _PICKLE_BYTES:
+            raise ValueError(f"{path} has no pickle of a state dict (one record data.pkl of at most {_PICKLE_BYTES:,} bytes). {_SAVE_AGAIN}")
+        with _opened(path) as archive:
+            return archive.read(pickles[0])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError) as error:
+        reason = (
+            f"{path} is no zip file of torch.save ({str(error)[:100] or 'it ends too early'}): it is cut, of another kind, or from before torch 1.6."
+        )
+        raise ValueError(f"{reason} {_SAVE_AGAIN}") from error
 
 
 def _is_stored(record: zipfile.ZipInfo) -> bool:

@@ -5,7 +5,6 @@ Shapes: M latents, D activation size.
 
 import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,11 +140,10 @@ def fold_whitening(weights: DenseWeights, mean_D: Tensor, matrix_DD: Tensor, inv
 
 
 def fold_decoder_norms(weights: DenseWeights, norms_M: Tensor) -> DenseWeights:
-    """The same reconstruction from decoder rows divided by these numbers and latents multiplied by them."""
-    scaled: dict[str, Any] = {name: value * norms_M for name in ("b_enc_M", "b_mag_M") if (value := getattr(weights, name)) is not None}
-    if weights.threshold is not None and weights.threshold.ndim == 1:
-        scaled["threshold"] = weights.threshold * norms_M
-    return replace(weights, W_enc_MD=weights.W_enc_MD * norms_M[:, None], W_dec_MD=weights.W_dec_MD / norms_M[:, None], **scaled)
+    """The same reconstruction from decoder rows divided by these numbers and latents multiplied by them; a threshold for all is in the new units."""
+    return replace(
+        weights, W_enc_MD=weights.W_enc_MD * norms_M[:, None], W_dec_MD=weights.W_dec_MD / norms_M[:, None], b_enc_M=_own_bias(weights) * norms_M
+    )
 
 
 def fractions(group_sizes: list[int]) -> list[float]:
