@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from experiments import convert
 from experiments.benchmarks.formats import GOLDEN, LIMIT, OUTPUTS, SETTINGS, difference, loaded, our_saes, ours
 from switch_sae import load_sae
+from switch_sae.activations import EvaluationSet
+from switch_sae.evaluation import Probes, evaluate
 from switch_sae.interop import FORMATS
 from switch_sae.interop.token_norm import TokenNorm, TokenNormSAE
 from switch_sae.interop.weights import DenseWeights, fractions, to_sae
@@ -177,6 +179,24 @@ def test_an_sae_that_normalises_tokens_is_for_use(tmp_path):
     assert "for use" in sae.why_not_trained()
     with pytest.raises(ValueError, match="at least 2 inputs"):
         TokenNormSAE(SAES.build(SAES.from_plain({"architecture": "topk", "num_latents": 4, "k": 1}), 1), TokenNorm.layer_norm)
+
+
+@pytest.mark.parametrize("case", ["topk_layer_norm", "jumprelu_constant_norm_rescale", "gated_whitened"])
+def test_what_was_read_is_scored_as_ours_are(case):
+    sae, x = load_sae(GOLDEN / "sae_lens" / case), normal(200, 8, seed=6) + 1
+    held_out = EvaluationSet(x, torch.arange(200) // 20)
+    results = evaluate(sae, held_out, bootstrap=5, probes=Probes(held_out))
+    with torch.no_grad():
+        output = sae(x)
+    fvu = (x - output.recon_TD).square().sum() / (x - x.mean(0)).square().sum()
+    torch.testing.assert_close(results["fvu"].value, float(fvu), rtol=1e-4, atol=0)
+    assert results["l0"].value == pytest.approx(int((output.latents.to_dense() > 0).sum()) / 200)
+
+
+def test_a_scale_that_was_read_can_be_folded():
+    case = GOLDEN / "sae_lens" / "topk_training_checkpoint"
+    sae, folded, x = load_sae(case), load_sae(case, fold=True), normal(20, 8, seed=6)
+    assert sae.activation_scale == 0.5 and folded.activation_scale == 1 and difference(ours(folded, x), ours(sae, x)) <= LIMIT
 
 
 def test_a_threshold_of_nothing_lets_all_that_is_positive_through():
