@@ -232,19 +232,24 @@ def save_sae(path: str | Path, sae: SparseAutoencoder, activations: dict[str, An
     write_atomically(Path(path), lambda part: save_file(tensors, part, header))
 
 
-def load_sae(path: str | Path, fold: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SparseAutoencoder:
+def load_sae(
+    path: str | Path, fold: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **settings: Any
+) -> SparseAutoencoder:
     """The SAE of a run folder, of one model.safetensors, or of a file or folder in one of `FORMATS`, in evaluation mode, ready for raw activations.
 
     `sae.activations` holds what it was trained on. With `fold` its scale is absorbed (`fold_activation_scale`): the same function, with latents and
     decoder rows in units of raw activations, as steering needs them. It comes on the CPU in float32 unless `device` and `dtype` say otherwise.
-    Raises FileNotFoundError where there is none, and ValueError, naming what is
-    wrong, for a truncated or foreign file, an unknown version or architecture, tensors whose shapes contradict the config, and non-finite values.
+    `settings` are what files of some other formats lack, such as `k`; an error says which. Raises FileNotFoundError where there is none, and
+    ValueError, naming what is wrong, for a truncated or foreign file, an unknown version or architecture, tensors whose shapes contradict the
+    config, and non-finite values.
     """
     file = Path(path).expanduser()
     if not _is_ours(file):
         for cls in FORMATS.values():
             if (foreign := cls()).recognises(file):
-                return _ready(foreign.load(file), fold, device, dtype)
+                return _ready(foreign.load(file, **settings), fold, device, dtype)
+    if settings:
+        raise ValueError(f"{file} is of no other library's format, so {', '.join(settings)} cannot be set: files of switch_sae describe themselves.")
     if file.is_dir():
         if not (file / MODEL_FILE).is_file() and RunDir(file).checkpoint_steps():
             raise FileNotFoundError(

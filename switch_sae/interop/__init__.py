@@ -2,7 +2,22 @@
 
 from switch_sae.choices import Choice
 from switch_sae.interop.base import Format
+from switch_sae.interop.dictionary_learning import DictionaryLearning
+from switch_sae.interop.openai import OpenAI
+from switch_sae.interop.original_switch import OriginalSwitch
+from switch_sae.interop.sae_lens import SAELens
+from switch_sae.interop.sparsify import Sparsify
 
-FORMATS: Choice[Format] = Choice("format", "format", {})
+FORMATS: Choice[Format] = Choice(
+    "format",
+    "format",
+    {
+        "sae_lens": SAELens,
+        "sparsify": Sparsify,
+        "openai": OpenAI,
+        "original_switch": OriginalSwitch,
+        "dictionary_learning": DictionaryLearning,  # the last: it takes whatever else torch saved, and says what is wrong with it
+    },
+)
 
 __all__ = ["FORMATS", "Format"]

@@ -1,22 +1,40 @@
 """The contract of a file format of other libraries that SAEs are read from and written to."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
+from switch_sae.files import write_atomically
 from switch_sae.models import SparseAutoencoder
+
+
+def write(path: Path, content: bytes | Callable[[Path], None]) -> None:
+    """One file of a format, whole or not at all, and its folder. Raises RunError where it cannot be written."""
+    write_atomically(path, content, "Free some space, make the folder writable, or give another.")
 
 
 class Format(ABC):
     """One file and one line in `FORMATS`. Nothing but tensors is ever unpickled: a file from elsewhere must not be able to run code."""
+
+    settings: ClassVar[Mapping[str, str]] = {}
+    """What its files may lack and `load` takes by keyword, with an example of each as it is typed: `{"k": "k=64"}`. Asked for, never guessed."""
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
         """Whether this file or folder is of this format, from names and headers alone; False, never an error, for anything else."""
 
     @abstractmethod
-    def load(self, path: Path) -> SparseAutoencoder:
-        """The SAE, giving what its own library would give. Raises ValueError, naming the setting, for a variant that nothing here computes."""
+    def load(self, path: Path, **settings: Any) -> SparseAutoencoder:
+        """The SAE, giving what its own library would give. Raises ValueError, naming the setting, for a variant that nothing here computes, and
+        for a setting that the file lacks and nobody gave."""
 
     @abstractmethod
     def save(self, sae: SparseAutoencoder, path: Path) -> None:
         """Writes it so that the other library reads it. Raises ValueError for an architecture that the format cannot hold."""
+
+    def check_settings(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Raises ValueError for settings that this format has no use for."""
+        if unknown := [name for name in settings if name not in self.settings]:
+            takes = f"it takes {', '.join(self.settings.values())}" if self.settings else "it needs no settings: the file holds them all"
+            raise ValueError(f"{path}: {unknown[0]} is no setting of the format {type(self).__name__}; {takes}.")
