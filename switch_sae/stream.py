@@ -39,8 +39,10 @@ class Stream:
             raise
 
     def trainer(self, sae: SparseAutoencoder, config: TrainerConfig, total_steps: int, normalize_activations: bool) -> Trainer:
-        """A trainer for a new SAE, which moves to the device and gets its scale and biases from the calibration rows. Raises ValueError for a transcoder
-        of rows without targets, and for an autoencoder of rows with them."""
+        """A trainer for a new SAE, which moves to the device and gets its scale and biases from the calibration rows.
+
+        Raises ValueError for a transcoder of rows without targets, and for an autoencoder of rows with them.
+        """
         has_target, name = self.calibration.target_TD is not self.calibration.x_TD, type(sae).__name__
         if sae.is_transcoder and not has_target:
             raise ValueError(

@@ -11,10 +11,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from switch_sae.activations.language_model import LanguageModel
 
+_MLP = "For a transcoder take an MLP's two sides: source.hook=blocks.LAYER.mlp.hook_in source.target_hook=blocks.LAYER.mlp.hook_out."
 _ATTENTION = (
-    "Attention is no function of single positions: train an SAE on its output (source.hook=blocks.LAYER.hook_attn_out) or on its heads' "
-    "(source.hook=blocks.LAYER.attn.hook_z), with source.target_hook=null. For a transcoder take an MLP's two sides: "
-    "source.hook=blocks.LAYER.mlp.hook_in source.target_hook=blocks.LAYER.mlp.hook_out."
+    "Attention is such a thing: train an SAE on its output (source.hook=blocks.LAYER.hook_attn_out) or on its heads' "
+    f"(source.hook=blocks.LAYER.attn.hook_z), with source.target_hook=null. {_MLP}"
 )
 
 
@@ -41,12 +41,9 @@ def why_no_function(model: "LanguageModel", rounding: float) -> str | None:
     if bool(by_input_CS[:, [0, 2, 3]].any()):
         return f"{names}: what is written at a position depends on what is read at others, so no function of one position can learn it. {_ATTENTION}"
     if not bool(by_input_CS[:, 1].all()):
-        return f"{names}: what is read does not reach what is written. {_ATTENTION}"
+        return f"{names}: what is read does not reach what is written. {_MLP}"
     if bool(by_text_CS.any()):
-        return (
-            f"{names}: what is written does not follow from what is read alone; something of the model goes around it, such as the residual stream. "
-            "Take the module's own input and output: source.hook=blocks.LAYER.mlp.hook_in source.target_hook=blocks.LAYER.mlp.hook_out."
-        )
+        return f"{names}: what is written follows not from what is read alone, but from what goes around it too, such as the residual stream. {_MLP}"
     return None
 
 

@@ -215,11 +215,8 @@ class ShardStore:
     def _check_space(self, rows: int, size: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if size > free:
-            raise RunError(
-                f"{rows:,} more rows of {self.chain.d_in + self.chain.d_target} {str(self.chain.dtype).removeprefix('torch.')} values need {_bytes(size)} in "
-                f"{self.folder}, "
-                f"where {_bytes(free)} are free. {_WAYS_OUT}"
-            )
+            values = f"{self.chain.d_in + self.chain.d_target} {str(self.chain.dtype).removeprefix('torch.')} values"
+            raise RunError(f"{rows:,} more rows of {values} need {_bytes(size)} in {self.folder}, where {_bytes(free)} are free. {_WAYS_OUT}")
 
     def _write(self, index: int, position: Position, block: Block) -> Shard:
         rows = block.rows.map(lambda rows_TD: rows_TD.to("cpu", self.chain.dtype).contiguous())

@@ -111,7 +111,7 @@ class SwitchSAE(RoutedSAE, TopKSAE):
         target_nD = self._target(first) * self.target_scale
         with torch.no_grad():
             theirs = self._encode_by(self._scaled(first.x_TD), Dispatch.from_experts(rivals.expert_n1, self.num_experts), None)[0]
-        base = self._base(theirs)
+        base = self.base(theirs)
         return terms | {"competition": competition_loss(rivals, target_nD, recon_TD, output.latents, theirs, self.W_dec_MD, base)}
 
     def flops(self) -> Flops:

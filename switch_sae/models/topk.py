@@ -187,9 +187,9 @@ class TopKSAE(FusedTraining):
 
     def _decode(self, latents: SparseLatents, by_latent: Any) -> Tensor:
         recon_TD = sparse_decode(latents.values_TK, latents.indices_TK, self.W_dec_MD, by_latent, self.execution)
-        return (recon_TD + self._base(latents)) / self.target_scale
+        return (recon_TD + self.base(latents)) / self.target_scale
 
-    def _base(self, latents: SparseLatents) -> Tensor:
+    def base(self, latents: SparseLatents) -> Tensor:
         """What the decoder adds to the latents' part, in units of scaled targets."""
         return self.b_out_D
 

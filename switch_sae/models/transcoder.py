@@ -73,9 +73,9 @@ class SkippedLatents(SparseLatents):
 class TranscoderSAE(TopKSAE):
     """z = TopK(ReLU(W_enc (x - b_in) + b_enc)), recon = W_dec z + b_out + W_skip x: x at one hook, recon at another.
 
-    b_in, the encoder's centre, is the parameter `b_pre_D`, and b_out `b_post_D`: each starts at the geometric median of its own hook, and each hook has
-    a scale of its own. Taking b_out off the input, as autoencoders may, costs much FVU (EleutherAI/sparsify, pull request 49). Encoder rows start on the
-    unit sphere and decoder rows apart from them (`DECODER_START`); no loss weighs their norms, so none are held.
+    b_in, the encoder's centre, is the parameter `b_pre_D`, and b_out `b_post_D`: each starts at the geometric median of its own hook, and each hook
+    has a scale of its own. Taking b_out off the input, as autoencoders may, costs much FVU (EleutherAI/sparsify, pull request 49). Encoder rows start
+    on the unit sphere and decoder rows apart from them (`DECODER_START`); no loss weighs their norms, so none are held.
     """
 
     @dataclass
@@ -104,12 +104,15 @@ class TranscoderSAE(TopKSAE):
     output_scale: Tensor
 
     def __init__(self, config: "TranscoderSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
+        d_out = d_in if config.d_out is None else config.d_out
+        # Drawn before a router is: with one expert a Switch transcoder starts as the dense one.
+        rows_MD = torch.randn(config.num_latents, d_out, generator=generator)
+        skip = None if config.skip is Skip.none else SkipPath(d_in, d_out, config.skip_rank, generator)
         super().__init__(config, d_in, generator)
-        rows_MD = torch.randn(config.num_latents, self.d_out, generator=generator)
         self.W_dec_MD = nn.Parameter(DECODER_START * F.normalize(rows_MD, dim=1))
-        self.b_post_D = nn.Parameter(torch.zeros(self.d_out))
+        self.b_post_D = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("output_scale", torch.tensor(1.0))
-        self.skip = None if config.skip is Skip.none else SkipPath(d_in, self.d_out, config.skip_rank, generator)
+        self.skip = skip
 
     @property
     def d_out(self) -> int:
@@ -165,5 +168,5 @@ class TranscoderSAE(TopKSAE):
             return latents, by_latent
         return SkippedLatents(latents.values_TK, latents.indices_TK, latents.num_latents, self.skip(x_TD)), by_latent
 
-    def _base(self, latents: SparseLatents) -> Tensor:
+    def base(self, latents: SparseLatents) -> Tensor:
         return self.b_out_D + latents.skip_TD if isinstance(latents, SkippedLatents) else self.b_out_D

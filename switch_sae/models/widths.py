@@ -98,7 +98,10 @@ def reference_of(key: str) -> str:
 
 
 def dense_reference(config: Any) -> Any:
-    """The dense TopK SAE, of transcoders the dense transcoder, that shares every setting with `config` that it has, `num_latents` included. Raises ValueError for an SAE without a k."""
+    """The dense TopK SAE that shares every setting with `config` that it has, `num_latents` included; of a transcoder, the dense transcoder.
+
+    Raises ValueError for an SAE without a k.
+    """
     key = SAES.key_of(config)
     if not hasattr(config, "k"):
         raise ValueError(f"{key} has no fixed number of active latents, so no dense TopK SAE corresponds to it. Use baselines=[].")
