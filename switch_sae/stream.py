@@ -47,7 +47,7 @@ class Stream:
         if sae.is_transcoder and not has_target:
             raise ValueError(
                 f"{name} writes to another hook than it reads, and these activations have no targets. Set source.target_hook, such as "
-                "source.hook=blocks.2.mlp.hook_in source.target_hook=blocks.2.mlp.hook_out."
+                "source.hook=blocks.2.mlp.hook_in source.target_hook=blocks.2.hook_mlp_out."
             )
         if has_target and not sae.is_transcoder:
             raise ValueError(

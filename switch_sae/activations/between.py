@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from switch_sae.activations.language_model import LanguageModel
 
-_MLP = "For a transcoder take an MLP's two sides: source.hook=blocks.LAYER.mlp.hook_in source.target_hook=blocks.LAYER.mlp.hook_out."
+_MLP = "For a transcoder take an MLP's two sides: source.hook=blocks.LAYER.mlp.hook_in source.target_hook=blocks.LAYER.hook_mlp_out."
 _ATTENTION = (
     "Attention is such a thing: train an SAE on its output (source.hook=blocks.LAYER.hook_attn_out) or on its heads' "
     f"(source.hook=blocks.LAYER.attn.hook_z), with source.target_hook=null. {_MLP}"
@@ -49,11 +49,11 @@ def why_no_function(model: "LanguageModel", rounding: float) -> str | None:
 
 @torch.no_grad()
 def module_flops(model: "LanguageModel") -> int | None:
-    """Forward FLOPs per token of what lies between the hooks, a multiply-add counted as two: of every matrix that is used there; None for none.
+    """Forward FLOPs per token of what lies between the hooks, a multiply-add counted as two: of every matrix that is used there.
 
-    Of an MLP with experts, those that any of a few tokens went to.
+    None where there is none, and where weights of three dimensions are used, such as those of experts: not every token uses all of them.
     """
-    used: dict[int, int] = {}
+    used: dict[int, tuple[int, int]] = {}
     inside = False
 
     def begin(value: Tensor, hook: Any) -> None:
@@ -66,13 +66,14 @@ def module_flops(model: "LanguageModel") -> int | None:
 
     def count(module: Any, *_: Any) -> None:
         if inside:
-            used[id(module.weight)] = module.weight.numel()
+            used.update({id(weight): (weight.ndim, weight.numel()) for weight in module.parameters(recurse=False) if weight.ndim > 1})
 
-    matrices = [module for module in model.modules() if getattr(module, "weight", None) is not None and module.weight.ndim == 2]
-    handles = [module.register_forward_hook(count) for module in matrices]
+    handles = [module.register_forward_hook(count) for module in model.modules()]
     try:
         model.watch(torch.arange(8).reshape(2, 4) % model.d_vocab, {model.hook: begin, str(model.target_hook): end})
     finally:
         for handle in handles:
             handle.remove()
-    return 2 * sum(used.values()) or None
+    if any(dimensions > 2 for dimensions, _ in used.values()):
+        return None
+    return 2 * sum(size for _, size in used.values()) or None

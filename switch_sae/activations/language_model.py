@@ -115,9 +115,18 @@ class LanguageModel:
         return self._caught(tokens_CS, (self.replaced_hook,), [(self.hook, put)])[0]
 
     def watch(self, tokens_CS: Tensor, see: Mapping[str, Callable[[Tensor, Any], None]]) -> None:
-        """A whole pass, in which each hook's value is shown."""
-        with self._lock:
-            self._bridge.run_with_hooks(self._on_device(tokens_CS), return_type=None, fwd_hooks=list(see.items()))
+        """A pass in which each hook's value is shown, to the last of them."""
+        waiting = set(see)
+
+        def show(value: Tensor, hook: Any, name: str) -> None:
+            see[name](value, hook)
+            waiting.discard(name)
+            if not waiting:
+                raise _Reached
+
+        with self._lock, suppress(_Reached):
+            hooks = [(name, partial(show, name=name)) for name in see]
+            self._bridge.run_with_hooks(self._on_device(tokens_CS), return_type=None, fwd_hooks=hooks)
 
     def modules(self) -> Iterator[nn.Module]:
         """Of the model as transformers made it."""
