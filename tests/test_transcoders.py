@@ -256,7 +256,9 @@ def test_regression_equals_least_squares_and_its_best_approximation():
     torch.testing.assert_close(
         LinearBaseline.regress(batch, 2)(batch.x_TD).recon_TD, fitted.mean(0) + (U[:, :2] * S[:2]) @ Vh[:2], rtol=1e-7, atol=1e-7
     )
-    assert (full.flops().encode, full.flops().decode) == (2 * D * OUT, 2 * OUT * OUT)
+    assert (full.flops().encode, full.flops().decode) == (0, 2 * D * OUT)
+    two = LinearBaseline.regress(batch, 2).flops()
+    assert (two.encode, two.decode) == (2 * D * 2, 2 * OUT * 2)
     flat = Rows(torch.cat([batch.x_TD, batch.x_TD[:, :1] * 2], dim=1), batch.target_TD)  # as many dimensions, one more number
     torch.testing.assert_close(LinearBaseline.regress(flat, OUT)(flat.x_TD).recon_TD, fitted, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="rank=7 of a map from 10 to 6 numbers: it must lie between 1 and 6"):

@@ -57,5 +57,7 @@ class LinearBaseline(PCABaseline):
         return SparseLatents(projection_TK.abs(), indices_TK, self.num_latents)
 
     def flops(self) -> Flops:
-        """Two products of rank k; nothing is trained by gradients."""
+        """Two products of rank k, or one of full rank, which a skip path is; nothing is trained by gradients."""
+        if self.k == min(self.d_in, self.d_out):
+            return Flops(router=0, encode=0, decode=2 * self.d_in * self.d_out, backward=0)
         return Flops(router=0, encode=2 * self.d_in * self.k, decode=2 * self.d_out * self.k, backward=0)
