@@ -7,6 +7,7 @@ from typing import Any
 
 from switch_kernels import PYTORCH, Execution
 from switch_sae.activations import ActivationSource, EvaluationSet, SyntheticSource
+from switch_sae.analysis.linear import LinearBaseline
 from switch_sae.analysis.pca import PCABaseline, participation_ratio
 from switch_sae.analysis.recovery import recovery_scores
 from switch_sae.config import HALF, EvaluationConfig
@@ -113,13 +114,14 @@ class Scorer:
         return ready
 
     def controls(self, main: SparseAutoencoder, untrained_main: SparseAutoencoder, calibration: Rows, prefix: str) -> list[Asked]:
-        """PCA of rank k, and the main SAE as it was before training; their names begin with `prefix`.
+        """PCA of rank k, of a transcoder linear regression of rank k and of full rank, and the main SAE as it was before training; their names begin
+        with `prefix`.
 
         Where the main SAE has no k, PCA gets as many components as it has active latents per token on average.
         """
         k = main.k or max(1, round(evaluate(main, self.evaluation_set, bootstrap=0)["l0"].value))
         about = _sizes(untrained_main, SAES.key_of(main), main.k) | {"inference": untrained_main.inference.name}
-        return [*pca(calibration, k, prefix), Asked(f"{prefix}untrained", untrained_main, about)]
+        return [*linear_controls(calibration, k, prefix), Asked(f"{prefix}untrained", untrained_main, about)]
 
     def write(self, run: RunDir, file: str, **parts: Any) -> None:
         """The results of one folder, whole or not at all: those of `Scored.of_folder`, and what else is known of its training."""
@@ -173,10 +175,14 @@ def _at_k(asked: Asked, rows: Rows) -> Asked:
     return replace(asked, sae=sae, about=asked.about | {"threshold": told})
 
 
-def pca(calibration: Rows, k: int, prefix: str = "") -> list[Asked]:
-    """The control that a rank-k PCA of the calibration rows is, by its name; none of full rank, which would be perfect, and none for a transcoder,
-    which may not look at its target."""
-    if calibration.target_TD is not calibration.x_TD or k >= calibration.x_TD.shape[1]:
+def linear_controls(calibration: Rows, k: int, prefix: str = "") -> list[Asked]:
+    """The control that a rank-k PCA of the calibration rows is, by its name; none of full rank, which would be perfect. For a transcoder, which may
+    not look at its target, regression on its input: through k numbers per token, and whole, which is what its skip path could do alone."""
+    if calibration.target_TD is not calibration.x_TD:
+        full = min(calibration.x_TD.shape[1], calibration.target_TD.shape[1])
+        fits = {rank: LinearBaseline.regress(calibration, rank) for rank in sorted({min(k, full), full})}
+        return [Asked(f"{prefix}linear_{rank}", fit, _sizes(fit, "linear", rank)) for rank, fit in fits.items()]
+    if k >= calibration.x_TD.shape[1]:
         return []
     control = PCABaseline.fit(calibration.x_TD, k)
     return [Asked(f"{prefix}pca_{k}", control, _sizes(control, "pca", k))]

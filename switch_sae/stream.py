@@ -41,7 +41,23 @@ class Stream:
     def trainer(
         self, sae: SparseAutoencoder, config: TrainerConfig, total_steps: int, normalize_activations: bool, prepared: bool = False
     ) -> Trainer:
-        """A trainer for an SAE, which moves to the device and, unless it is `prepared`, gets its scale and biases from the calibration rows."""
+        """A trainer for an SAE, which moves to the device and, unless it is `prepared`, gets its scale and biases from the calibration rows.
+
+        Raises ValueError for a transcoder of rows without targets, and for an autoencoder of rows with them.
+        """
+        has_target, name = self.calibration.target_TD is not self.calibration.x_TD, type(sae).__name__
+        if sae.is_transcoder and not has_target:
+            raise ValueError(
+                f"{name} writes to another hook than it reads, and these activations have no targets. Set source.target_hook, such as "
+                "source.hook=blocks.2.mlp.hook_in source.target_hook=blocks.2.hook_mlp_out."
+            )
+        if has_target and not sae.is_transcoder:
+            raise ValueError(
+                f"{name} reconstructs what it reads, but source.target_hook is set. Use sae=transcoder or sae=switch_transcoder, or target_hook=null."
+            )
+        if sae.d_out != self.calibration.target_TD.shape[1]:
+            size = self.calibration.target_TD.shape[1]
+            raise ValueError(f"the target hook has size {size}, this {name} writes {sae.d_out}. Set sae.d_out={size}.")
         sae.to(self.device).train()
         if not prepared:
             prepare(sae, self.calibration, normalize_activations, None)
@@ -59,7 +75,8 @@ class Stream:
     def describe(self) -> str:
         """What the activations are, how many of the first are outliers, and how long those of the run will take."""
         about = self.source.describe()
-        told = {key: about[key] for key in ("model", "hook", "context_length") if key in about} | {"d_in": self.source.d_in}
+        told = {key: about[key] for key in ("model", "hook", "target_hook", "context_length") if key in about} | {"d_in": self.source.d_in}
+        told |= {name: about[key] for key, name in (("d_out", "d_out"), ("module_flops", "FLOPs of what lies between")) if about.get(key)}
         told |= {f"text {key}": about["text"][key] for key in ("kind", "documents", "rows_per_epoch") if key in about.get("text", {})}
         words = (f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in told.items())
         lines = [f"activations: {about['source']}, {', '.join(words)}"]

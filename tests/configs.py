@@ -13,7 +13,9 @@ from switch_sae.models import (
     SwitchPursuitSAE,
     SwitchRefitSAE,
     SwitchSAE,
+    SwitchTranscoderSAE,
     TopKSAE,
+    TranscoderSAE,
 )
 from switch_sae.models.routers import Gate, SoftmaxRouter
 from switch_sae.models.routers.bias_balanced import BiasBalancedRouter
@@ -32,6 +34,8 @@ ARCHITECTURES: dict[str, Any] = {
     "relu": ReLUSAE.Config(num_latents=48),
     "gated": GatedSAE.Config(num_latents=48),
     "jumprelu": JumpReLUSAE.Config(num_latents=48),
+    "transcoder": TranscoderSAE.Config(num_latents=48, k=4),
+    "switch_transcoder": SwitchTranscoderSAE.Config(num_latents=48, k=4, num_experts=4),
 }
 """By key of `SAES`."""
 ROUTED: dict[str, Any] = {

@@ -44,7 +44,7 @@ class Tokenizer:
 class Model:
     """Running means of random vectors: causal, every row different."""
 
-    name, hook, fingerprint, d_in, causal = "tiny", "middle", "f1", WIDTH, True
+    name, hook, target_hook, fingerprint, d_in, d_out, causal = "tiny", "middle", None, "f1", WIDTH, WIDTH, True
     device, context_length_limit, prepends_bos = torch.device("cpu"), 64, True
     bos_token_id, eos_token_id, pad_token_id, special_token_ids = 0, 0, 1, frozenset({0, 1})
     d_vocab = VOCABULARY
@@ -62,6 +62,10 @@ class Model:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
         return self.table_VD[tokens_CS].cumsum(1) / torch.arange(1, tokens_CS.shape[1] + 1)[:, None]
+
+    def activations_and_targets(self, tokens_CS):
+        x_CSD = self.activations(tokens_CS)
+        return x_CSD, x_CSD
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ def test_halves_keep_documents_whole_and_are_evaluation_sets_of_their_own():
     model = ToyModel()
     whole = text_set(model)
     keep = whole.keep_CS
-    whole = replace(whole, dropped_TD=model.activations(whole.tokens_CS)[~keep], target_TD=whole.x_TD * 2)
+    whole = replace(whole, dropped_TD=2 * model.activations(whole.tokens_CS)[~keep], target_TD=whole.x_TD * 2)
     halves = whole.halves()
     sizes = dict(zip(*(part.tolist() for part in whole.document_T.unique(return_counts=True)), strict=True))
     expected, rows = ([], []), [0, 0]
@@ -127,8 +127,9 @@ def test_halves_keep_documents_whole_and_are_evaluation_sets_of_their_own():
         assert torch.equal(half.document_T, whole.document_T[chosen]) and half.document_names == whole.document_names
         tokens, kept = half.text()
         assert len(tokens) < C and torch.equal(tokens[kept], whole.tokens_CS[keep][chosen])
-        assert torch.equal(half.at_hook(), model.activations(tokens))
-        half = replace(half, target_TD=None)
+        assert torch.equal(half.at_hook(), 2 * model.activations(tokens)), "what reconstructions replace"
+        assert torch.equal(half.inputs()[kept], half.x_TD) and not half.inputs()[~kept].any()
+        half = replace(half, target_TD=None, dropped_TD=half.dropped_TD / 2)
         results = evaluate(Elementwise(lambda x: 0.7 * x + 0.1), half, Downstream(model, half), bootstrap=5)
         clean, spliced, kl = by_hand(model, half, lambda x: 0.7 * x + 0.1)
         assert [results[name].value for name in ("ce_clean", "ce_spliced", "kl")] == pytest.approx([clean, spliced, kl], rel=1e-4)

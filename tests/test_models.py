@@ -115,8 +115,8 @@ def test_decode_of_encode_equals_forward_exactly(name, training):
 
 def test_dense_latents_times_decoder_is_the_reconstruction(name, training):
     sae, x = build(CONTRACTS[name], torch.float64).train(training), activations().double()
-    dense = sae.encode(x).to_dense() @ sae.W_dec_MD + sae.b_pre_D
-    torch.testing.assert_close(dense / sae.activation_scale, sae(x).recon_TD, rtol=1e-10, atol=1e-10)
+    dense = sae.encode(x).to_dense() @ sae.W_dec_MD + sae.b_out_D
+    torch.testing.assert_close(dense / sae.target_scale, sae(x).recon_TD, rtol=1e-10, atol=1e-10)
 
 
 def test_at_most_k_latents_fire_and_only_positive_ones_count(name):
@@ -137,7 +137,7 @@ def test_zero_valued_slots_do_not_count_as_fired(name, training):
             bias.fill_(-1e3)
     output = sae(activations())
     assert output.latents.firing_counts().sum() == 0
-    torch.testing.assert_close(output.recon_TD, (sae.b_pre_D / sae.activation_scale).expand(T, D))
+    torch.testing.assert_close(output.recon_TD, (sae.b_out_D / sae.target_scale).expand(T, D))
 
 
 def test_permuting_tokens_permutes_outputs(name, training):

@@ -21,10 +21,13 @@ from switch_sae.models import (
     SwitchPursuitSAE,
     SwitchRefitSAE,
     SwitchSAE,
+    SwitchTranscoderSAE,
     TopKSAE,
+    TranscoderSAE,
 )
 from switch_sae.models.jumprelu import Sparsity
 from switch_sae.models.topk import EncoderInit
+from switch_sae.models.transcoder import Skip
 from switch_sae.runs import Checkpoint, RunDir, RunError
 
 CONFIGS = {
@@ -37,6 +40,8 @@ CONFIGS = {
     "matryoshka": MatryoshkaSAE.Config(num_latents=12, k=3, group_fractions=[0.25, 0.25]),
     "pursuit": PursuitSAE.Config(num_latents=12, k=3, blocks=1, ridge=0.01),
     "switch_pursuit": SwitchPursuitSAE.Config(num_latents=14, k=3, num_experts=2, shared=2, stop=True, gram_tokens=64),
+    "transcoder": TranscoderSAE.Config(num_latents=12, k=3, d_out=7, skip=Skip.full),
+    "switch_transcoder": SwitchTranscoderSAE.Config(num_latents=12, k=3, num_experts=4, skip=Skip.low_rank, skip_rank=2),
     "switch_refit": SwitchRefitSAE.Config(num_latents=14, k=3, num_experts=2, shared=2, missed=0.5),
 }
 

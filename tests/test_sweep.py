@@ -537,6 +537,8 @@ def shrunk(member: RunConfig) -> RunConfig:
     latents = 32 * getattr(member.sae, "num_experts", 1) + smaller.get("shared", 0)
     sae = replace(member.sae, num_latents=latents, **{name: value for name, value in smaller.items() if hasattr(member.sae, name)})
     tiny = config(steps=4).base
+    if getattr(member.source, "target_hook", None) is not None:  # synthetic activations have no targets
+        tiny = replace(tiny, source=replace(member.source, buffer_rows=1024))
     return replace(tiny, sae=sae, trainer=replace(member.trainer, lr=1e-3), normalize_activations=member.normalize_activations)
 
 

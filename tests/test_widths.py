@@ -8,7 +8,7 @@ from configs import ARCHITECTURES, CONTRACTS, switch
 from switch_sae.models import SAES, SwitchSAE, TopKSAE
 from switch_sae.models.baselines import Baseline, baseline_config, usual_baselines, why_no_baseline
 from switch_sae.models.routers import SoftmaxRouter
-from switch_sae.models.widths import Match, cost, dense_reference, matched, parameters
+from switch_sae.models.widths import Match, cost, dense_reference, matched, parameters, reference_of
 
 D = 16
 CASES = CONTRACTS | {"switch, frozen": replace(ARCHITECTURES["switch"], router=SoftmaxRouter.Config(train=False))}
@@ -70,7 +70,7 @@ def test_the_flop_matched_dense_sae_costs_the_same_to_the_last_flop(trained, slo
 def test_every_architecture_has_its_baselines_or_says_why_not(name, baseline):
     config = CASES[name]
     reason = why_no_baseline(config, baseline)
-    has_k, is_routed, is_reference = hasattr(config, "k"), hasattr(config, "router"), SAES.key_of(config) == "topk"
+    has_k, is_routed, is_reference = hasattr(config, "k"), hasattr(config, "router"), SAES.key_of(config) in ("topk", "transcoder")
     trains_its_router = is_routed and getattr(config.router, "train", False)
     assert (reason is None) == (trains_its_router if baseline is Baseline.frozen_router else has_k and not is_reference)
     if reason == "its router is not trained" and hasattr(
@@ -87,7 +87,7 @@ def test_every_architecture_has_its_baselines_or_says_why_not(name, baseline):
     if baseline is Baseline.frozen_router:
         assert found == replace(config, router=replace(config.router, train=False)) and cost(found, D).total < cost(config, D).total
         return
-    assert type(found) is TopKSAE.Config
+    assert type(found) is SAES.config_of(reference_of(SAES.key_of(config)))
     assert all(getattr(found, key) == getattr(config, key, getattr(found, key)) for key in ("k", "encoder_bias", "encoder_init", "auxk", "inference"))
     match = {Baseline.flop_matched: Match.flops, Baseline.width_matched: Match.width, Baseline.parameter_matched: Match.parameters}[baseline]
     measure = MEASURES[match]

@@ -27,7 +27,8 @@ class EvaluationSet:
     target_TD: Tensor | None = None
     """What each row must become; None for an autoencoder's rows, which must become themselves."""
     dropped_TD: Tensor | None = None
-    """`activations(tokens_CS)[~keep_CS]`: with it a language model can go on from the hook without running what comes before; None where unknown."""
+    """What stands at the other positions of the hook that reconstructions replace, `activations(tokens_CS)[~keep_CS]` for an autoencoder: with it a
+    language model can go on from there without running what comes before; None where unknown."""
 
     @property
     def rows(self) -> Rows:
@@ -50,11 +51,20 @@ class EvaluationSet:
         return tokens_CS, keep_CS
 
     def at_hook(self) -> Tensor | None:
-        """x_CSD at every position, kept or not; None where the others are not known."""
+        """What stands where reconstructions go, targets or x themselves, at every position, kept or not; None where the others are not known."""
         if self.tokens_CS is None or self.keep_CS is None or self.dropped_TD is None:
             return None
-        x_CSD = self.x_TD.new_empty(*self.tokens_CS.shape, self.x_TD.shape[1])
-        x_CSD[self.keep_CS], x_CSD[~self.keep_CS] = self.x_TD, self.dropped_TD
+        target_TD = self.rows.target_TD
+        x_CSD = target_TD.new_empty(*self.tokens_CS.shape, target_TD.shape[1])
+        x_CSD[self.keep_CS], x_CSD[~self.keep_CS] = target_TD, self.dropped_TD
+        return x_CSD
+
+    def inputs(self) -> Tensor | None:
+        """What an SAE reads at every kept position, 0 at the others, [C, S, D]; None without text."""
+        if self.tokens_CS is None or self.keep_CS is None:
+            return None
+        x_CSD = self.x_TD.new_zeros(*self.tokens_CS.shape, self.x_TD.shape[1])
+        x_CSD[self.keep_CS] = self.x_TD
         return x_CSD
 
     def subset(self, documents: Tensor) -> Self:

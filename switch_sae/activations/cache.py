@@ -68,7 +68,8 @@ class CachedSource(ActivationSource):
             block_rows = -(-rows_of_text // max(1, round(rows_of_text / block_rows)))
         about = {"model": self.language_model.name, "text": text}
         dtype: torch.dtype = getattr(torch, self.config.cache_dtype.value)
-        return Chain(live.make_block, live.start, made_of, about, self.d_in, dtype, block_rows, rows_of_text)
+        d_target = 0 if self.config.target_hook is None else live.d_out
+        return Chain(live.make_block, live.start, made_of, about, self.d_in, dtype, block_rows, rows_of_text, d_target)
 
     def __next__(self) -> Rows:
         if self._count is None:

@@ -47,6 +47,8 @@ class LanguageModelSource(ActivationSource):
         model: str = "bundled"
         """`bundled`, a local folder in Hugging Face format, a GGUF file, or a hub name; a folder that is there comes before the hub."""
         hook: str = "blocks.2.hook_resid_pre"
+        target_hook: str | None = None
+        """Where transcoders write: what stands there is their rows' target, and what their output replaces. null is an autoencoder's source."""
         text: TextConfig = field(default_factory=TextConfig)
         context_length: int = 128
         packing: Packing = Packing.packed
@@ -73,6 +75,10 @@ class LanguageModelSource(ActivationSource):
 
         def __post_init__(self) -> None:
             all_at_least(self, context_length=1, buffer_rows=1, contexts_per_forward=1, seed=0)
+            if self.target_hook is not None and self.target_hook in ("", self.hook):
+                raise ValueError(
+                    f"target_hook={self.target_hook!r} with hook={self.hook!r}: a transcoder writes to another hook. Use null for an SAE."
+                )
             if self.cache == "":
                 raise ValueError("cache='' names no folder. Set cache=FOLDER, or cache=null to compute activations as they are needed.")
             if self.cache is None and self.cache_dtype is not CacheDtype.float32:
@@ -90,13 +96,12 @@ class LanguageModelSource(ActivationSource):
             raise ValueError(f"buffer_rows={config.buffer_rows} is below batch_size={batch_size}, so nothing is mixed. Use several batches' worth.")
         self.config = config
         self.batch_size = batch_size
-        self.language_model = language_model or LanguageModel(config.model, config.hook, config.device, config.precision)
-        if (self.language_model.name, self.language_model.hook) != (config.model, config.hook):
-            raise ValueError(
-                f"the language model given has name {self.language_model.name!r} and hook {self.language_model.hook!r}, "
-                f"the config {config.model!r} and {config.hook!r}. They must agree."
-            )
-        self.d_in = self.language_model.d_in
+        self.language_model = language_model or LanguageModel(config.model, config.hook, config.device, config.precision, config.target_hook)
+        given, asked = ((one, h.hook, h.target_hook) for one, h in ((self.language_model.name, self.language_model), (config.model, config)))
+        if given != asked:
+            hooks = [f"{name!r} and hook {hook!r}" + (f" with target_hook {to!r}" if to else "") for name, hook, to in (given, asked)]
+            raise ValueError(f"the language model given has name {hooks[0]}, the config {hooks[1]}. They must agree.")
+        self.d_in, self.d_out = self.language_model.d_in, self.language_model.d_out
         self.rules = self._rules()
         self._feed: ContextFeed
         self._identity: dict[str, str | None]
@@ -179,36 +184,38 @@ class LanguageModelSource(ActivationSource):
         contexts, next_position = self._feed.block(position, self.config.buffer_rows)
         rows = contexts.rows
         place_T = torch.randperm(rows, generator=seeded("rows", self.config.seed, *(position[key] for key in sorted(position))))
-        x_TD = torch.empty(rows, self.d_in, device=self.language_model.device)
+        device, has_target = self.language_model.device, self.config.target_hook is not None
+        block = Rows.of(torch.empty(rows, self.d_in, device=device), torch.empty(rows, self.d_out, device=device) if has_target else None)
         done, progress = 0, Countdown("activations", rows, "rows of the first block")
-        for kept_TD in self._kept_rows(contexts, f"the block at {position}"):
+        for kept, _ in self._rows(contexts, f"the block at {position}"):
             if cancelled.is_set():
                 raise InterruptedError(f"making the block at {position} was called off.")
-            x_TD[place_T[done : done + len(kept_TD)].to(x_TD.device)] = kept_TD
-            done += len(kept_TD)
+            place = place_T[done : done + len(kept)].to(device)
+            block.x_TD[place] = kept.x_TD
+            if has_target:
+                block.target_TD[place] = kept.target_TD
+            done += len(kept)
             if position == self.start:  # later ones are counted in training steps
                 progress(done)
         document_T = torch.empty(rows, dtype=torch.int64)
         document_T[place_T] = contexts.document_CS[contexts.keep_CS].long()
-        return Block(Rows.of(x_TD), document_T, next_position)
+        return Block(block, document_T, next_position)
 
-    def _kept_rows(self, contexts: Contexts, where: str) -> Iterator[Tensor]:
-        """The kept rows of one pass after another, in reading order."""
-        return (kept_TD for kept_TD, _ in self._rows(contexts, where))
-
-    def _rows(self, contexts: Contexts, where: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """(kept rows, dropped rows) of one pass after another. Passes depend on the contexts alone, so rows come out bit-identical again."""
+    def _rows(self, contexts: Contexts, where: str) -> Iterator[tuple[Rows, Tensor]]:
+        """(kept rows, targets of dropped rows) of one pass after another, in reading order. Passes depend on the contexts alone, so rows come out
+        bit-identical again."""
         for start in range(0, len(contexts), self.config.contexts_per_forward):
             part = contexts[start : start + self.config.contexts_per_forward]
-            x_CSD = self.language_model.activations(part.tokens_CS)
+            x_CSD, target_CSD = self.language_model.activations_and_targets(part.tokens_CS)
             keep_CS = part.keep_CS.to(x_CSD.device)
-            kept_TD = x_CSD[keep_CS]
-            if not torch.isfinite(kept_TD).all():
-                raise FloatingPointError(
-                    f"language model {self.language_model.name!r} gives NaN or infinite activations at hook {self.config.hook!r}, in contexts "
-                    f"{start} to {start + len(part) - 1} of {where}. Check the model's weights; with precision=bfloat16 try float32."
-                )
-            yield kept_TD, x_CSD[~keep_CS]
+            kept = Rows.of(x_CSD[keep_CS], None if target_CSD is x_CSD else target_CSD[keep_CS])
+            for hook, rows_TD in ((self.config.hook, kept.x_TD), (self.config.target_hook, kept.target_TD)):
+                if not torch.isfinite(rows_TD).all():
+                    raise FloatingPointError(
+                        f"language model {self.language_model.name!r} gives NaN or infinite activations at hook {hook!r}, in contexts "
+                        f"{start} to {start + len(part) - 1} of {where}. Check the model's weights; with precision=bfloat16 try float32."
+                    )
+            yield kept, target_CSD[~keep_CS]
 
     def evaluation_set(self, rows: int) -> EvaluationSet:
         """Whole held-out contexts drawn from all held-out documents by a fixed seed, in reading order; on the CPU.
@@ -225,13 +232,15 @@ class LanguageModelSource(ActivationSource):
         else:
             contexts, names = self._held_out.contexts, self._held_out.names
         chosen = _whole_contexts(contexts, rows)
-        kept, dropped, progress = [], [], Countdown("held-out activations", chosen.rows, "rows")
-        for kept_TD, dropped_TD in self._rows(chosen, "the held-out text"):
-            kept.append(kept_TD.cpu())
+        parts, dropped, progress = [], [], Countdown("held-out activations", chosen.rows, "rows")
+        for kept, dropped_TD in self._rows(chosen, "the held-out text"):
+            parts.append(kept.to("cpu"))
             dropped.append(dropped_TD.cpu())
-            progress(sum(map(len, kept)))
+            progress(sum(map(len, parts)))
+        rows_kept = Rows.cat(parts)
+        target_TD = None if rows_kept.target_TD is rows_kept.x_TD else rows_kept.target_TD
         document_T, tokens_CS = chosen.document_CS[chosen.keep_CS].long(), chosen.tokens_CS.long()
-        return EvaluationSet(torch.cat(kept), document_T, tokens_CS, chosen.keep_CS, tuple(names), dropped_TD=torch.cat(dropped))
+        return EvaluationSet(rows_kept.x_TD, document_T, tokens_CS, chosen.keep_CS, tuple(names), target_TD, torch.cat(dropped))
 
     def state_dict(self) -> dict[str, Any]:
         """The next unseen row's place in the text, and what the stream is made of, so that it is not continued with something else."""
@@ -248,6 +257,7 @@ class LanguageModelSource(ActivationSource):
         return {
             "model": self.language_model.fingerprint,
             "hook": config.hook,
+            **({} if config.target_hook is None else {"target_hook": config.target_hook}),  # absent, as in what autoencoders have saved so far
             "precision": config.precision.value,
             "text": self._text["fingerprint"],
             **self._identity,
@@ -268,6 +278,7 @@ class LanguageModelSource(ActivationSource):
             "model": self.language_model.name,
             "model_fingerprint": self.language_model.fingerprint,
             "d_in": self.d_in,
+            **({} if self.config.target_hook is None else {"d_out": self.d_out, "module_flops": self.language_model.module_flops}),
             "device": str(self.language_model.device),
             "prefetch": self._buffer.prefetches,
             "text": {"kind": self.config.text.kind.value, "held_out": f"one document in {HELD_OUT_ONE_IN}", **self._text},

@@ -56,6 +56,8 @@ class Chain:
     """Rows in most blocks."""
     rows_of_text: int | None
     """Rows in one reading of the text; None where the text is a stream whose end is not known."""
+    d_target: int = 0
+    """Size of targets that are stored beside activations; 0 where activations are their own."""
 
     @property
     def key(self) -> str:
@@ -184,7 +186,7 @@ class ShardStore:
         missing = max(1, shards - len(self.shards), -(-(wanted - had) // chain.block_rows))
         in_all = len(self.shards) + missing
         new_rows = missing * chain.block_rows if chain.rows_of_text is None else min(missing * chain.block_rows, chain.rows_of_text - had)
-        size = new_rows * (chain.d_in * chain.dtype.itemsize + 4)
+        size = new_rows * ((chain.d_in + chain.d_target) * chain.dtype.itemsize + 4)
         self._check_space(new_rows, size)
         self._say(f"activations: cached in {self.folder}: building {missing} of {in_all} shards ({_bytes(size)}, {new_rows:,} rows)")
         began = told = time.perf_counter()
@@ -213,11 +215,8 @@ class ShardStore:
     def _check_space(self, rows: int, size: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if size > free:
-            raise RunError(
-                f"{rows:,} more rows of {self.chain.d_in} {str(self.chain.dtype).removeprefix('torch.')} values need {_bytes(size)} in "
-                f"{self.folder}, "
-                f"where {_bytes(free)} are free. {_WAYS_OUT}"
-            )
+            values = f"{self.chain.d_in + self.chain.d_target} {str(self.chain.dtype).removeprefix('torch.')} values"
+            raise RunError(f"{rows:,} more rows of {values} need {_bytes(size)} in {self.folder}, where {_bytes(free)} are free. {_WAYS_OUT}")
 
     def _write(self, index: int, position: Position, block: Block) -> Shard:
         rows = block.rows.map(lambda rows_TD: rows_TD.to("cpu", self.chain.dtype).contiguous())

@@ -31,7 +31,7 @@ class LanguageModelLike(Protocol):
     """What splicing needs of a language model."""
 
     def logits(self, tokens_CS: Tensor, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """logits_CSV, with x_CSD at the hook point replaced by replace(x_CSD) if given."""
+        """logits_CSV, with x_CSD at the hook point, of transcoders the target's, replaced by replace(x_CSD) if given."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ class _Chunk:
     outlier_CS: Tensor
     document_T: Tensor
     x_CSD: Tensor | None = None
-    """At the hook."""
+    """Where reconstructions go."""
+    input_CSD: Tensor | None = None
+    """What SAEs read at kept positions, where it is something else."""
     ablated: tuple[Tensor, Tensor, Tensor] | None = None
     """CE of the clean run, with zeros and with the mean, [T] each."""
     clean_logprobs_TV: Tensor | None = None
@@ -153,11 +155,14 @@ class Downstream:
         """Whether logits follow from what stands at the hook alone; None before two contexts could be compared."""
         self._chunks: list[_Chunk] = []
         size = max(1, min(MOST_CONTEXTS, CHUNK_BYTES // (4 * tokens_CS.shape[1] * vocabulary)))
-        at_hook_CSD = evaluation_set.at_hook()
+        at_hook_CSD, input_CSD = evaluation_set.at_hook(), None if evaluation_set.target_TD is None else evaluation_set.inputs()
         for part in self.contexts.split(size):
             predictions = int(counted_CS[part].sum())
             x_CSD = None if at_hook_CSD is None else at_hook_CSD[part]
-            self._chunks.append(_Chunk(tokens_CS[part], keep_CS[part], counted_CS[part], outlier_CS[part], document_T[:predictions], x_CSD))
+            read_CSD = None if input_CSD is None else input_CSD[part]
+            self._chunks.append(
+                _Chunk(tokens_CS[part], keep_CS[part], counted_CS[part], outlier_CS[part], document_T[:predictions], x_CSD, input_CSD=read_CSD)
+            )
             document_T = document_T[predictions:]
 
     @torch.no_grad()
@@ -232,7 +237,8 @@ class Downstream:
         """(CE, KL to the clean run) of every counted prediction with reconstructions at the positions of `splice_CS`."""
         assert chunk.x_CSD is not None
         spliced_CSD, splice = chunk.x_CSD.clone(), splice_CS.to(chunk.x_CSD.device)
-        recon_TD = run(sae, chunk.x_CSD[splice].to(device_of(sae), self.evaluation_set.x_TD.dtype)).recon_TD
+        x_TD = chunk.x_CSD[splice] if chunk.input_CSD is None else chunk.input_CSD[splice_CS.to(chunk.input_CSD.device)]
+        recon_TD = run(sae, x_TD.to(device_of(sae), self.evaluation_set.x_TD.dtype)).recon_TD
         check_finite("reconstruction", recon_TD)
         spliced_CSD[splice] = recon_TD.to(spliced_CSD)
         logits_CSV = self.model.logits(chunk.tokens_CS, Given(spliced_CSD))
@@ -260,7 +266,7 @@ class Downstream:
         logits_CSV, x_CSD = self._logits_and_activations(tokens_CS[first])
         start = int(keep_CS[: int(first)].sum())
         ours = x_CSD[keep_CS[first].to(x_CSD.device)].double().cpu()
-        theirs = self.evaluation_set.x_TD[start : start + len(ours)].double().cpu()
+        theirs = self.evaluation_set.rows.target_TD[start : start + len(ours)].double().cpu()
         # Another batch shape changes the last bits, a bfloat16 model about 1 %; another hook point or model changes everything.
         if ours.shape != theirs.shape or float((ours - theirs).norm()) > 0.05 * float(theirs.norm()):
             raise ValueError(

@@ -14,7 +14,9 @@ from switch_sae.models.routers import ROUTERS, Router, Routing
 from switch_sae.models.switch import SwitchSAE
 from switch_sae.models.switch_pursuit import SwitchPursuitSAE
 from switch_sae.models.switch_refit import SwitchRefitSAE
+from switch_sae.models.switch_transcoder import SwitchTranscoderSAE
 from switch_sae.models.topk import TopKSAE
+from switch_sae.models.transcoder import TranscoderSAE
 
 SAES: Choice[SparseAutoencoder] = Choice(
     "SAE architecture",
@@ -30,6 +32,8 @@ SAES: Choice[SparseAutoencoder] = Choice(
         "relu": ReLUSAE,
         "gated": GatedSAE,
         "jumprelu": JumpReLUSAE,
+        "transcoder": TranscoderSAE,
+        "switch_transcoder": SwitchTranscoderSAE,
     },
 )
 
@@ -55,7 +59,9 @@ __all__ = [
     "SwitchPursuitSAE",
     "SwitchRefitSAE",
     "SwitchSAE",
+    "SwitchTranscoderSAE",
     "TopKSAE",
+    "TranscoderSAE",
     "why_no_inference",
     "with_inference",
 ]

@@ -137,8 +137,14 @@ class SparseAutoencoder(PeerNames, nn.Module, ABC):
     """Matplotlib's; "" is the common one. Where there are experts, their number chooses the colour, and a marker that is not given."""
     is_reference: bool = False
     """Whether the errors of all others are given relative to its own."""
+    reference: str | None = None
+    """Key in `SAES` of the dense architecture that it is compared with; None is the one that `is_reference`."""
+    shared_with_reference: tuple[str, ...] = ("num_latents", "k")
+    """Settings of a sweep's grid that its dense reference has too."""
     is_routed: bool = False
     """Whether a router sends each token to some of its experts."""
+    is_transcoder: bool = False
+    """Whether its target is another hook than its input: it trains on a source with targets, and on no other."""
     own_inference: Inference = Inference.encoder
     """What `inference=None` stands for."""
     has_encoder: bool = True

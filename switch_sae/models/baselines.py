@@ -6,7 +6,7 @@ from typing import Any
 
 from switch_sae.checks import typed
 from switch_sae.models import SAES
-from switch_sae.models.widths import REFERENCE, Match, dense_reference, matched
+from switch_sae.models.widths import Match, dense_reference, matched, reference_of
 
 
 class Baseline(Enum):
@@ -43,7 +43,7 @@ def why_no_baseline(config: Any, baseline: Baseline) -> str | None:
         return None
     if not hasattr(config, "k"):
         return f"{key} has no fixed number of active latents (k) that a dense TopK SAE could share"
-    return "it is the dense TopK SAE that others are compared with" if key == REFERENCE else None
+    return "it is the dense TopK SAE that others are compared with" if key == reference_of(key) else None
 
 
 def baseline_config(config: Any, baseline: Baseline, d_in: int) -> Any:

@@ -72,7 +72,7 @@ def competition_loss(
 ) -> Tensor:
     """`Rivals.loss` of the first n tokens' costs, ||x - recon||^2 + price * L0, with the chosen expert's latents and with the rival's.
 
-    Target and reconstruction are scaled; no gradient reaches them.
+    Target and reconstruction are scaled; no gradient reaches them. `b_D`, [D] or [n, D], is what the decoder adds to the rival's latents.
     """
     with torch.no_grad():
         count = len(theirs.values_TK)

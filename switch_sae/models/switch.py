@@ -107,10 +107,12 @@ class SwitchSAE(RoutedSAE, TopKSAE):
         terms |= self.router.loss_terms(output.routing, self.d_out)
         if (rivals := self.router.rivals(output.routing)) is None:
             return terms
-        x_nD, recon_TD = self._scaled(rows.x_TD[: len(rivals.expert_n1)]), output.recon_TD * self.target_scale
+        first, recon_TD = rows[: len(rivals.expert_n1)], output.recon_TD * self.target_scale
+        target_nD = self._target(first) * self.target_scale
         with torch.no_grad():
-            theirs = self._encode_by(x_nD, Dispatch.from_experts(rivals.expert_n1, self.num_experts), None)[0]
-        return terms | {"competition": competition_loss(rivals, x_nD, recon_TD, output.latents, theirs, self.W_dec_MD, self.b_out_D)}
+            theirs = self._encode_by(self._scaled(first.x_TD), Dispatch.from_experts(rivals.expert_n1, self.num_experts), None)[0]
+        base = self.base(theirs)
+        return terms | {"competition": competition_loss(rivals, target_nD, recon_TD, output.latents, theirs, self.W_dec_MD, base)}
 
     def flops(self) -> Flops:
         dense, (router, backward) = super().flops(), self.router.flops()

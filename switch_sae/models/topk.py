@@ -120,9 +120,10 @@ class TopKSAE(FusedTraining):
         AuxK, which runs only on dead latents, is left out. Pursuit at inference needs no encoder; in training the encoder learns beside it.
         """
         k, per_row, latents = self.config.k, 2 * self.d_in, self.num_latents // self.num_experts
+        out_row = 2 * self.d_out
         encode = per_row * self.experts_per_token * latents
         if self.inference is Inference.encoder:
-            return Flops(router=0, encode=encode, decode=per_row * k, backward=3 * per_row * k)
+            return Flops(router=0, encode=encode, decode=out_row * k, backward=(2 * out_row + per_row) * k)
         backward, gram = 2 * per_row * k, gram_flops(self.d_in, self.num_experts, latents, REFRESH_TOKENS)
         if self.inference is Inference.refit:
             is_routed = self.refits_by_gram()
@@ -186,7 +187,11 @@ class TopKSAE(FusedTraining):
 
     def _decode(self, latents: SparseLatents, by_latent: Any) -> Tensor:
         recon_TD = sparse_decode(latents.values_TK, latents.indices_TK, self.W_dec_MD, by_latent, self.execution)
-        return (recon_TD + self.b_out_D) / self.target_scale
+        return (recon_TD + self.base(latents)) / self.target_scale
+
+    def base(self, latents: SparseLatents) -> Tensor:
+        """What the decoder adds to the latents' part, in units of scaled targets."""
+        return self.b_out_D
 
     def _auxk(self, x_TD: Tensor, residual_TD: Tensor, routing: Routing | None, dead_M: Tensor) -> Tensor:
         """Reconstructs each token's residual from the dead latents of its own experts: cost grows with the number of dead latents, not with M.
@@ -217,4 +222,4 @@ class TopKSAE(FusedTraining):
 
     def auxk_latents(self) -> int:
         """Dead latents that each of a token's experts may use for AuxK."""
-        return max(1, (self.config.auxk_latents or max(1, self.d_in // 2)) // self.experts_per_token)
+        return max(1, (self.config.auxk_latents or max(1, self.d_out // 2)) // self.experts_per_token)

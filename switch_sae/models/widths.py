@@ -15,7 +15,7 @@ from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.models.base import Flops
 
 REFERENCE = next(key for key, cls in SAES.items() if cls.is_reference)
-"""The dense architecture that all others are compared with."""
+"""The dense architecture that all others are compared with, but for those that name another (`SparseAutoencoder.reference`)."""
 
 
 class Match(Enum):
@@ -92,8 +92,17 @@ def matched(config: Any, reference: Any, match: Match, d_in: int) -> Any:
     return replace(config, num_latents=(low if wanted - costs(low) <= costs(high) - wanted else high) * step)
 
 
+def reference_of(key: str) -> str:
+    """Key of the dense architecture that one is compared with."""
+    return SAES[key].reference or REFERENCE
+
+
 def dense_reference(config: Any) -> Any:
-    """The dense TopK SAE that shares every setting with `config` that it has, `num_latents` included. Raises ValueError for an SAE without a k."""
+    """The dense TopK SAE that shares every setting with `config` that it has, `num_latents` included; of a transcoder, the dense transcoder.
+
+    Raises ValueError for an SAE without a k.
+    """
+    key = SAES.key_of(config)
     if not hasattr(config, "k"):
-        raise ValueError(f"{SAES.key_of(config)} has no fixed number of active latents, so no dense TopK SAE corresponds to it. Use baselines=[].")
-    return SAES.derive(config, {"architecture": REFERENCE}, {})
+        raise ValueError(f"{key} has no fixed number of active latents, so no dense TopK SAE corresponds to it. Use baselines=[].")
+    return SAES.derive(config, {"architecture": reference_of(key)}, {})

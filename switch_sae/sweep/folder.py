@@ -138,10 +138,11 @@ class SweepFolder:
             write_summary(rows, self.path / "summary.csv")
 
     def table(self) -> str:
-        """Mean and spread over seeds, and what PCA reaches with as many components as members have active latents."""
-        pca = sorted((entry["k"], entry["metrics"][HEADLINE]["value"]) for entry in self.controls().values())
-        told = ", ".join(f"{fvu:.4f} of rank {k}" for k, fvu in pca)
-        return summary_table(collect([self.path], inferences=True)) + (f"\nFVU of PCA on the same rows: {told}." if pca else "")
+        """Mean and spread over seeds, and what PCA, for transcoders regression, reaches with as many components as members have active latents."""
+        names = {"pca": "PCA", "linear": "regression"}
+        fits = sorted((names[entry["architecture"]], entry["k"], entry["metrics"][HEADLINE]["value"]) for entry in self.controls().values())
+        told = ", ".join(f"{fvu:.4f} of {name} of rank {k}" for name, k, fvu in fits)
+        return summary_table(collect([self.path], inferences=True)) + (f"\nFVU on the same rows: {told}." if fits else "")
 
 
 def _refuse_other_settings(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from switch_sae.checks import Settings, all_at_least
 from switch_sae.config import RunConfig
 from switch_sae.models import SAES
-from switch_sae.models.widths import REFERENCE, Match, matched
+from switch_sae.models.widths import Match, matched, reference_of
 from switch_sae.plain import from_plain, to_plain
 from switch_sae.training import TrainerConfig
 
@@ -132,8 +132,9 @@ def _expand(config: SweepConfig, grid: dict[str, Any], measures: Measures) -> It
         trainer = from_plain(TrainerConfig, to_plain(config.trainer) | chosen["trainer"])
         member = replace(config.base, sae=sae, trainer=trainer, baselines=[], name=None)
         if match not in (None, Match.width):
-            dense = {key: value for key, value in chosen["sae"].items() if key in ("num_latents", "k")}
-            reference = _sae(config, dense | {"architecture": REFERENCE}, None)
+            key = SAES.key_of(sae)
+            dense = {name: value for name, value in chosen["sae"].items() if name in SAES[key].shared_with_reference}
+            reference = _sae(config, dense | {"architecture": reference_of(key)}, None)
             if sae != reference:
                 how = Match.active if match is Match.time else match  # in time, the search begins where both see as many latents
                 member.sae = matched(sae, reference, how, measures.d_in(member))

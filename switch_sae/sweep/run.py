@@ -9,7 +9,7 @@ from switch_sae.cohort import Cohort, Interrupted, Keeper, Member, Streams
 from switch_sae.config import RunConfig
 from switch_sae.files import Say, tell
 from switch_sae.runs import RunDir
-from switch_sae.scoring import pca
+from switch_sae.scoring import linear_controls
 from switch_sae.sweep.folder import SweepFolder
 from switch_sae.sweep.matching import time_matched_width
 from switch_sae.sweep.plan import SweepConfig
@@ -90,11 +90,12 @@ def _work(folder: SweepFolder, at_once: int | None, streams: _Streams, say: Say)
 
 
 def _add_controls(folder: SweepFolder, cohort: Cohort, streams: _Streams) -> None:
-    """PCA with as many components as each member has active latents, unless it has been scored."""
+    """PCA, or regression on a source with targets, with as many components as each member has active latents, unless it has been scored."""
     stream, have = streams.get(cohort.config), folder.controls()
     for k in sorted({k for trainer in cohort.trainers.values() if (k := trainer.sae.k)}):
-        if f"pca_{min(k, stream.source.d_in)}" not in have:
-            folder.add_controls(streams.score(cohort.config).group(pca(stream.calibration, k)).entries)
+        asked = linear_controls(stream.calibration, k)
+        if not have.keys() >= {each.name for each in asked}:
+            folder.add_controls(streams.score(cohort.config).group(asked).entries)
 
 
 def _by_start(runs: Mapping[str, RunDir], say: Say) -> list[tuple[int, list[str]]]:
