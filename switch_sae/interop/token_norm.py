@@ -1,5 +1,6 @@
 """SAEs that normalise every token before they encode it: those of OpenAI, and of SAELens with `layer_norm` or `constant_norm_rescale`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Self
@@ -42,6 +43,10 @@ class TokenLatents(Latents):
     def to_dense(self) -> Tensor:
         return self.inner.to_dense()
 
+    def shaped(self, leading: Sequence[int]) -> Self:
+        mean_T1, scale_T1 = self.mean_T1.reshape(*leading, 1), self.scale_T1.reshape(*leading, 1)
+        return replace(self, inner=self.inner.shaped(leading), mean_T1=mean_T1, scale_T1=scale_T1)
+
     def select(self, latent_L: Tensor) -> Tensor:
         return self.inner.select(latent_L)
 
@@ -71,6 +76,14 @@ class TokenNormSAE(SparseAutoencoder):
     @property
     def b_pre_D(self) -> nn.Parameter:  # type: ignore[override]
         return self.inner.b_pre_D
+
+    @property
+    def W_enc(self) -> Tensor:
+        return self.inner.W_enc
+
+    @property
+    def b_enc(self) -> Tensor:
+        return self.inner.b_enc
 
     @property
     def k(self) -> int | None:

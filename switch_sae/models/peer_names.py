@@ -42,7 +42,7 @@ class PeerNames:
 
     @property
     def b_enc(self) -> Tensor:
-        """[M]; zeros where there is none."""
+        """[M]; zeros where there is none (a Gated SAE has `b_gate_M` and `b_mag_M` instead)."""
         bias_M = getattr(self, "b_enc_M", None)
         return self.decoder_weight().new_zeros(self.num_latents) if bias_M is None else bias_M
 

@@ -1,5 +1,6 @@
 """`TranscoderSAE`: a dense TopK transcoder, which reads one hook and writes another (Dunefsky et al., arXiv 2406.11944; Paulo et al., 2501.18823)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -62,6 +63,9 @@ class SkippedLatents(SparseLatents):
 
     skip_TD: Tensor
     """W_skip x, in units of scaled targets."""
+
+    def shaped(self, leading: Sequence[int]) -> "SkippedLatents":
+        return replace(super().shaped(leading), skip_TD=self.skip_TD.reshape(*leading, self.skip_TD.shape[-1]))
 
     def part(self, rows: slice) -> "SkippedLatents":
         return replace(super().part(rows), skip_TD=self.skip_TD[rows])
