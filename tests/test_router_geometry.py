@@ -218,10 +218,10 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("router")
     source = SyntheticSource.Config(d_in=16, common=4, topics=4, per_topic=6, common_active=1.0, topic_active=2.0)
     switch = SwitchSAE.Config(num_latents=32, k=4, num_experts=4)
-    saes = [(TopKSAE.Config(num_latents=32, k=4), seed) for seed in (0, 1)] + [(switch, seed) for seed in (0, 1)]
+    saes = [("topk", TopKSAE.Config(num_latents=32, k=4), seed) for seed in (0, 1)] + [("switch", switch, seed) for seed in (0, 1)]
     for kind in ("bias_balanced", "cosine_kmeans"):
-        saes.append((replace(switch, router=ROUTERS.config_of(kind)(), experts_per_token=2), 0))
-    runs = [tiny_run(folder, sae, seed, source=source, baselines=[]) for sae, seed in saes]
+        saes.append((kind, replace(switch, router=ROUTERS.config_of(kind)(), experts_per_token=2), 0))
+    runs = [tiny_run(folder, sae, seed, source=source, baselines=[], name=f"{name}-s{seed}") for name, sae, seed in saes]
     return [row for run in runs for row in collect([run.path])]
 
 
