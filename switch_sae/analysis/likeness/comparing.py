@@ -5,7 +5,8 @@ Similarities among all views come at once: ranks are found per view, and one mat
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -119,13 +120,20 @@ def _resamples(found: Comparison, views: Sequence[Representation], plan: Plan) -
     documents = int(plan.document_T.max()) + 1
     found.middle = measures(torch.ones(documents, dtype=torch.float64))
     found.value.setdefault("cka", found.middle["cka"])
-    resamples = []
-    for weights_RN in document_weights(documents, plan.bootstrap):
-        for weight_N in weights_RN:
-            resamples.append(measures(weight_N))
-            plan.done(1)
+    weights = (weight_N for weights_RN in document_weights(documents, plan.bootstrap) for weight_N in weights_RN)
+    resamples = _each(measures, weights, plan)
     if resamples:
         found.resampled = {name: torch.stack([one[name] for one in resamples]) for name in found.middle}
+
+
+def _each(measures: Callable[[Tensor], dict[str, Tensor]], rounds: Iterable[Tensor], plan: Plan) -> list[dict[str, Tensor]]:
+    """What every round measures, in their order; rounds are independent and of small operations, so threads take one each."""
+    found = []
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        for measured in pool.map(measures, rounds):
+            found.append(measured)
+            plan.done(1)
+    return found
 
 
 def _order_of_pairs(entries_VP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,10 +185,7 @@ def _permutations(found: Comparison, views: Sequence[Representation], routes: Se
     found.most["rho_a"] = own_W[:, None] * own_W
     tied_V = found.observed["tau_a"].diagonal().sqrt()
     found.most["tau_a"] = tied_V[:, None] * tied_V
-    permuted = []
-    for order_N in orders(documents, plan.permutations):
-        permuted.append(measures(order_N))
-        plan.done(1)
+    permuted = _each(measures, orders(documents, plan.permutations), plan)
     if permuted:
         found.null = {name: torch.stack([one[name] for one in permuted]) for name in found.observed}
     if nearest:
