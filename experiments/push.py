@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sae", type=user_path, metavar="RUN", help="a run folder, or what else load_sae reads")
     parser.add_argument("repo", metavar="REPO", help="user/repo or user/repo/folder; made where there is none")
-    parser.add_argument("--private", action="store_true", help="make a repository that only you see")
+    parser.add_argument("--private", action="store_true", help="where the repository is new, only you see it")
     parser.add_argument("--replace-card", action="store_true", help="write the card anew where the repository has one")
     arguments = parser.parse_args()
     with clear_errors():

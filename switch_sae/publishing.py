@@ -52,9 +52,9 @@ def push_to_hub(
         raise ValueError(f"{MODEL_FILE} cannot hold a {type(sae).__name__}. Push one of {', '.join(SAES)}.")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        for file in _RUN_FILES if run else ():
-            if (run / file).is_file():
-                shutil.copyfile(run / file, folder / file)
+        for file in [] if run is None else [run / name for name in _RUN_FILES]:
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
         save_sae(folder / MODEL_FILE, sae, sae.activations)
         (folder / CARD).write_text(model_card(sae, name, row), encoding="utf-8")
         return upload(folder, name, private=private, message=message or f"{sae.label} SAE", replace_card=replace_card)
@@ -125,7 +125,7 @@ def _origin(about: Mapping[str, Any], row: "ResultRow | None") -> dict[str, Any]
     found |= {"hook": about.get("hook"), "text": text.get("kind"), "dataset": text.get("dataset"), "documents": text.get("documents")}
     found |= {"fingerprint of the text": text.get("fingerprint"), "held out": text.get("held_out"), "context length": about.get("context_length")}
     if row is not None:
-        found |= {"tokens": row.tokens, "seed": row.seed}
+        found |= {"tokens": row.tokens, "seed": str(row.seed)}
     return {what: value for what, value in found.items() if isinstance(value, str | int) and value != ""}
 
 

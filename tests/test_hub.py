@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import switch_sae.hub
+from experiments.convert import convert
 from switch_sae import load_sae, push_to_hub, save_sae
 from switch_sae.hub import HubName, hub_name
 from switch_sae.interop import FORMATS
@@ -192,8 +193,8 @@ def test_what_is_pushed_is_loaded_again_and_the_commit_is_kept(hub, tmp_path):
     assert same(sae, here) and type(sae) is type(here)
     assert sae.activations == {**here.activations, "hub": sent} and sent["commit"] == hub.refs["me/saes"]["main"]
     assert sent == {"repo": "me/saes", "path": "layer_1", "revision": "main", "commit": sent["commit"]}
-    save_sae(tmp_path / "copy.safetensors", sae, sae.activations)
-    assert load_sae(tmp_path / "copy.safetensors").activations["hub"] == sent
+    assert convert("me/saes/layer_1", tmp_path / "copy", "switch_sae", {}) == 0
+    assert load_sae(tmp_path / "copy").activations == sae.activations
     files = hub.repos["me/saes"][sent["commit"]]
     assert set(files) == {".gitattributes", *(f"layer_1/{name}" for name in ("model.safetensors", "config.json", "results.json", "README.md"))}
     assert files["layer_1/results.json"] == (RUN / "results.json").read_bytes()
