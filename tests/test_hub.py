@@ -243,6 +243,9 @@ def test_a_revision_pins_what_is_loaded(hub):
     for revision in ("v1", first):
         sae = load_sae("me/saes", revision=revision)
         assert same(sae, load_sae(RUN)) and sae.activations["hub"] == {"repo": "me/saes", "path": "", "revision": revision, "commit": first}
+    hub.refs["me/saes"]["moved"] = "f" * 40
+    hub.repos["me/saes"]["f" * 40] = {"elsewhere/model.safetensors": hub.repos["me/saes"][first]["model.safetensors"]}
+    assert same(load_sae("me/saes/elsewhere", revision="moved"), load_sae(RUN))  # its files are others than those of main
     with pytest.raises(ValueError, match=r"me/saes has no revision 'v9'\. Give a branch"):
         load_sae("me/saes", revision="v9")
     with pytest.raises(ValueError, match="is a path of this machine, which has no revision='v1'"):
