@@ -2,6 +2,7 @@
 
 python -m experiments.convert runs/2026-01-31_12-00-00_topk exported --to sae_lens
 python -m experiments.convert their/trainer_0 mine --to switch_sae
+python -m experiments.convert user/repo/folder mine --to switch_sae      # on the Hugging Face hub
 python -m experiments.convert their/16_experts mine --to switch_sae --set k=64 num_experts=16 heaviside=false   # what their files lack
 """
 
@@ -21,7 +22,7 @@ from switch_sae.runs import MODEL_FILE, load_sae, save_sae
 OURS = "switch_sae"
 
 
-def convert(source: Path, out: Path, to: str, settings: dict[str, Any]) -> float:
+def convert(source: str | Path, out: Path, to: str, settings: dict[str, Any]) -> float:
     """Writes the folder `out`; returns how far the SAE read from it is from the one of `source`, relative to the largest reconstruction.
 
     Raises ValueError for an `out` that exists, for an architecture that the format cannot hold, and for what `load_sae` refuses.
@@ -56,7 +57,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=user_path, metavar="IN", help="a run folder, or a folder or file of another library")
+    parser.add_argument("source", metavar="IN", help="a run folder, a folder or file of another library, or a name on the hub")
     parser.add_argument("out", type=user_path, metavar="OUT", help="the folder to make")
     parser.add_argument("--to", required=True, choices=[OURS, *FORMATS], help="the format to write")
     parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="settings that the files lack, such as k=64")

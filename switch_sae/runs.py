@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from switch_sae.files import RunError, make_variable, remove_part_files, write_atomically
+from switch_sae.hub import fetch, hub_name
 from switch_sae.interop import FORMATS
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.plain import to_plain
@@ -233,21 +234,40 @@ def save_sae(path: str | Path, sae: SparseAutoencoder, activations: dict[str, An
 
 
 def load_sae(
-    path: str | Path, fold: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **settings: Any
+    path: str | Path,
+    fold: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    **settings: Any,
 ) -> SparseAutoencoder:
     """The SAE of a run folder, of one model.safetensors, or of a file or folder in one of `FORMATS`, in evaluation mode, ready for raw activations.
 
+    What is not on this machine may be a name on the Hugging Face hub, `user/repo` or `user/repo/folder`, of a `revision` (a branch, tag or commit);
+    `sae.activations["hub"]` then says which commit it was, and is saved with it. `hf://user/repo` is the hub's even where a folder `user` is here.
     `sae.activations` holds what it was trained on. With `fold` its scale is absorbed (`fold_activation_scale`): the same function, with latents and
     decoder rows in units of raw activations, as steering needs them. It comes on the CPU in float32 unless `device` and `dtype` say otherwise.
     `settings` are what files of some other formats lack, such as `k`; an error says which. Raises FileNotFoundError where there is none, and
     ValueError, naming what is wrong, for a truncated or foreign file, an unknown version or architecture, tensors whose shapes contradict the
-    config, and non-finite values.
+    config, and non-finite values; for names on the hub it raises as `hub.fetch`.
     """
     file = Path(path).expanduser()
+    if (name := hub_name(path)) is None:
+        if revision is not None:
+            raise ValueError(f"{file} is a path of this machine, which has no revision={revision!r}: only names on the hub do. Leave it out.")
+        return _ready(_load(file, settings), fold, device, dtype)
+    file, origin = fetch(name, revision, [MODEL_FILE, "config.json", "results.json", *(file for cls in FORMATS.values() for file in cls.files)])
+    sae = _load(file, settings)
+    sae.activations = {**sae.activations, "hub": origin}
+    return _ready(sae, fold, device, dtype)
+
+
+def _load(file: Path, settings: dict[str, Any]) -> SparseAutoencoder:
+    """`load_sae` of a path."""
     if not _is_ours(file):
         for cls in FORMATS.values():
             if (foreign := cls()).recognises(file):
-                return _ready(foreign.load(file, **settings), fold, device, dtype)
+                return foreign.load(file, **settings)
     if settings:
         raise ValueError(f"{file} is of no other library's format, so {', '.join(settings)} cannot be set: files of switch_sae describe themselves.")
     if file.is_dir():
@@ -257,7 +277,9 @@ def load_sae(
             )
         file = file / MODEL_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist. Give a run folder (training prints its path) or a {MODEL_FILE}.{_other_formats()}")
+        raise FileNotFoundError(
+            f"{file} does not exist. Give a run folder (training prints its path), a {MODEL_FILE} or a name on the hub (hf://user/repo).{_other_formats()}"
+        )
     tensors, header = _read_safetensors(file, "switch_sae")
     try:
         config = SAES.from_plain({"architecture": header["architecture"], **json.loads(header["config"])})
@@ -275,7 +297,7 @@ def load_sae(
     _refuse_nonfinite(tensors, f"{file} is not loaded")
     sae.load_state_dict(tensors)
     sae.activations = activations
-    return _ready(sae, fold, device, dtype)
+    return sae
 
 
 def _ready(sae: SparseAutoencoder, fold: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> SparseAutoencoder:

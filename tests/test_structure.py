@@ -32,7 +32,8 @@ ROOMS: dict[str, set[str]] = {
 # What a module may import when it is loaded, beyond the standard library. Everything else waits inside the function that needs it.
 ALWAYS = {"torch", "numpy", "safetensors"}
 AT_IMPORT = {"switch_kernels": {"torch", "triton"}, "progress": ALWAYS | {"tqdm"}}
-LAZY = ("hydra", "omegaconf", "transformer_lens", "transformers", "datasets", "wandb", "matplotlib", "tqdm", "scipy", "sklearn", "pandas", "pyarrow")
+_HUGGING_FACE = ("transformer_lens", "transformers", "huggingface_hub", "datasets")
+LAZY = ("hydra", "omegaconf", *_HUGGING_FACE, "wandb", "matplotlib", "tqdm", "scipy", "sklearn", "pandas", "pyarrow")
 
 
 def modules() -> list[Path]:

@@ -17,6 +17,8 @@ def write(path: Path, content: bytes | Callable[[Path], None]) -> None:
 class Format(ABC):
     """One file and one line in `FORMATS`. Nothing but tensors is ever unpickled: a file from elsewhere must not be able to run code."""
 
+    files: ClassVar[tuple[str, ...]] = ()
+    """Names of its files in a folder: all that is fetched of one on the hub. Empty where its one file may have any name."""
     settings: ClassVar[Mapping[str, str]] = {}
     """What its files may lack and `load` takes by keyword, with an example of each as it is typed: `{"k": "k=64"}`. Asked for, never guessed."""
 

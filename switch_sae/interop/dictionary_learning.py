@@ -3,7 +3,7 @@
 import json
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class DictionaryLearning(Format):
 
     TopK: f = the k largest of ReLU(W_enc (x - b_dec) + b_enc), recon = W_dec f + b_dec.
     """
+
+    files: ClassVar = (WEIGHTS, CONFIG)
 
     def recognises(self, path: Path) -> bool:
         return (path / WEIGHTS).is_file() or (path.is_file() and path.suffix == ".pt")

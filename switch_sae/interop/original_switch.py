@@ -19,6 +19,7 @@ class OriginalSwitch(Format):
     give no more than those, there as here.
     """
 
+    files: ClassVar = (WEIGHTS, CONFIG)
     settings: ClassVar = {"k": "k=64", "num_experts": "num_experts=16", "heaviside": "heaviside=False"}
 
     def recognises(self, path: Path) -> bool:

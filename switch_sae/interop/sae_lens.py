@@ -64,6 +64,7 @@ class SAELens(Format):
     side, [tokens, heads * d_head].
     """
 
+    files: ClassVar = (WEIGHTS, CONFIG, SCALER, WHITENING)
     settings: ClassVar = {"scaling_factor": "scaling_factor=0.1"}
 
     def recognises(self, path: Path) -> bool:

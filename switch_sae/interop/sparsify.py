@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors.torch import save_file
 
@@ -22,6 +22,8 @@ _REFUSED = {
 
 class Sparsify(Format):
     """f = the k largest of ReLU(W_enc (x - b_dec) + b_enc), recon = W_dec f + b_dec, with decoder rows as they are."""
+
+    files: ClassVar = (WEIGHTS, CONFIG)
 
     def recognises(self, path: Path) -> bool:
         return (path / WEIGHTS).is_file() or (path.is_file() and path.name == WEIGHTS)
