@@ -10,6 +10,7 @@ from test_report import tiny_run
 
 from switch_sae.activations import SyntheticSource, build_source
 from switch_sae.activations.language_model_source import LanguageModelSource
+from switch_sae.activations.text import TextConfig
 from switch_sae.analysis.assignment import one_to_one
 from switch_sae.analysis.findings import chosen, compact, dots, finding
 from switch_sae.analysis.observed import POOL, by_series, observe, only_dense, only_routed, sample_of, series, sparse
@@ -53,8 +54,11 @@ def test_every_sae_sees_the_same_rows_and_gives_what_it_gives_alone(rows):
     assert {name: len(group) for name, group in by_series(seen).items()} == {series(rows[0]): 1, series(rows[1]): 2}
 
 
-def test_rows_of_text_come_from_many_documents_with_the_tokens_before_them():
-    source = build_source(LanguageModelSource.Config(model="bundled", hook="blocks.1.hook_resid_post", context_length=16), 64)
+def test_rows_of_text_come_from_many_documents_with_the_tokens_before_them(tmp_path):
+    for n in range(120):
+        (tmp_path / f"{n}.py").write_text(f"def f{n}(x):\n    return x + {n}\n" * 60)
+    text = TextConfig(kind="files", paths=[str(tmp_path)])
+    source = build_source(LanguageModelSource.Config(model="bundled", hook="blocks.1.hook_resid_post", text=text, context_length=16), 64)
     sample, known = sample_of(source, 500), source.evaluation_set(POOL * 500)
     assert 300 < len(sample) <= 500 and torch.equal(sample_of(source, 500).rows.x_TD, sample.rows.x_TD)
     tokens_CS, keep_CS = known.text()

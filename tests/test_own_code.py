@@ -10,6 +10,7 @@ import torch
 from test_report import tiny_run
 
 from switch_sae.activations.language_model_source import LanguageModelSource
+from switch_sae.activations.text import TextConfig
 from switch_sae.analysis import prompt
 from switch_sae.analysis.prompt import inspect, language_model
 from switch_sae.models import SwitchSAE, TopKSAE
@@ -33,8 +34,11 @@ def test_the_blocks_of_extending_are_one_file_that_runs(tmp_path):
 @pytest.fixture(scope="module")
 def text_runs(tmp_path_factory):
     """A Switch SAE and a dense one on the bundled language model; short, so that they know little."""
-    source = LanguageModelSource.Config(model="bundled", hook="blocks.1.hook_resid_post", context_length=16, buffer_rows=2048)
-    folder = tmp_path_factory.mktemp("text")
+    folder, texts = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("texts")
+    for n in range(60):
+        (texts / f"{n}.py").write_text(f"def f{n}(x):\n    return x + {n}\n" * 60)
+    text = TextConfig(kind="files", paths=[str(texts)])
+    source = LanguageModelSource.Config(model="bundled", hook="blocks.1.hook_resid_post", text=text, context_length=16, buffer_rows=2048)
     saes = (SwitchSAE.Config(num_latents=64, k=4, num_experts=4), TopKSAE.Config(num_latents=64, k=4))
     return [tiny_run(folder, sae, source=source, baselines=[]) for sae in saes]
 
