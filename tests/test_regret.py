@@ -134,7 +134,7 @@ def rows(tmp_path_factory):
     runs = [tiny_run(folder, TopKSAE.Config(num_latents=32, k=4), source=SOURCE)]
     runs += [tiny_run(folder, SwitchSAE.Config(num_latents=32, k=4, num_experts=4), source=SOURCE, baselines=[])]
     runs += [tiny_run(folder, SAES.config_of("switch_refit")(num_latents=36, k=3, num_experts=4, shared=4), source=SOURCE, baselines=[])]
-    runs += [tiny_run(folder, SwitchSAE.Config(num_latents=32, k=4, num_experts=4, experts_per_token=2), source=SOURCE, baselines=[])]
+    runs += [tiny_run(folder, SwitchSAE.Config(num_latents=32, k=4, num_experts=4, experts_per_token=2), source=SOURCE, baselines=[], name="two")]
     return {name: collect([run.path])[0] for name, run in zip(("dense", "switch", "refit", "two"), runs, strict=True)}
 
 
