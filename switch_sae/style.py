@@ -264,7 +264,7 @@ def legends(figure: "Figure", text: str, handles: Sequence[Any] = (), columns: i
 
 def note(figure: "Figure", text: str) -> None:
     """A small text below all panels, in lines of the figure's width."""
-    characters = int(figure.get_figwidth() * 72 / 3.5)
+    characters = int(figure.get_figwidth() * 72 / 4.1)  # points per character, at most
     figure.supxlabel("\n".join(textwrap.wrap(text, characters)), fontsize=7, color="0.25")
 
 

@@ -66,21 +66,26 @@ def compact(records: Table) -> Table:
     return [{name: line[name] for name in used} for line in shown]
 
 
+def dot(axis: "Axes", record: dict[str, Any], place: float, hollow: bool = False) -> None:
+    """A value with its interval, its null (grey, with its interval) and its ceiling (a bracket) on a horizontal line at `place`."""
+    if record["null"] is not None:
+        low, high = (record[name] if record[name] is not None else record["null"] for name in ("null_low", "null_high"))
+        axis.plot([low, high], [place, place], color="0.75", linewidth=4, solid_capstyle="butt", zorder=1)
+        axis.plot(record["null"], place, "|", color="0.45", markersize=8, zorder=2)
+    if record["ceiling"] is not None:
+        axis.plot(record["ceiling"], place, marker="4", color="0.2", markersize=9, zorder=2)
+    if record["value"] is None:
+        return
+    style = look(*Kind.of(record)).style() | {"linestyle": "none"} | ({"markerfacecolor": "white"} if hollow else {})
+    if record["low"] is not None:
+        axis.plot([record["low"], record["high"]], [place, place], color=style["color"], linewidth=1.2, zorder=3)
+    axis.plot(record["value"], place, clip_on=False, zorder=4, **style)
+
+
 def dots(axis: "Axes", records: Sequence[dict[str, Any]], labels: Sequence[str]) -> None:
-    """One line per record from top to bottom: its value with the interval, its null (grey, with its interval) and its ceiling (a bracket)."""
+    """One line per record (`dot`), from top to bottom."""
     for place, record in enumerate(records):
-        if record["null"] is not None:
-            low, high = (record[name] if record[name] is not None else record["null"] for name in ("null_low", "null_high"))
-            axis.plot([low, high], [place, place], color="0.75", linewidth=4, solid_capstyle="butt", zorder=1)
-            axis.plot(record["null"], place, "|", color="0.45", markersize=8, zorder=2)
-        if record["ceiling"] is not None:
-            axis.plot(record["ceiling"], place, marker="4", color="0.2", markersize=9, zorder=2)
-        if record["value"] is None:
-            continue
-        style = look(*Kind.of(record)).style() | {"linestyle": "none"}
-        if record["low"] is not None:
-            axis.plot([record["low"], record["high"]], [place, place], color=style["color"], linewidth=1.2, zorder=3)
-        axis.plot(record["value"], place, clip_on=False, zorder=4, **style)
+        dot(axis, record, place)
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.grid(axis="x", linewidth=0.4, color="0.88")

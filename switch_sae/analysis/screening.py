@@ -96,7 +96,7 @@ class Screening(Analysis):
     @styled
     def draw(self, table: Table) -> "Figure":
         """FVU and energy recall over the budget, means over the SAEs that were screened."""
-        measures = {"fvu": "FVU", "energy_recall": "share of the code's energy among candidates"}
+        measures = {"fvu": "FVU", "energy_recall": "share of the code's energy kept"}
         figure, axes = panels(2, 1, width=4.6, height=4.4)
         for axis, (measure, label) in zip(axes, measures.items(), strict=True):
             for name, style in _lines(table).items():
@@ -125,9 +125,10 @@ class Screening(Analysis):
         handles += [mark("dense, whole", color="0.2", linestyle="--")] + [mark(f"trained {name}", **style) for name, style in kinds.items()]
         legends(
             figure,
-            "A screen's candidates for the top-k of a trained dense SAE, exact encoder values. Vertical lines: 95 % intervals over documents (means "
-            "of their ends where several SAEs are averaged). Oracles take for each token the list that holds most of its energy. Trained: SAEs that "
-            "were trained with so many products, on the same rows. Grey: nulls with the whole budget.",
+            "A screen's candidates for the top-k of a trained dense SAE, exact encoder values. Energy: sum of z^2 of the SAE's own code that is "
+            "among the candidates. Vertical lines: 95 % intervals over documents (means of their ends where several SAEs are averaged). Oracles take for "
+            "each token the list that holds most of its energy. Trained: SAEs that were trained with so many products, on the same rows. Grey: nulls "
+            "with the whole budget.",
             handles,
             columns=4,
         )

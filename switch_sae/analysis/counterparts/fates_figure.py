@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from switch_sae.analysis.base import Table
-from switch_sae.analysis.counterparts.matching_figure import dot, means
+from switch_sae.analysis.counterparts.matching_figure import means
 from switch_sae.analysis.counterparts.partners import KINDS
-from switch_sae.analysis.findings import chosen
+from switch_sae.analysis.findings import chosen, dot
 from switch_sae.results.kind import Kind
 from switch_sae.style import COLOURS, canvas, legends, look, mark, percent, styled
 
@@ -24,11 +24,11 @@ def drawn(table: Table) -> "Figure":
     rows = means([record for record in table if record["part"] != "example"])
     pairs = list(dict.fromkeys((record["sae"], record["against"]) for record in chosen(rows, part="latents")))
     controls = {one: other for one, other in reversed(pairs) if chosen(rows, part="latents", sae=one, against=other)[0]["ceiling"] is not None}
-    stacks = [(one, other, "value", f"{one} in {other}") for one, other in pairs]
-    stacks += [(one, other, "ceiling", f"control: {one} in another seed") for one, other in controls.items()]
+    stacks = [(one, other, "value", f"{one}\nin {other}") for one, other in pairs]
+    stacks += [(one, other, "ceiling", f"control: {one}\nin another seed") for one, other in controls.items()]
     columns = min(3, len(stacks))
     below = -(-len(stacks) // columns)
-    upper_height, lower_height = 0.9 + 0.4 * len(pairs), 2.1 * below
+    upper_height, lower_height = 0.9 + 0.4 * len(pairs), 2.3 * below
     figure = canvas(10.4, 1.2 + upper_height + lower_height)
     parts: Any = figure.subfigures(2, 1, height_ratios=(upper_height, lower_height))
     upper, lower = parts
@@ -58,8 +58,12 @@ def drawn(table: Table) -> "Figure":
         axis.set_xticks(range(len(bins)), [name.replace(" to ", "-") for name in bins], fontsize=7)
         axis.set_title(title, fontsize=7)
         axis.yaxis.set_major_formatter(percent())
-    for axis in panels[len(stacks) :]:
-        axis.set_visible(False)
+    for place, axis in enumerate(panels):
+        if place % columns == 0:
+            axis.set_ylabel("share of latents", fontsize=8)
+        if place + columns >= len(stacks):
+            axis.set_xlabel("share of rows on which they fire", fontsize=8)
+        axis.set_visible(place < len(stacks))
     style = look(*Kind.of(rows[0])).style() | {"linestyle": "none"}
     handles: list[Any] = [
         mark("share of latents", **style),
@@ -70,8 +74,7 @@ def drawn(table: Table) -> "Figure":
     handles += [Patch(label=kind, **fill) for kind, fill in zip(KINDS, fills, strict=True)]
     text = (
         "Means over all pairs of different seeds; bars hold the 95 % intervals over documents B of all pairs. Null: the other SAE's rows come "
-        "from other documents. Control: another seed of the dense SAE, cut into as many arbitrary blocks as there are experts. Below: shares of "
-        "latents by the share of rows on which they fire."
+        "from other documents. Control: another seed of the dense SAE, cut into as many arbitrary blocks as there are experts."
     )
     legends(figure, text, handles, columns=5)
     return figure

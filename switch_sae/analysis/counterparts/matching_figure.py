@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from switch_sae.analysis.base import Table
 from switch_sae.analysis.counterparts.pairing import SAME_START
-from switch_sae.analysis.findings import chosen
+from switch_sae.analysis.findings import chosen, dot
 from switch_sae.analysis.observed import series_name
 from switch_sae.results.kind import Kind
 from switch_sae.results.rows import grouped
@@ -51,21 +51,21 @@ def drawn(table: Table, near: float, alike: float) -> "Figure":
     pairs = list(dict.fromkeys((record["sae"], record["against"]) for record in chosen(rows, part="one_to_one")))
     kinds = {record["sae"]: Kind.of(record) for record in rows}
     pairs.sort(key=lambda pair: (pair[0] == pair[1], kinds[pair[0]].order, kinds[pair[1]].order))
-    figure = canvas(10.4, 4.2 + 0.34 * len(pairs))
+    figure = canvas(11.2, 4.4 + 0.34 * len(pairs))
     parts: Any = figure.subfigures(2, 1, height_ratios=(1.1 + 0.34 * len(pairs), 2.6))
     upper, lower = parts
     measures = (
-        ("cosine", "decoder", "mean cosine of pairs\n(by decoder)"),
-        ("close", "decoder", f"have a partner at cosine ≥ {near:g}\n(by decoder)"),
-        ("correlation", "activations", "mean correlation on B\n(by activations on A)"),
-        ("alike", "activations", f"have a partner at correlation\n≥ {alike:g} on B (by activations)"),
+        ("cosine", "decoder", "mean cosine\nof pairs by decoder"),
+        ("close", "decoder", f"share with cosine ≥ {near:g},\npairs by decoder"),
+        ("correlation", "activations", "mean correlation on B,\npairs by activations on A"),
+        ("alike", "activations", f"share with correlation ≥ {alike:g} on B,\npairs by activations on A"),
     )
     axes = list(upper.subplots(1, len(measures), sharey=True))
     for axis, (measure, by, label) in zip(axes, measures, strict=True):
         for part, shift, hollow in (("one_to_one", -0.16, False), ("many_to_one", 0.16, True)):
             for record in chosen(rows, part=part, measure=measure, at=by):
                 dot(axis, record, pairs.index((record["sae"], record["against"])) + shift, hollow)
-        axis.set_xlabel(label)
+        axis.set_xlabel(label, fontsize=8)
         axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
         axis.grid(axis="x", linewidth=0.4, color="0.88")
         if measure in ("close", "alike"):
@@ -77,7 +77,7 @@ def drawn(table: Table, near: float, alike: float) -> "Figure":
     shown = [pair for pair in pairs if pair[0] == asked]
     looks = _looks({pair[1]: kinds[pair[1]] for pair in shown}, asked)
     for axis, measure, label in (
-        (axes[0], "close by decoder", f"share at cosine ≥ {near:g}"),
+        (axes[0], "close by decoder", f"share with cosine ≥ {near:g}"),
         (axes[1], "correlation by activations", "mean correlation on B"),
     ):
         for pair in shown:
@@ -87,7 +87,7 @@ def drawn(table: Table, near: float, alike: float) -> "Figure":
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
     for name in dict.fromkeys(record["sae"] for record in chosen(rows, part="subspace", measure="overlap")):
         _subspaces(axes[2], [record for record in chosen(rows, part="subspace", sae=name) if record["value"] is not None], kinds[name])
-    axes[2].set_xlabel("dimensions r of the subspace")
+    axes[2].set_xlabel("dimensions r of the subspaces of latents")
     axes[2].set_ylabel("mean cos² of principal angles")
     handles = [
         mark("one to one", marker="o", color="0.2", linestyle="none"),
@@ -109,21 +109,6 @@ def drawn(table: Table, near: float, alike: float) -> "Figure":
 
 def _latents(rows: Table, name: str) -> int:
     return max(int(record["latents"]) for record in rows if record["sae"] == name)
-
-
-def dot(axis: "Axes", record: dict[str, Any], place: float, hollow: bool) -> None:
-    if record["value"] is None:
-        return
-    style = look(*Kind.of(record)).style() | {"linestyle": "none"} | ({"markerfacecolor": "white"} if hollow else {})
-    if record["null"] is not None:
-        low, high = (record[name] if record[name] is not None else record["null"] for name in ("null_low", "null_high"))
-        axis.plot([low, high], [place, place], color="0.75", linewidth=4, solid_capstyle="butt", zorder=1)
-        axis.plot(record["null"], place, "|", color="0.45", markersize=7, zorder=2)
-    if record["ceiling"] is not None:
-        axis.plot(record["ceiling"], place, marker="4", color="0.2", markersize=8, zorder=2)
-    if record["low"] is not None:
-        axis.plot([record["low"], record["high"]], [place, place], color=style["color"], linewidth=1.2, zorder=3)
-    axis.plot(record["value"], place, clip_on=False, zorder=4, **style)
 
 
 def _looks(kinds: dict[str, Kind], asked: str) -> dict[str, dict[str, Any]]:

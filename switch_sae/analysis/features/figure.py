@@ -29,7 +29,7 @@ def geometry_figure(table: Table, threshold: float) -> "Figure":
     lines = [(name, cut) for name in names for cut in dict.fromkeys(record["against"] for record in beside if _line(record) == name)]
     maps = [record for record in chosen(table, part="map", measure="preservation") if record["value"] is not None]
     heights = [0.9 + 0.2 * max(1, len(lines)), 1.3 + 0.2 * len(names), 0.9 + 0.2 * len(names), *([2.9] if maps else [])]
-    figure = canvas(12.4, sum(heights) + 0.7)
+    figure = canvas(12.8, sum(heights) + 0.7)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     _neighbours(parts[0].subplots(1, 4, sharey=True), table, lines)
     _copies(parts[1].subplots(1, 4), table, names, threshold)
@@ -55,9 +55,7 @@ def _neighbours(axes: "Sequence[Axes]", table: Table, lines: Sequence[tuple[str,
             for full, wanted in ((True, f"{measure}_within"), (False, f"{measure}_across")) if measure == "cosine" else ((True, measure),):
                 found = chosen(table, part="neighbours", measure=wanted, at=at, against=cut)
                 _marks(axis, place, [record for record in found if _line(record) == name], full)
-        title = (
-            "nearest row is\nin the own expert" if measure == "own_share" else "highest cosine, mean,\nin the own expert (full), in others (hollow)"
-        )
+        title = "nearest row\nis in the own expert" if measure == "own_share" else "mean highest cosine\nin the own expert (full), in others (hollow)"
         axis.set_title(f"{at} rows: {title}", fontsize=8)
         if measure == "own_share":
             axis.xaxis.set_major_formatter(percent())
@@ -88,12 +86,12 @@ def _copies(axes: "Sequence[Axes]", table: Table, names: Sequence[str], threshol
             deciles = grouped(points, lambda record: record["note"]).values()
             x, y = ([sum(record[key] for record in part) / len(part) for part in deciles] for key in ("at", "value"))
             curve.plot(x, y, **(style | changes))
-    copies.set_title("latents with a copy in another expert\n(full; dense: anywhere), in the own (hollow)", fontsize=8)
+    copies.set_title("have a copy in another expert (full;\ndense: anywhere), in the own (hollow)", fontsize=8)
     copies.xaxis.set_major_formatter(percent())
     copies.set_xlim(left=0)
-    sizes.set_title("latents: live (full), components (hollow),\nall (grey)", fontsize=8)
-    spectrum.set_title("exp(entropy) of the spectrum,\ndecoder (full) and encoder rows (hollow)", fontsize=8)
-    curve.set_title("share with a copy by firing rate; grey dots:\nthe dense SAE's latents of the same rates", fontsize=8)
+    sizes.set_title("latents: live (full),\ncomponents (hollow), all (grey)", fontsize=8)
+    spectrum.set_title("exp(entropy) of the spectrum,\ndecoder (full), encoder (hollow)", fontsize=8)
+    curve.set_title("share with a copy, by firing rate\n(grey: dense latents of those rates)", fontsize=8)
     curve.set_xlabel("share of rows on which a latent fires", fontsize=7)
     curve.tick_params(labelsize=7)
     rates = [record["at"] for record in chosen(table, part="by_rate") if record["value"] is not None]

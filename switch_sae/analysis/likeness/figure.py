@@ -1,11 +1,10 @@
 """The figure of the analysis of similarity."""
 
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from switch_sae.analysis.base import Table
-from switch_sae.analysis.findings import chosen, dots
+from switch_sae.analysis.findings import chosen, dot
 from switch_sae.results.kind import Kind
 from switch_sae.style import canvas, legends, look, mark, styled
 
@@ -32,8 +31,8 @@ def similarity_figure(table: Table, stages: Sequence[str]) -> "Figure":
     below = [record for record in below if reference in (record["sae"], record["against"])]
     lines = list(dict.fromkeys((record["sae"], record["against"]) for record in path if _is_line(record, reference)))
     names = list(dict.fromkeys(record["sae"] for record in below))
-    figure = canvas(9.2, 3.6 + (0.8 + 0.62 * len(names)) * bool(below))
-    grid = figure.add_gridspec(1 + bool(below), 1, height_ratios=[3.0, 0.8 + 0.62 * len(names)] if below else None)
+    figure = canvas(9.2, 3.9 + (0.8 + 0.45 * len(names)) * bool(below))
+    grid = figure.add_gridspec(1 + bool(below), 1, height_ratios=[3.0, 0.8 + 0.45 * len(names)] if below else None)
     above = list(grid[0].subgridspec(1, len(PANELS)).subplots(squeeze=False).flat)
     for axis, (measure, title) in zip(above, PANELS.items(), strict=True):
         for place, line in enumerate(lines):
@@ -45,7 +44,7 @@ def similarity_figure(table: Table, stages: Sequence[str]) -> "Figure":
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]), top=max(1.0, axis.get_ylim()[1]))
         axis.grid(axis="y", linewidth=0.4, color="0.88")
     if below:
-        _below(list(grid[1].subgridspec(1, 2).subplots(squeeze=False).flat), below, names)
+        _below(list(grid[1].subgridspec(1, 2).subplots(squeeze=False, sharey=True).flat), below, names)
     handles = [mark(_label(line, reference), **_style(line, path, reference)) for line in lines]
     text = (
         f"Above: each kind's representation of the same tokens against that of {reference} (its own other seeds: dashed), mean over pairs of seeds. "
@@ -54,12 +53,11 @@ def similarity_figure(table: Table, stages: Sequence[str]) -> "Figure":
     )
     if below:
         text += (
-            " Below, Spearman at the codes. Left: among pairs of tokens that the router sends to one expert (same) or not (different; missing where "
-            "all tie); grey: as many pairs of random groups. Right: of the other's codes with 'same expert or not' alone (route), and with the codes "
-            "when that is taken out (rest)."
+            " Below, Spearman at the codes. Left: among pairs of tokens that the router sends to one expert (full) or to different ones (hollow; "
+            "missing where all tie); grey: as many pairs of random groups. Right: of the other's codes with 'same expert or not' alone (full; grey: "
+            "documents permuted), and with the codes when that is taken out (hollow)."
         )
     legends(figure, text, handles, columns=4)
-    figure.supxlabel("\n".join(textwrap.wrap(text, 165)), fontsize=7, color="0.25")
     return figure
 
 
@@ -98,12 +96,17 @@ def _line(axis: "Axes", records: Table, stages: Sequence[str], style: dict[str, 
 
 
 def _below(axes: Sequence["Axes"], below: Table, names: Sequence[str]) -> None:
+    """A line for each SAE: a full mark, and a hollow one below it."""
     groups = (
-        (axes[0], "strata", {"spearman, same expert": "same", "spearman, different experts": "different"}, "Spearman within a stratum"),
-        (axes[1], "route", {"spearman of the route": "route", "spearman without routes": "rest"}, "Spearman with the other's codes"),
+        ("strata", ("spearman, same expert", "spearman, different experts"), "Spearman within one expert (full),\nacross experts (hollow)"),
+        ("route", ("spearman of the route", "spearman without routes"), "Spearman of the route alone (full),\nof codes without routes (hollow)"),
     )
-    for axis, part, measures, title in groups:
-        records = [record for name in names for measure in measures for record in chosen(below, part=part, sae=name, measure=measure)]
-        dots(axis, records, [f"{record['sae']}: {measures[record['measure']]}" for record in records])
-        axis.tick_params(axis="y", labelsize=7)
+    for axis, (part, measures, title) in zip(axes, groups, strict=True):
+        for place, name in enumerate(names):
+            for measure, shift in zip(measures, (-0.15, 0.15), strict=True):
+                for record in chosen(below, part=part, sae=name, measure=measure):
+                    dot(axis, record, place + shift, hollow=shift > 0)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.grid(axis="x", linewidth=0.4, color="0.88")
         axis.set_xlabel(title)

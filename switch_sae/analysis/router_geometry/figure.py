@@ -40,19 +40,32 @@ ROUTES: tuple[Key, ...] = (
     ("seeds: NMI", "NMI", ""),
     ("seeds: ARI", "ARI", ""),
 )
-_FILLS: tuple[dict[str, Any], ...] = ({}, {"markerfacecolor": "white"}, {"fillstyle": "left", "markerfacecoloralt": "white"}, {"fillstyle": "top"})
+_FILLS: tuple[dict[str, Any], ...] = (
+    {},
+    {"markerfacecolor": "white"},
+    {"markeredgecolor": "black"},
+    {"markeredgecolor": "black", "markerfacecolor": "white"},
+)
 _NOTE = (
     "Marks: SAEs with experts; of several seeds their mean, with bars from the lowest to the highest seed, of one seed with its 95 % interval over "
-    "documents. Grey: nulls with the range of their draws (sums: solid rotated rows, dotted Gaussian rows with the activations' covariance, "
-    "dashes random rows as frequent; control: random subspaces, x first components, for swaps no swap; coupling: experts dealt at random; routes: "
-    "shuffled in documents, or noise of the error's norm). Coloured dots: sums of router rows of another seed. Black dashes, the ceiling: latents of "
-    "the dense SAE of another seed."
+    "documents. Grey bars and bands: the range of a null's draws. Nulls of sums as named above (Gaussian rows have the activations' covariance); of "
+    "what the router sees: random subspaces of its rank, for swaps no swap; of the AUC: experts dealt at random; of routes: shuffled in documents, "
+    "or noise of the error's norm."
 )
+_LINES: dict[str, dict[str, Any]] = {
+    "sums of another seed's router rows": {"color": "0.2", "linestyle": (0, (1, 1.5))},
+    "ceiling: a dense latent of another seed": {"color": "black", "linestyle": (0, (4, 2)), "linewidth": 0.9},
+    "null: rotated rows": {"color": "0.6", "linewidth": 1},
+    "null: Gaussian rows": {"color": "0.6", "linewidth": 1, "linestyle": ":"},
+    "null: random rows as frequent": {"color": "0.6", "linewidth": 1, "linestyle": "--"},
+    "first components of that rank": {"color": "0.45", "marker": "x", "markersize": 4, "linestyle": "none"},
+}
+"""What the legend says of lines that belong to no SAE alone."""
 
 
 def draw_router(table: Table) -> "Figure":
     """Six panels: sums of encoder and of decoder rows, predicted routes; the control part, coupling, routes."""
-    figure, axes = panels(3, 2, width=3.3, height=3.1)
+    figure, axes = panels(3, 2, width=3.3, height=3.4)
     groups = grouped(table, series_of)
     looks = _looks(groups)
     for axis, measure, title in ((axes[0], "R2 encoder", "encoder"), (axes[1], "R2 decoder", "decoder")):
@@ -66,7 +79,8 @@ def draw_router(table: Table) -> "Figure":
     ):
         _marks(axis, {name: [r for r in records if part in (None, r["part"])] for name, records in groups.items()}, looks, keys)
         axis.set_title(title)
-    legends(figure, _NOTE, [mark(name, **style | {"linestyle": "none"}) for name, style in looks.items()], columns=2)
+    handles = [mark(name, **style | {"linestyle": "none", "markersize": 5.5}) for name, style in looks.items()]
+    legends(figure, _NOTE, handles + [mark(name, **style) for name, style in _LINES.items()], columns=3)
     return figure
 
 
