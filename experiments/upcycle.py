@@ -30,10 +30,10 @@ def upcycle(run: Path, experts: int, out: Path, seed: int = 0, say: Say = tell) 
     found = upcycled(dense, rows, experts, seed)
     save_sae(out / MODEL_FILE, found.sae, dense.activations)
     say(f"of the energy of the dense code {found.kept:.1%} lies in each token's best expert, {found.routed:.1%} in the one that the router chooses")
+    x_TD = rows.x_TD
     with torch.no_grad():
-        fvu = [
-            float((sae(rows.x_TD).recon_TD - rows.x_TD).square().sum() / (rows.x_TD - rows.x_TD.mean(0)).square().sum()) for sae in (dense, found.sae)
-        ]
+        errors = [(sae(x_TD).recon_TD - x_TD).square().sum() for sae in (dense, found.sae)]
+    fvu = [float(error / (x_TD - x_TD.mean(dim=0)).square().sum()) for error in errors]
     say(f"FVU on {len(rows):,} calibration rows: {fvu[0]:.4f} of the dense SAE, {fvu[1]:.4f} of its experts before training")
     return found.sae
 
@@ -48,9 +48,8 @@ def main() -> None:
     with clear_errors():
         sae = upcycle(arguments.run, arguments.experts, arguments.out, arguments.seed)
         sizes = " ".join(f"sae.{name}={getattr(sae, name)}" for name in ("num_latents", "k", "num_experts"))
-        print(
-            f"written: {arguments.out / MODEL_FILE}\nTrain it on the activations of that run: make train ARGS='sae=switch {sizes} start_from=\"{arguments.out}\"'"
-        )
+        print(f"written: {arguments.out / MODEL_FILE}")
+        print(f"Train it on that run's activations: make train ARGS='sae=switch {sizes} start_from=\"{arguments.out}\"'")
 
 
 if __name__ == "__main__":
