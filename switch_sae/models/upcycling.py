@@ -18,7 +18,8 @@ from switch_sae.models.topk import TopKSAE
 from switch_sae.rows import Rows
 
 GATE = 0.7
-"""Mean probability of the chosen expert at the start: it shrinks what the dense SAE gave, and a larger one learns slowly."""
+"""Mean probability of the chosen expert at the start, by which all that the dense SAE gave shrinks. 0.35, where trained routers end, gave a larger FVU
+(experiments/LOG.md)."""
 _DIRECTIONS, _RESTARTS, _ROUNDS, _BATCH = 256, 4, 50, 4096
 
 
@@ -141,7 +142,7 @@ def _k_means(profile_MR: Tensor, num_experts: int, generator: torch.Generator) -
     far_M = profile_MR.square().sum(dim=1)  # 0 of what never fires
     centres: list[Tensor] = []
     for _ in range(num_experts):
-        pick = torch.multinomial(far_M.cpu() + 1e-9, 1, generator=generator).item()
+        pick = int(torch.multinomial(far_M.cpu() + 1e-9, 1, generator=generator))
         centres.append(profile_MR[pick])
         far_M = far_M.minimum((1 - profile_MR @ centres[-1]).clamp_min(0))
     centre_ER, expert_M = torch.stack(centres), torch.full((len(profile_MR),), -1, device=profile_MR.device)
