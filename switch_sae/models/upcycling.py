@@ -18,8 +18,8 @@ from switch_sae.models.topk import TopKSAE
 from switch_sae.rows import Rows
 
 GATE = 0.7
-"""Mean probability of the chosen expert at the start, by which all that the dense SAE gave shrinks. 0.35, where trained routers end, gave a larger FVU
-(experiments/LOG.md)."""
+"""Mean probability of the chosen expert at the start, by which all that the dense SAE gave shrinks. 0.35, about where trained routers end, gave a
+larger FVU in the one run that tried it (experiments/LOG.md)."""
 _DIRECTIONS, _RESTARTS, _ROUNDS, _BATCH = 256, 4, 50, 4096
 
 
