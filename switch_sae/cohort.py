@@ -17,6 +17,7 @@ from switch_sae.config import RunConfig, config_to_plain
 from switch_sae.files import Say, make_variable
 from switch_sae.memory import available_bytes, group_bytes
 from switch_sae.models import SAES, SparseAutoencoder
+from switch_sae.models.starting import take_weights
 from switch_sae.progress import Progress
 from switch_sae.runs import TRAINING_FILE, Checkpoint, RunDir, RunError, load_sae
 from switch_sae.scoring import Asked, Scorer, trained, training_facts
@@ -132,15 +133,21 @@ def build_sae(config: Any, d_in: int, seed: int) -> SparseAutoencoder:
     return SAES.build(config, d_in, torch.Generator().manual_seed(seed))
 
 
-def saved_start(member: Member) -> SparseAutoencoder | None:
-    """The SAE whose weights a main SAE starts from, scale and biases included; None where it starts anew. Raises ValueError for other settings."""
+def saved_start(member: Member, sae: SparseAutoencoder, say: Say) -> bool:
+    """Whether a main SAE starts from saved weights, scale and biases included, which `sae` then has; False where it starts anew.
+
+    Says which settings differ from those that it was saved with. Raises ValueError where the weights do not fit.
+    """
     path = member.config.start_from
     if member.role != MAIN or path is None:
-        return None
-    sae = load_sae(path)
-    if sae.config != member.sae:
-        raise ValueError(f"start_from={path} holds {sae}, which has other settings than this run's sae. Give the settings that it was saved with.")
-    return sae
+        return False
+    try:
+        differences = take_weights(sae, load_sae(path))
+    except ValueError as error:
+        raise ValueError(f"start_from={path}: {error}") from error
+    told = f"; settings that differ: {', '.join(differences)}" if differences else ""
+    say(f"{member.name} starts from the weights of {path}, with fresh moments and its own schedule{told}")
+    return True
 
 
 class Cohort:
@@ -164,10 +171,10 @@ class Cohort:
         free = available_bytes(stream.device)
         for name, member in self.members.items():
             try:
-                start = saved_start(member)
-                sae = build_sae(member.sae, stream.source.d_in, member.config.seed) if start is None else start
+                sae = build_sae(member.sae, stream.source.d_in, member.config.seed)
+                prepared = self.start == 0 and saved_start(member, sae, self.say)  # later a checkpoint holds all that the start gave
                 self.trainers[name] = stream.trainer(
-                    sae, member.config.trainer, self.config.total_steps, member.config.normalize_activations, prepared=start is not None
+                    sae, member.config.trainer, self.config.total_steps, member.config.normalize_activations, prepared
                 )
             except Exception as error:  # one member that cannot be built must not stop the others
                 self._failed(name, 0, error)

@@ -68,7 +68,9 @@ class RunConfig(Settings):
     """Activations to train on."""
     batch_size: int = 2048
     start_from: str | None = None
-    """The model.safetensors of an SAE of the same settings, whose weights the main SAE starts from; null starts anew from the seed."""
+    """A run folder, model.safetensors, or checkpoint in one of `FORMATS`: an SAE of the same architecture and sizes, whose weights and scale the main
+    SAE starts from, with fresh moments and a whole schedule of its own. null starts anew from the seed. `seed` then decides nothing of the weights;
+    give another `source.seed` to see the rows in another order."""
     seed: int = 0
     device: str = "auto"
     """auto takes a GPU where there is one."""
