@@ -54,9 +54,9 @@ for missing in [name for name, group in kinds.items() if len(group) < 2]:
     print(f"one seed of {missing}: no ceiling for its latents, and nothing about their stability")
 
 
-def tell(name, table):
+def tell(name, table, **more):
     """The figure, and the table of a terminal."""
-    analysis = build_analysis(name, SETTINGS)
+    analysis = build_analysis(name, SETTINGS | more)
     figure = analysis.draw(table)
     display(Image(data=render(figure), width=100 * figure.get_figwidth()))
     print(records_table(analysis.shown(table)))
@@ -129,6 +129,17 @@ for record in chosen(fates, part="example"):
         print(f"      {line}")
 
 # %% [markdown]
+# ## Where latents lie
+#
+# Nearest neighbours in the own expert and in others, of decoder and of encoder rows, against experts drawn at random; copies by how often latents
+# fire; how many directions there are; how sparse codes are. Maps keep a third of neighbourhoods: they illustrate, and prove nothing.
+
+# %%
+MAPS = {"shown": 500}
+geometry = analyze("geometry", rows, SETTINGS | MAPS)
+tell("geometry", geometry, **MAPS)
+
+# %% [markdown]
 # ## Answer
 
 
@@ -159,4 +170,11 @@ for kind in dict.fromkeys(record["sae"] for record in chosen(means(matching), pa
     recurs, _, _ = number(matching, part="stability", measure="recurs", sae=kind)
     mcc, null, _ = number(matching, part="stability", measure="pw_mcc", sae=kind)
     said.append(f"Between seeds of {kind}, {percent(recurs)} of latents recur (PW-MCC {mcc:.2f}, rotated {null:.2f}).")
+for name in dict.fromkeys(record["sae"] for record in chosen(geometry, part="neighbours", measure="own_share") if record["experts"] > 1):
+    (decoder,), (encoder,) = (chosen(geometry, part="neighbours", measure="own_share", at=rows_of, sae=name) for rows_of in ("decoder", "encoder"))
+    if decoder["value"] is not None and encoder["value"] is not None:
+        said.append(
+            f"In {name} the nearest decoder row is in the own expert for {percent(decoder['value'])} of latents, the nearest encoder row for "
+            f"{percent(encoder['value'])} (experts at random: {percent(decoder['null'])})."
+        )
 print(" ".join(said) if said else "No answer: a dense SAE and one with experts, on the same activations, are needed.")

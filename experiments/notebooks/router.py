@@ -134,6 +134,24 @@ show("margins")
 show("stability")
 
 # %% [markdown]
+# ## What do its mistakes cost?
+#
+# Every token through every expert. The *oracle* takes the expert with the least error, which no router can know. What the oracle gains is *routing*;
+# what is still missing to a dense SAE is *partition*: no other route to the same experts could repair it. Below, who can stand in for whom: the FVU
+# of the tokens of expert e when forced through expert f.
+
+# %%
+costs = []
+if [row for row in routed if row.config.get("sae.experts_per_token", 1) == 1]:
+    costs = analyze("regret", saes, {"rows": SETTINGS["rows"]})
+    figure = build_analysis("regret").draw(costs)
+    display(Image(data=render(figure), width=100 * figure.get_figwidth()))
+    lines = chosen(costs, part="split", measure=("regret", "routing", "partition", "routing_share"), at="gate")
+    print(records_table(compact(lines)))
+else:
+    print("Regret is defined for one expert per token.")
+
+# %% [markdown]
 # ## Answer
 
 # %%
@@ -180,6 +198,12 @@ for series in dict.fromkeys(series_of(record) for record in table):
         sentences.append(f"matched experts of other seeds agree on {agreement['value']:.0%} of tokens (chance {agreement['null']:.0%})")
     else:
         sentences.append("with one seed nothing is known about how much of this recurs")
+    lost = [
+        record for record in chosen(costs, part="split", measure="regret", at="gate") if series_of(record) == series and record["value"] is not None
+    ]
+    if lost:
+        regret = sum(record["value"] for record in lost) / len(lost)
+        sentences.append(f"the best expert for every token would leave {regret / (1 + regret):.1%} less error than its routes (regret {regret:.3f})")
     print(f"{series}: " + "; ".join(sentences) + ".\n")
 if not table:
     print("None of these SAEs has experts, so there is no router to describe. Give a Switch run.")
