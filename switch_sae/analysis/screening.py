@@ -127,8 +127,8 @@ class Screening(Analysis):
             figure,
             "A screen's candidates for the top-k of a trained dense SAE, exact encoder values. Energy: sum of z^2 of the SAE's own code that is "
             "among the candidates. Vertical lines: 95 % intervals over documents (means of their ends where several SAEs are averaged). Oracles take "
-            "for each token the list that holds most of its energy. Trained: SAEs that were trained with so many products, on the same rows. Grey: nulls "
-            "with the whole budget.",
+            "for each token the list that holds most of its energy. Trained: SAEs that were trained with so many products, on the same rows. Grey: "
+            "nulls with the whole budget.",
             handles,
             columns=4,
         )
