@@ -49,7 +49,7 @@ def main() -> None:
         sae = upcycle(arguments.run, arguments.experts, arguments.out, arguments.seed)
         sizes = " ".join(f"sae.{name}={getattr(sae, name)}" for name in ("num_latents", "k", "num_experts"))
         print(f"written: {arguments.out / MODEL_FILE}")
-        print(f"Train it on that run's activations: make train ARGS='sae=switch {sizes} start_from=\"{arguments.out}\"'")
+        print(f"Train it on that run's activations, with {sizes}: make train ARGS='sae=switch start_from={arguments.out}'")
 
 
 if __name__ == "__main__":

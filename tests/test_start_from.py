@@ -87,7 +87,7 @@ def test_other_inputs_a_dense_sae_and_another_part_of_shared_latents_are_refused
     dense = TopKSAE(TopKSAE.Config(num_latents=32, k=4), 16, generator)
     with pytest.raises(ValueError, match=r"W_dec_MD is \(32, 16\), this run's is \(32, 8\)"):
         take_weights(TopKSAE(TopKSAE.Config(num_latents=32, k=4), 8, generator), dense)
-    with pytest.raises(ValueError, match=r"make experts of it with python -m experiments\.upcycle"):
+    with pytest.raises(ValueError, match=r"split it into experts with python -m experiments\.upcycle"):
         take_weights(SwitchSAE(SWITCH, 16, generator), dense)
     with pytest.raises(ValueError, match="it holds a TopKSAE, and this run trains a BatchTopKSAE"):
         take_weights(BatchTopKSAE(BatchTopKSAE.Config(num_latents=32, k=4), 16, generator), dense)

@@ -128,7 +128,7 @@ def test_the_command_writes_a_start_and_says_what_it_keeps(monkeypatch, capsys, 
     monkeypatch.setattr(sys, "argv", ["upcycle", str(run.path), "--experts", "4", "--out", str(tmp_path / "up")])
     upcycle.main()
     said = capsys.readouterr().out
-    assert "of its experts before training" in said and "sae=switch sae.num_latents=32 sae.k=4 sae.num_experts=4 start_from=" in said
+    assert "of its experts before training" in said and "with sae.num_latents=32 sae.k=4 sae.num_experts=4: make train" in said
     assert load_sae(tmp_path / "up").activations == load_sae(run.path).activations
     with pytest.raises(SystemExit):
         upcycle.main()
