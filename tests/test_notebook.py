@@ -17,6 +17,7 @@ pytest.importorskip("scipy")
 SAYS = {
     "compare": (
         *("2 switch", "FVU of switch relative to", "NMI of experts and topics 0.", "of the directions of flop_matched are in switch", "cut into 4"),
+        *("has the least error of 3 trained SAEs", "of its latents are dead"),
     ),
     "router": (
         "SAEs with experts",

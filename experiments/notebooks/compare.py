@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # Comparing sparse autoencoders
+# # Which of these sparse autoencoders is better, and in what?
 #
 # Works on the folders of any finished runs. `make notebook` executes it on the two newest, `make notebook RUNS="runs/a runs/b"` on those you name.
 # Or open it in Jupyter (with jupytext) or VS Code, set `RUNS` below, and run all cells.
@@ -222,3 +222,19 @@ else:
 
 # %%
 source.close()
+
+# %% [markdown]
+# ## Answer
+
+# %%
+for run in RUNS:
+    own = [row for row in rows if row.path == run.path and row.role in ("main", "baseline") and row.value("fvu_inliers") is not None]
+    main, best = own[0], min(own, key=lambda row: row.value("fvu_inliers"))
+    said = [f"In {run.path.name}, {best.label or best.sae} has the least error of {len(own)} trained SAEs (FVU {best.value('fvu_inliers'):.4f})"]
+    for row in own[1:]:
+        change = main.value("fvu_inliers") / row.value("fvu_inliers") - 1
+        said.append(f"{main.label or main.sae} leaves {abs(change):.1%} {'more' if change > 0 else 'less'} than {row.label or row.sae}")
+    said.append(f"{main.value('dead_latents'):.1%} of its latents are dead")
+    if (spread := main.value("load_cv")) is not None:
+        said.append(f"the load of its experts varies by {spread:.2f} of the mean")
+    print("; ".join(said) + ". One run of each: train several seeds before it is a claim about architectures.\n")

@@ -93,8 +93,7 @@ class Regret(Analysis):
         for record in chosen(table, part="transfer", measure="own"):
             first.setdefault(record["sae"].removesuffix(f"-s{record['seed']}"), record["sae"])
         maps = list(first.values())[:MAPS]
-        columns = max(1, min(MAP_COLUMNS, len(maps)))
-        rows = math.ceil(len(maps) / columns)
+        rows = math.ceil(len(maps) / MAP_COLUMNS)
         top = 1.2 + 0.22 * len(routed)
         figure = canvas(11, top + 2.8 * rows)
         grid = figure.add_gridspec(1 + bool(maps), 1, height_ratios=[top, 2.8 * rows][: 1 + bool(maps)])
@@ -102,11 +101,11 @@ class Regret(Analysis):
         routes = figure.add_subplot(above[0])
         _draw_routes(routes, table, routed)
         _draw_split(figure.add_subplot(above[1], sharey=routes), table, routed)
-        below = grid[-1].subgridspec(max(1, rows), columns)
+        below = grid[-1].subgridspec(max(1, rows), MAP_COLUMNS)
         cells = chosen(table, sae=tuple(maps), part="transfer", measure="fvu", against="pair")
         high = max((record["value"] for record in cells if record["value"] is not None), default=1)
         for place, name in enumerate(maps):
-            axis = figure.add_subplot(below[place // columns, place % columns])
+            axis = figure.add_subplot(below[place // MAP_COLUMNS, place % MAP_COLUMNS])
             image = _draw_transfer(axis, table, name, high)
         if maps:
             figure.colorbar(image, ax=figure.axes[2:], shrink=0.7, label="T[e, f]", pad=0.01)
