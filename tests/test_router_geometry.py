@@ -13,6 +13,7 @@ from switch_sae.activations.text import TextConfig
 from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.findings import chosen
 from switch_sae.analysis.observed import observe
+from switch_sae.analysis.recovery import cosines
 from switch_sae.analysis.router import partner
 from switch_sae.analysis.router_geometry import rows as router_rows
 from switch_sae.analysis.router_geometry.parts import Routed, half_explained, sparsity
@@ -208,7 +209,7 @@ def test_own_against_others_is_that_of_brute_force():
     for e in range(4):
         mine = [F.normalize(known[m], dim=0) for m in range(12) if owner[m] == e]
         assert torch.allclose(mean[e].float(), torch.stack(mine).mean(0) if mine else torch.zeros(10), atol=1e-6)
-    cosine = router_rows.cosines(rows, rows)
+    cosine = cosines(rows, rows)
     assert router_rows.mean_similarity(rows) == pytest.approx(float(cosine[~torch.eye(4, dtype=torch.bool)].mean()))
 
 

@@ -26,11 +26,10 @@ from IPython.display import Image, display
 from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.codes.comparison import SHORTEST, WITH_CLASSES
 from switch_sae.analysis.findings import chosen, compact
-from switch_sae.analysis.observed import HOW_MANY
+from switch_sae.analysis.observed import saw_other_activations
 from switch_sae.report import render
 from switch_sae.report.tables import records_table
 from switch_sae.results import collect, finished_runs
-from switch_sae.results.rows import other_activations
 from switch_sae.runs import RunDir
 
 NAMED = os.environ.get("SWITCH_SAE_RUNS", "")  # folders, separated by os.pathsep
@@ -40,8 +39,7 @@ SETTINGS = {"rows": 20_000, "shown": 0.1}  # held-out activations, and the disto
 warnings.filterwarnings("ignore", message="IProgress not found")
 assert RUNS, "there is no finished run in runs/: train one (make train), or set RUNS"
 rows = [row for row in collect([run.path for run in RUNS]) if row.has_weights and row.kind.experts_per_token == 1]
-read = [{key: value for key, value in row.evaluated_on.items() if key not in HOW_MANY} for row in rows]
-other = [row.name for row, where in zip(rows, read, strict=True) if other_activations(read[0], where)]
+other = saw_other_activations(rows)
 rows = [row for row in rows if row.name not in other]
 print(f"left out, as they read other activations than {rows[0].name}: {', '.join(other)}" if other else f"{len(rows)} SAEs")
 table = analyze("mdl", rows, SETTINGS)

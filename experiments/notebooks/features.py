@@ -28,11 +28,11 @@ from IPython.display import Image, display
 from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.counterparts.matching_figure import means
 from switch_sae.analysis.findings import chosen
-from switch_sae.analysis.observed import HOW_MANY, series
+from switch_sae.analysis.observed import saw_other_activations, series
 from switch_sae.report import render
 from switch_sae.report.tables import records_table
 from switch_sae.results import collect, finished_runs
-from switch_sae.results.rows import TRAINED, grouped, other_activations
+from switch_sae.results.rows import TRAINED, grouped
 from switch_sae.runs import RunDir
 
 NAMED = os.environ.get("SWITCH_SAE_RUNS", "")  # folders, separated by os.pathsep
@@ -42,8 +42,7 @@ SETTINGS = {"rows": 20_000}  # held-out activations
 warnings.filterwarnings("ignore", message="IProgress not found")
 assert RUNS, "there is no finished run in runs/: train one (make train), or set RUNS"
 rows = [row for row in collect([run.path for run in RUNS]) if row.has_weights and row.role in TRAINED]
-read = [{key: value for key, value in row.evaluated_on.items() if key not in HOW_MANY} for row in rows]
-other = [row.name for row, where in zip(rows, read, strict=True) if other_activations(read[0], where)]
+other = saw_other_activations(rows)
 rows = [row for row in rows if row.name not in other]
 if other:
     print(f"left out, as they read other activations than {rows[0].name}: {', '.join(other)}")

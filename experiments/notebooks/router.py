@@ -28,7 +28,7 @@ from IPython.display import Image, display
 
 from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.findings import chosen, compact
-from switch_sae.analysis.observed import HOW_MANY
+from switch_sae.analysis.observed import saw_other_activations
 from switch_sae.analysis.router_geometry.figure import pooled, series_of
 from switch_sae.report import render
 from switch_sae.report.tables import records_table
@@ -44,10 +44,10 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 assert RUNS, "there is no finished run in runs/: train one (make train), or set RUNS"
 
 finished = [row for row in collect([run.path for run in RUNS]) if row.has_weights]
-alike = grouped(finished, lambda row: str({key: value for key, value in row.evaluated_on.items() if key not in HOW_MANY}))
-saes, *others = alike.values()
-for row in (row for group in others for row in group):
-    print(f"left out, since it saw other activations than {saes[0].name}: {row.name}")
+other = saw_other_activations(finished)
+saes = [row for row in finished if row.name not in other]
+for name in other:
+    print(f"left out, since it saw other activations than {saes[0].name}: {name}")
 routed = [row for row in saes if row.num_experts > 1]
 print(f"{len(routed)} SAEs with experts, {len(saes) - len(routed)} dense ones")
 analysis = build_analysis("router", SETTINGS)

@@ -28,11 +28,11 @@ from IPython.display import Image, display
 
 from switch_sae.analysis import analyze, build_analysis
 from switch_sae.analysis.findings import chosen, compact
-from switch_sae.analysis.observed import HOW_MANY, series
+from switch_sae.analysis.observed import saw_other_activations, series
 from switch_sae.report import render
 from switch_sae.report.tables import records_table
 from switch_sae.results import finished_runs
-from switch_sae.results.rows import collect, other_activations
+from switch_sae.results.rows import collect
 from switch_sae.runs import RunDir
 
 NAMED = os.environ.get("SWITCH_SAE_RUNS", "")  # folders, separated by os.pathsep
@@ -47,17 +47,12 @@ def show(figure):
     display(Image(data=render(figure), width=100 * figure.get_figwidth()))
 
 
-def same_activations(rows):
-    """Those that saw what the first one saw."""
-    about = [{key: value for key, value in row.evaluated_on.items() if key not in HOW_MANY} for row in rows]
-    return [row for row, where in zip(rows, about, strict=True) if not other_activations(about[0], where)]
-
-
 every = [row for row in collect([run.path for run in RUNS]) if row.has_weights]
-saes = same_activations(every)
+other = saw_other_activations(every)
+saes = [row for row in every if row.name not in other]
 print(f"{len(saes)} SAEs of the same activations: {', '.join(row.name for row in saes)}")
 if len(saes) < len(every):
-    print(f"left out, since they saw other activations than {saes[0].name}: {', '.join(row.name for row in every if row not in saes)}")
+    print(f"left out, since they saw other activations than {saes[0].name}: {', '.join(other)}")
 assert len(saes) > 1, "similarity compares SAEs: give runs of at least two on the same activations"
 if alone := [name for name, count in Counter(map(series, saes)).items() if count == 1]:
     print(f"one seed of {', '.join(alone)}: no ceiling, and intervals over documents alone. Train more seeds to know how much two of a kind differ.")

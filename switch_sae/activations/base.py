@@ -84,18 +84,25 @@ class EvaluationSet:
         return replace(part, tokens_CS=self.tokens_CS[context_C], keep_CS=keep_CS[context_C], dropped_TD=dropped_TD)
 
     def halves(self) -> tuple[Self, Self]:
-        """(A, B): the documents from the largest to the smallest, each to the half that has fewer rows so far, to A where both have as many.
+        """(A, B), by `halves_of_documents`.
 
         Documents are never cut: rows of one are alike, and what is chosen on A must not know B. Raises ValueError for a single document.
         """
         documents, size_N = self.document_T.cpu().unique(return_counts=True)
         if len(documents) < 2:
             raise ValueError(f"{len(documents)} document cannot be split into two halves by document. Evaluate on more rows.")
-        rows, halves = [0, 0], torch.empty(len(documents), dtype=torch.int64)
-        for n in size_N.argsort(descending=True, stable=True).tolist():
-            halves[n] = half = int(rows[1] < rows[0])
-            rows[half] += int(size_N[n])
-        return self.subset(documents[halves == 0]), self.subset(documents[halves == 1])
+        half_N = halves_of_documents(size_N)
+        return self.subset(documents[half_N == 0]), self.subset(documents[half_N == 1])
+
+
+def halves_of_documents(size_N: Tensor) -> Tensor:
+    """[N] 0 (A) or 1 (B) by the documents' numbers of rows: from the largest to the smallest, each to the half that has fewer rows so far, to A where
+    both have as many."""
+    filled, half_N = [0, 0], torch.empty(len(size_N), dtype=torch.int64)
+    for n in size_N.argsort(descending=True, stable=True).tolist():
+        half_N[n] = half = int(filled[1] < filled[0])
+        filled[half] += int(size_N[n])
+    return half_N
 
 
 class ActivationSource(ABC):

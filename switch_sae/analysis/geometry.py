@@ -22,7 +22,7 @@ from switch_sae.analysis.observed import Seen, observe
 from switch_sae.checks import Settings, all_at_least
 from switch_sae.countdown import Countdown
 from switch_sae.files import tell
-from switch_sae.metrics.bootstrap import effective_documents, intervals
+from switch_sae.metrics.bootstrap import effective_documents, intervals, middle_of
 from switch_sae.results.rows import ResultRow
 from switch_sae.style import styled
 
@@ -111,7 +111,7 @@ class FeatureGeometry(Analysis):
             }
             for name, null_R in null.items():
                 value = float(_of_kind(own, each.expert_L, name).touched(live).double().mean())
-                records.append(finding(row, "copies", name, value, at=tau, null=float(null_R.mean()), null_interval=_middle(null_R), n=live))
+                records.append(finding(row, "copies", name, value, at=tau, null=float(null_R.mean()), null_interval=middle_of(null_R), n=live))
             if row.num_shared:
                 with_shared = pairs.where((each.expert_L[pairs.first_P] < 0) != (each.expert_L[pairs.second_P] < 0))
                 value = float((with_shared.touched(live) & (each.expert_L >= 0)).double().mean())
@@ -137,7 +137,7 @@ class FeatureGeometry(Analysis):
         null_QR = torch.tensor([[float(part.double().mean()) for part in drawn_L.tensor_split(DECILES)] for drawn_L in relabelled(copied_L, DRAWS)])
         for decile, part_l in enumerate(each.rate_L.argsort(stable=True).tensor_split(DECILES)):
             rate, note = float(each.rate_L[part_l].mean()), f"decile {decile + 1}"
-            interval = _middle(null_QR[:, decile])
+            interval = middle_of(null_QR[:, decile])
             value = float(copied_L[part_l].double().mean())
             records.append(finding(each.row, "by_rate", "any", value, at=rate, null=overall, null_interval=interval, n=len(part_l), note=note))
             if theirs_L is not None and partner is not None:
@@ -323,7 +323,7 @@ def _beside(each: Features, at: str, unit_LD: Tensor, expert_L: Tensor, experts:
     size_E = expert_L.bincount().double()
     expected = float((size_E * (size_E - 1)).sum()) / (live * (live - 1))
     share = float((expert_L == expert_L[nearest_L]).double().mean())
-    records = [finding(each.row, "neighbours", "own_share", share, against=against, at=at, null=expected, null_interval=_middle(null_R), n=live)]
+    records = [finding(each.row, "neighbours", "own_share", share, against=against, at=at, null=expected, null_interval=middle_of(null_R), n=live)]
     null_within, null_across = expected_highest(unit_LD, expert_L)
     for name, cosine_L, null in (("cosine_within", within_L, null_within), ("cosine_across", across_L, null_across)):
         value = float(cosine_L.double().nanmean())
@@ -351,12 +351,6 @@ def _shuffled(expert_L: Tensor) -> list[Tensor]:
     """Experts in random orders; latents of none stay what they are."""
     routed_L = expert_L >= 0
     return [expert_L.masked_scatter(routed_L, drawn_l) for drawn_l in relabelled(expert_L[routed_L], DRAWS)]
-
-
-def _middle(value_R: Tensor) -> tuple[float, float]:
-    """The middle 95 % of draws."""
-    low, high = value_R.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def _number(value: float) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_sae.activations.base import ActivationSource
+from switch_sae.activations.base import ActivationSource, halves_of_documents
 from switch_sae.countdown import Countdown
 from switch_sae.files import Say, tell
 from switch_sae.metrics.forward import sae_outputs
@@ -52,16 +52,12 @@ class Sample(Shapes):
         return len(self.rows)
 
     def halves(self) -> tuple[Tensor, Tensor]:
-        """(row numbers of documents A, those of B): what is fitted or paired on A is scored on B. Whole documents, from the largest to the smallest,
-        each to the half with fewer rows so far. Raises ValueError for a single document."""
+        """(row numbers of documents A, those of B): what is fitted or paired on A is scored on B. Whole documents (`halves_of_documents`). Raises
+        ValueError for a single document."""
         size_N = self.document_T.bincount(minlength=self.num_documents)
         if len(size_N) < 2:
             raise ValueError("all rows come from one document, so nothing can be fitted on some documents and scored on others. Ask for more rows.")
-        filled, half_N = [0, 0], torch.empty(len(size_N), dtype=torch.int64)
-        for n in size_N.argsort(descending=True, stable=True).tolist():
-            half_N[n] = half = int(filled[1] < filled[0])
-            filled[half] += int(size_N[n])
-        half_T = half_N[self.document_T]
+        half_T = halves_of_documents(size_N)[self.document_T]
         return (half_T == 0).nonzero()[:, 0], (half_T == 1).nonzero()[:, 0]
 
 
@@ -126,6 +122,12 @@ def sample_of(source: ActivationSource, rows: int) -> Sample:
     )
 
 
+def saw_other_activations(saes: Sequence[ResultRow]) -> dict[str, str]:
+    """By name, in what the activations of an SAE differ from the first one's; those that saw the same are left out."""
+    read = [{key: value for key, value in row.evaluated_on.items() if key not in HOW_MANY} for row in saes]
+    return {row.name: differs for row, where in zip(saes, read, strict=True) if (differs := other_activations(read[0], where))}
+
+
 def observe(saes: Sequence[ResultRow], source: ActivationSource | None, rows: int, say: Say = tell) -> tuple[Sample, list[Seen]]:
     """The sample and what every SAE makes of it, in the order given.
 
@@ -133,12 +135,8 @@ def observe(saes: Sequence[ResultRow], source: ActivationSource | None, rows: in
     """
     if source is None:
         raise ValueError("this analysis needs activations, but no source was given. Give open_source.")
-    read = [{key: value for key, value in row.evaluated_on.items() if key not in HOW_MANY} for row in saes]
-    for row, where in zip(saes, read, strict=True):
-        if differs := other_activations(read[0], where):
-            raise ValueError(
-                f"{saes[0].name} and {row.name} saw other activations ({differs}), so nothing of them can be compared. Give runs of one source."
-            )
+    for name, differs in saw_other_activations(saes).items():
+        raise ValueError(f"{saes[0].name} and {name} saw other activations ({differs}), so nothing of them can be compared. Give runs of one source.")
     check_series(saes)
     sample = sample_of(source, rows)
     ahead = Countdown("encoding", len(saes) * len(sample), "rows", say)

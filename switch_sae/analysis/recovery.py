@@ -84,9 +84,9 @@ def recovery_scores(sae: SparseAutoencoder, source: SyntheticSource, rows: Rows,
     return {"mcc": mean_best_match(cosine_MG) if can_match else None, **recalls, "nmi": nmi}
 
 
-def cosines(decoder_MD: Tensor, truth_GD: Tensor) -> Tensor:
-    """[M, G], float64."""
-    return F.normalize(decoder_MD.detach().double(), dim=1) @ F.normalize(truth_GD.detach().double(), dim=1).T
+def cosines(first_AD: Tensor, second_BD: Tensor) -> Tensor:
+    """[A, B] of each row with each of the other, float64."""
+    return F.normalize(first_AD.detach().double(), dim=1) @ F.normalize(second_BD.detach().double(), dim=1).T
 
 
 def mean_best_match(cosine_MG: Tensor) -> float:

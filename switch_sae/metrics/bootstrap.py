@@ -67,6 +67,12 @@ def intervals(
     return {name: (float(low), float(high)) for name, (low, high) in quantiles.items()}
 
 
+def middle_of(draws: Tensor) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % quantiles of draws; of few draws nearly their smallest and largest."""
+    low, high = draws.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
 def effective_documents(sizes_N: Tensor) -> float:
     """(sum of sizes)^2 / sum of squared sizes: as many documents of equal size say as much (Kish 1965). At least 2, below which nothing is known."""
     sizes_N = sizes_N.double()

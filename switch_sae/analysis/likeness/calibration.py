@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from switch_sae.analysis.likeness.rsa import Pairs
+from switch_sae.metrics.bootstrap import middle_of
 
 LEAST_DOCUMENTS = 6
 """6! = 720 orders; fewer documents have too few for 200 different permutations."""
@@ -117,5 +118,4 @@ def calibrated(observed: float, null_K: Tensor, most: float = 1.0, alpha: float 
     every = torch.cat([null_K, null_K.new_tensor([observed])]).sort().values
     threshold = float(every[math.ceil((1 - alpha) * len(every)) - 1])
     score = max((observed - threshold) / (most - threshold), 0.0) if most > threshold else 0.0
-    low, high = null_K.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Calibrated(min(score, 1.0), (1 + int((null_K >= observed).sum())) / len(every), float(null_K.mean()), (low, high))
+    return Calibrated(min(score, 1.0), (1 + int((null_K >= observed).sum())) / len(every), float(null_K.mean()), middle_of(null_K))

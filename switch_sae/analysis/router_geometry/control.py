@@ -15,7 +15,8 @@ from switch_sae.analysis.observed import Sample, Seen
 from switch_sae.analysis.pca import mean_and_covariance
 from switch_sae.analysis.router_geometry import subspaces
 from switch_sae.analysis.router_geometry.parts import Routed
-from switch_sae.analysis.router_geometry.statistics import over_documents, span_of
+from switch_sae.analysis.router_geometry.statistics import over_documents
+from switch_sae.metrics.bootstrap import middle_of
 from switch_sae.metrics.forward import run
 
 
@@ -43,7 +44,7 @@ def control(
         value, interval = over_documents(sample.document_T, {"share": (inside, whole)})["share"]
         for null, bases in (("random", randoms), ("components", [components_DR])):
             shares = torch.tensor([float(above.sum() / below.sum()) for above, below in (subspaces.energy_share(value_TD, each) for each in bases)])
-            extra = {"null": float(shares.mean()), "null_interval": span_of(shares) if len(shares) > 1 else None, "n": len(sample)}
+            extra = {"null": float(shares.mean()), "null_interval": middle_of(shares) if len(shares) > 1 else None, "n": len(sample)}
             table.append(finding(row, "control", f"share of {name}", value, against=f"null {null}", interval=interval, **extra))  # type: ignore[arg-type]
     for one_wanted in wanted:
         table += _readable(one, sample, one_wanted, basis_DR, components_DR, randoms)
@@ -88,7 +89,7 @@ def _readable(one: Routed, sample: Sample, wanted: Wanted, basis_DR: Tensor, com
         kept = None if interval is None else (1 - interval[1], 1 - interval[0])
         for null, bases in (("random", randoms), ("components", [components_DR])):
             values = torch.tensor([1 - _lost(wanted, x_TD, turn(each)) for each in bases])
-            extra = {"null": float(values.mean()), "null_interval": span_of(values) if len(values) > 1 else None, "n": len(wanted.score_rows)}
+            extra = {"null": float(values.mean()), "null_interval": middle_of(values) if len(values) > 1 else None, "n": len(wanted.score_rows)}
             table.append(
                 finding(row, "control", measure, 1 - value, against=f"{part}, null {null}", interval=kept, ceiling=everything, **extra)  # type: ignore[arg-type]
             )

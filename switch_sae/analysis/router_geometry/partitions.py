@@ -14,11 +14,11 @@ from switch_sae.analysis.base import Table
 from switch_sae.analysis.findings import finding
 from switch_sae.analysis.observed import Sample, Seen
 from switch_sae.analysis.pca import mean_and_covariance
-from switch_sae.analysis.recovery import normalized_mutual_information
+from switch_sae.analysis.recovery import cosines, normalized_mutual_information
 from switch_sae.analysis.router_geometry.parts import SIZES, Routed
 from switch_sae.analysis.router_geometry.prediction import bigram_keys, by_table, fitted_logits, nearest_centroid, order_of_entry
-from switch_sae.analysis.router_geometry.rows import cosines
-from switch_sae.analysis.router_geometry.statistics import adjusted_rand, co_routing, null_of, over_documents, shuffled, span_of
+from switch_sae.analysis.router_geometry.statistics import adjusted_rand, co_routing, null_of, over_documents, shuffled
+from switch_sae.metrics.bootstrap import middle_of
 from switch_sae.models import SparseLatents
 
 FEATURES = tuple(size for size in SIZES if size & (size - 1) == 0)
@@ -98,7 +98,7 @@ def stability(group: Sequence[Routed], sample: Sample, halves: tuple[Tensor, Ten
         value, interval = over_documents(sample.document_T[second], {"agreement": (agrees_B, None)})["agreement"]
         null = null_of(lambda route_T: float(matched(route_T)[0].mean()), mine_T, sample.document_T, draws)
         extra = {"against": other.seen.name, "n": len(second)}
-        known = {"interval": interval, "null": float(null.mean()), "null_interval": span_of(null)}
+        known = {"interval": interval, "null": float(null.mean()), "null_interval": middle_of(null)}
         table.append(finding(row, "stability", "agreement", value, **known, **extra))  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(0)
         mixed = [shuffled(mine_T, sample.document_T, generator)[second] for _ in range(draws)]
@@ -107,11 +107,11 @@ def stability(group: Sequence[Routed], sample: Sample, halves: tuple[Tensor, Ten
             ("ARI", lambda route_T: adjusted_rand(co_routing(route_T, theirs_T[second], sizes))),  # noqa: B023
         ):
             null = torch.tensor([statistic(route_T) for route_T in mixed], dtype=torch.float64)
-            known = {"null": float(null.mean()), "null_interval": span_of(null)}
+            known = {"null": float(null.mean()), "null_interval": middle_of(null)}
             table.append(finding(row, "stability", name, statistic(mine_T[second]), **known, **extra))  # type: ignore[arg-type]
         cosine_EE = cosines(one.rows_ED, other.rows_ED)
         permuted = torch.stack([cosine_EE[torch.arange(sizes[0]), torch.randperm(sizes[0], generator=generator)].mean() for _ in range(draws)])
         value = float(cosine_EE[torch.arange(sizes[0]), match_E].mean())
-        known = {"null": float(permuted.mean()), "null_interval": span_of(permuted)}
+        known = {"null": float(permuted.mean()), "null_interval": middle_of(permuted)}
         table.append(finding(row, "stability", "cosine of matched rows", value, against=other.seen.name, n=sizes[0], **known))  # type: ignore[arg-type]
     return table

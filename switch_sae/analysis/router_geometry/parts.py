@@ -12,9 +12,11 @@ from switch_sae.analysis.base import Table
 from switch_sae.analysis.findings import finding
 from switch_sae.analysis.observed import Sample, Seen
 from switch_sae.analysis.pca import mean_and_covariance
+from switch_sae.analysis.recovery import cosines
 from switch_sae.analysis.router_geometry import rows as router_rows
 from switch_sae.analysis.router_geometry.sparse_regression import rotation, similar_in_frequency, sparse_sums, sums_of
-from switch_sae.analysis.router_geometry.statistics import flipped, following, information, null_of, over_documents, span_of, transition_counts
+from switch_sae.analysis.router_geometry.statistics import flipped, following, information, null_of, over_documents, transition_counts
+from switch_sae.metrics.bootstrap import middle_of
 from switch_sae.models import SparseAutoencoder
 from switch_sae.models.routers import Router
 from switch_sae.results.rows import ResultRow
@@ -143,7 +145,7 @@ def _curves(one: Routed, measure: str, against: str, value_S: Tensor, nulls: dic
         name = f"{against}, null {null}"
         for s in (size - 1 for size in SIZES if size <= len(value_S)):
             ceiling = None if ceiling_S is None else float(ceiling_S[s])
-            numbers = {"null": float(value_NS[:, s].mean()), "null_interval": span_of(value_NS[:, s]), "ceiling": ceiling}
+            numbers = {"null": float(value_NS[:, s].mean()), "null_interval": middle_of(value_NS[:, s]), "ceiling": ceiling}
             table.append(finding(row, "sparsity", measure, float(value_S[s]), against=name, at=s + 1, n=len(one.rows_ED), note=note, **numbers))  # type: ignore[arg-type]
         half = half_explained(value_S)
         halves = [half_explained(value_s) for value_s in value_NS]
@@ -157,7 +159,7 @@ def _curves(one: Routed, measure: str, against: str, value_S: Tensor, nulls: dic
                 half,
                 against=name,
                 null=float(known.mean()) if complete else None,
-                null_interval=span_of(known) if complete else None,
+                null_interval=middle_of(known) if complete else None,
                 ceiling=None if ceiling_S is None else half_explained(ceiling_S),
                 n=len(one.rows_ED),
                 note=note if half is not None and complete else f"not reached with {len(value_S)} rows",
@@ -190,7 +192,7 @@ def coupling(one: Routed, dense: Seen | None, sample: Sample, draws: int) -> Tab
         weight_MD = None if dense is None else rows_of(dense.sae, side)
         if dense is not None and weight_MD is not None:
             mean_ED = router_rows.mean_rows(weight_MD, dense.latents, expert_T, len(one.rows_ED))
-            scores[f"dense {side} centred mean"] = router_rows.cosines(one.rows_ED, router_rows.centred(mean_ED))
+            scores[f"dense {side} centred mean"] = cosines(one.rows_ED, router_rows.centred(mean_ED))
     for name, score_EE in scores.items():
         table += _own_against_others(one, f"cosine {name}", score_EE, draws, one.note)
     note = one.note if encoder_EFD is not None else "no encoder: products with decoder rows"
@@ -215,7 +217,7 @@ def coupling(one: Routed, dense: Seen | None, sample: Sample, draws: int) -> Tab
     random = torch.tensor([router_rows.mean_similarity(torch.randn(one.raw_ED.shape, generator=generator) @ root_DD.T) for _ in range(draws)])
     balance = router_rows.balance_of(row.config)
     similarity = router_rows.mean_similarity(one.raw_ED)
-    extra = {"null": float(random.mean()), "null_interval": span_of(random), "n": len(one.raw_ED), "note": one.note}
+    extra = {"null": float(random.mean()), "null_interval": middle_of(random), "n": len(one.raw_ED), "note": one.note}
     table.append(finding(row, "coupling", "similarity of rows", similarity, against=f"balance: {balance}", **extra))  # type: ignore[arg-type]
     return table
 
@@ -225,8 +227,8 @@ def _own_against_others(one: Routed, measure: str, score_EE: Tensor, draws: int,
     null_own, null_auc = router_rows.relabelled(score_EE, draws)
     row, n = one.seen.row, len(score_EE)
     return [
-        finding(row, "coupling", measure, own, against="own", null=others, null_interval=span_of(null_own), n=n, note=note),
-        finding(row, "coupling", f"AUC {measure}", auc, against="others", null=0.5, null_interval=span_of(null_auc), n=n, note=note),
+        finding(row, "coupling", measure, own, against="own", null=others, null_interval=middle_of(null_own), n=n, note=note),
+        finding(row, "coupling", f"AUC {measure}", auc, against="others", null=0.5, null_interval=middle_of(null_auc), n=n, note=note),
     ]
 
 
@@ -270,13 +272,13 @@ def _along_text(one: Routed, sample: Sample, permutations: int) -> Table:
     flips_P = (expert_T[pairs[0]] != expert_T[pairs[1]]).float()
     value, interval = over_documents(sample.document_T[pairs[0]], {"flips": (flips_P, None)})["flips"]
     mixed = null_of(lambda route_T: float((route_T[pairs[0]] != route_T[pairs[1]]).float().mean()), expert_T, sample.document_T, permutations)
-    n, known = len(pairs[0]), {"null": float(mixed.mean()), "null_interval": span_of(mixed)}
+    n, known = len(pairs[0]), {"null": float(mixed.mean()), "null_interval": middle_of(mixed)}
     table = [finding(row, "margins", "flips, next token", value, against="shuffled in documents", interval=interval, n=n, **known)]  # type: ignore[arg-type]
     nulls = {"shuffled in documents": sample.document_T}
     if sample.token_T is not None:
         nulls["shuffled among equal tokens"] = sample.token_T
     for name, block_T in nulls.items():
         null = null_of(bits, expert_T, block_T, permutations)
-        extra = {"null": float(null.mean()), "null_interval": span_of(null), "n": n}
+        extra = {"null": float(null.mean()), "null_interval": middle_of(null), "n": n}
         table.append(finding(row, "margins", "information, next token", bits(expert_T), against=name, **extra))  # type: ignore[arg-type]
     return table

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from switch_sae.analysis.recovery import cosines
 from switch_sae.models import SparseLatents
 from switch_sae.models.routers import Router
 
@@ -30,11 +31,6 @@ def balance_of(config: dict[str, object]) -> str:
     if setting["train"] is False:
         return "frozen"
     return next((what for name, what in (("load_balance", "loss"), ("rate", "bias"), ("decay", "centroids")) if setting[name]), "none")
-
-
-def cosines(first_ED: Tensor, second_ED: Tensor) -> Tensor:
-    """[E, E] of each row with each of the other, float64."""
-    return F.normalize(first_ED.double(), dim=1) @ F.normalize(second_ED.double(), dim=1).T
 
 
 def mean_similarity(rows_ED: Tensor) -> float:

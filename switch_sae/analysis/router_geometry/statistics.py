@@ -41,12 +41,6 @@ def over_documents(
     return {name: (float(a_N.sum() / b_N.sum()), found.get(name)) for name, (a_N, b_N) in sums.items()}
 
 
-def span_of(values: Tensor) -> Interval:
-    """The 2.5 % and 97.5 % quantiles of draws; of few draws nearly their smallest and largest."""
-    low, high = values.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
 def shuffled(route_T: Tensor, block_T: Tensor, generator: torch.Generator) -> Tensor:
     """The routes, in random order within each block of rows (a document, a token)."""
     mixed_T = torch.empty_like(route_T)
