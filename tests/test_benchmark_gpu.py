@@ -316,7 +316,7 @@ def test_a_run_checks_first_then_fills_the_table(suite, capsys, monkeypatch):
     assert "eai-sparsify's kernels are MISSING" in text and "RED" not in text and "FAILED" not in text
     assert all(tuple(row) == COLUMNS for row in suite.rows)
     sections = {row["section"] for row in suite.rows}
-    assert sections == {"roofs", "step", "parity", "contenders", "optimizer", "profile"}
+    assert sections == {"roofs", "step", "parity", "contenders", "optimizer", "architectures", "profile"}
     steps = [row for row in suite.rows if row["section"] == "step"]
     assert [(row["E"], row["S"], row["routing"]) for row in steps] == [(4, 1, "random"), (1, 1, "random"), (4, 2, "random"), (4, 1, "zipf")]
     assert all(float(row["measured_us"]) > 0 and float(row["ratio"]) > 0 and row["device"] == "cpu" for row in steps)

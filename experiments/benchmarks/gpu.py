@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.benchmarks import architectures
 from experiments.benchmarks.cases import (
     FLOOR_TARGET,
     MASKED_TARGET,
@@ -220,6 +221,29 @@ class Benchmark(Suite):
                     for stage in stages
                 ]
             )  # fmt: skip
+
+    def run_architectures(self, sections: list[str]) -> None:
+        """What every other architecture costs on this device, and whether it computes there what it does on a CPU."""
+        sizes = architectures.TINY_SIZES if self.tiny else architectures.SIZES
+        x_BTD = architectures.batches_of(sizes, self.device)
+        say(f"   {sizes}\n   {'':<32}{'step us':>9}{'host us':>9}{'waits':>6}{'encode + decode us':>20}{'waits':>6}{'loss':>9}{'gradients':>10}")
+        several = architectures.configs(sizes)
+        for name in self.each(list(several)):
+            self.free()
+            try:
+                seen = architectures.look(name, several[name], self.device, sizes, x_BTD, 3 if self.tiny else architectures.STEPS)
+            except Exception as error:
+                self.failed(name, error)
+                if is_fatal(error):
+                    raise
+                continue
+            times = f"{seen.step_us:>9.0f}{seen.host_us:>9.0f}{seen.waits:>6}{seen.inference_us:>20.0f}{seen.inference_waits:>6}"
+            errors = f"{seen.loss_error:>9.1e}{seen.gradient_error:>10.1e} {seen.worst}"
+            say(f"   {'' if seen.holds else 'RED '}{name:<{32 if seen.holds else 28}}{times}{errors}; {seen.how}")
+            if not seen.holds:
+                self.failures.append(name)
+            note = f"{seen.waits} waits a step, gradients {seen.gradient_error:.1e} from the CPU's ({seen.worst}); {seen.how}"
+            self.record([self.row("architectures", name, sizes, precision="float32", measured_us=seen.step_us, note=note)])
 
     def run_profile(self, sections: list[str]) -> None:
         """What the GPU runs in a step, torch's own kernels included. Last, because a profiler that was once attached may slow what follows."""

@@ -31,6 +31,7 @@ SECTIONS = {
     "parity": 120,
     "contenders": 80,
     "stages": 40,
+    "architectures": 90,
     "shapes": 150,
     "crossover": 40,
     "profile": 30,
