@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CONFIGS = ((128, 4), (256, 4), (256, 8))
+CONFIGS = ((128, 1), (128, 2), (128, 4), (256, 2), (256, 4), (256, 8), (1024, 8))
 """(columns per pass, warps); which of them is fastest depends on the GPU, and the ceiling is the fastest."""
 
 
@@ -13,7 +13,7 @@ CONFIGS = ((128, 4), (256, 4), (256, 8))
 def _gather_sum(table, index, out, D: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
     bag = tl.program_id(0)
     row_K = tl.load(index + bag * K + tl.arange(0, K)).to(tl.int64)
-    for start in range(0, D, COLUMNS):
+    for start in tl.static_range(0, D, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = column < D
         tile = tl.load(table + row_K[:, None] * D + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)

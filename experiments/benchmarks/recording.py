@@ -143,7 +143,7 @@ class Recording:
         about = json.loads(self.archive.read("launches.json"))
         if about["format"] != FORMAT:
             raise StaleError(f"{path} has format {about['format']}, this is {FORMAT}: record again.")
-        self.launches = [Recorded(**launch) for launch in about["launches"]]
+        self.launches = [Recorded(**launch | {"kwargs": _hashable(launch["kwargs"])}) for launch in about["launches"]]
 
     def storages(self, keys: list[str], device: torch.device | str) -> list[Tensor]:
         """Fresh copies, as bytes, padded to whole numbers of 8 bytes."""
@@ -152,6 +152,11 @@ class Recording:
             data = self.archive.read(f"blobs/{key}")
             made.append(torch.frombuffer(bytearray(data + bytes(-len(data) % 8 or 8)), dtype=torch.uint8).clone().to(device))
         return made
+
+
+def _hashable(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Compile-time constants as they were: JSON makes lists of tuples, and Triton's compiler looks constants up."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in kwargs.items()}
 
 
 def rebuilt(argument: Any, storages: list[Tensor]) -> Any:

@@ -4,7 +4,7 @@ Products are float32 whatever the operands of the experts' products are, or sums
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,8 +20,22 @@ PRODUCT_TILE = 64
 """Experts and columns of a product's tile where no row of logits has to stay whole."""
 LEAST_WIDTH = 32
 """Columns of a tile over fewer experts: one kernel serves them all."""
-PROGRAMS = 256
-"""About how many programs share the gradient of the router's weights."""
+
+
+class Cut(NamedTuple):
+    """How a product of few columns is cut into programs: the tokens and activation columns of a step of its loop, and how many programs share it."""
+
+    tokens: int
+    columns: int
+    programs: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+ROUTE = Cut(64, 32, 0)
+"""Of the logits; the programs are the blocks of tokens."""
+GRADIENTS = Cut(32, 64, 256)
+"""Of the gradient of the router's weights."""
 SMALLEST: tl.constexpr = tl.constexpr(2.0**-126)
 """The least normal float32: what lies below, a GPU may flush to 0."""
 
@@ -46,7 +60,7 @@ class Routed:
 
 def block_tokens(num_experts: int) -> int:
     """Tokens per block of the counts; smaller with many experts, where one block is already hundreds of kilobytes of logits."""
-    return 64 if num_experts <= 128 else 32
+    return ROUTE.tokens if num_experts <= 128 else 32
 
 
 def _check_width(num_experts: int) -> None:
@@ -88,7 +102,11 @@ def route(x_TD: Tensor, scale: Tensor, W_ED: Tensor, b_D: Tensor, slots: int, do
         prob_sums_BE=torch.empty(blocks, num_experts, dtype=torch.float32, device=device),
     )
     sizes = (tokens, num_experts, D)
-    product: dict[str, Any] = {"BLOCK_D": min(32, max(16, next_power_of_2(D))), "PRECISION": precision_of(dot)}
+    product: dict[str, Any] = {
+        "BLOCK_D": min(ROUTE.columns, max(16, next_power_of_2(D))),
+        "PRECISION": precision_of(dot),
+        "num_stages": ROUTE.num_stages,
+    }
     whole = rows == block and width <= 128  # the block's logits are one product; of more experts they are made in tiles beforehand
     if not whole:
         size = PRODUCT_TILE
@@ -296,14 +314,14 @@ def _route_backward(
 def router_gradients(grad_TE: Tensor, x_TD: Tensor, scale: Tensor, W_ED: Tensor, b_D: Tensor, dot: Dot) -> tuple[Tensor, Tensor]:
     """Partial sums (float32) of the gradients of W [C, E, D] and b [B, D], from that of the logits: grad^T (x * scale - b) and -sum_t grad W.
 
-    Each program owns a tile of W and a chunk of tokens; there are about `PROGRAMS` of them.
+    Each program owns a tile of W and a chunk of tokens; there are about `GRADIENTS.programs` of them.
     """
     (tokens, E), D = grad_TE.shape, x_TD.shape[1]
     precision = precision_of(dot)
-    most_d = 32 if precision == "ieee" else PRODUCT_TILE  # products of float32 are made in registers, which would spill
-    size, width, block_d = 32, min(PRODUCT_TILE, max(LEAST_WIDTH, next_power_of_2(E))), min(most_d, max(16, next_power_of_2(D)))
+    most_d = 32 if precision == "ieee" else GRADIENTS.columns  # products of float32 are made in registers, which would spill
+    size, width, block_d = GRADIENTS.tokens, min(PRODUCT_TILE, max(LEAST_WIDTH, next_power_of_2(E))), min(most_d, max(16, next_power_of_2(D)))
     d_tiles, e_tiles, blocks = cdiv(D, block_d), cdiv(E, width), cdiv(tokens, size)
-    per_chunk = cdiv(blocks, min(blocks, max(1, PROGRAMS // (d_tiles * e_tiles))))
+    per_chunk = cdiv(blocks, min(blocks, max(1, GRADIENTS.programs // (d_tiles * e_tiles))))
     chunks = cdiv(blocks, per_chunk)
     W_parts, b_parts = (torch.empty(shape, dtype=torch.float32, device=x_TD.device) for shape in ((chunks, E, D), (chunks * e_tiles, D)))
     launch(
@@ -318,6 +336,8 @@ def router_gradients(grad_TE: Tensor, x_TD: Tensor, scale: Tensor, W_ED: Tensor,
         WIDTH=width,
         BLOCK_D=block_d,
         PRECISION=precision,
+        num_warps=GRADIENTS.num_warps,
+        num_stages=GRADIENTS.num_stages,
     )
     return W_parts, b_parts
 

@@ -22,6 +22,10 @@ MIN_SQUARE: tl.constexpr = tl.constexpr(1e-30)
 """Least squared norm that a row is divided by: a row of zeros stays a row of zeros."""
 
 
+ROW_SUMS = (16, 256, 512, 4, 2)
+"""Of `row_sum_parts`: rows and columns of a tile, most partial sums, warps, stages."""
+
+
 @dataclass(frozen=True)
 class MatrixState:
     """A parameter with its Adam moments, all contiguous and updated in place."""
@@ -264,10 +268,12 @@ def row_sum_parts(W_MD: Tensor, D: int, weights_M: Tensor | None = None, factor:
     W is [M, Dp], float32 or bfloat16; P is at most 512.
     """
     M = W_MD.shape[0]
-    rows = 16
-    span = rows * max(8, cdiv(M, 512 * rows))  # at most 512 partial sums, each of at least 128 rows
-    width = min(256, next_power_of_2(D))
+    rows, width, parts_at_most, warps, stages = ROW_SUMS
+    span = rows * max(cdiv(128, rows), cdiv(M, parts_at_most * rows))  # at most so many partial sums, each of at least 128 rows
+    width = min(width, next_power_of_2(D))
     parts = torch.empty(cdiv(M, span), D, dtype=torch.float32, device=W_MD.device)
     grid = (parts.shape[0], cdiv(D, width))
-    launch(_row_sum_parts, grid, weights_M, W_MD, parts, M, factor, D, W_MD.stride(0), span, ROWS=rows, WIDTH=width, num_warps=4, num_stages=2)
+    launch(
+        _row_sum_parts, grid, weights_M, W_MD, parts, M, factor, D, W_MD.stride(0), span, ROWS=rows, WIDTH=width, num_warps=warps, num_stages=stages
+    )
     return parts
