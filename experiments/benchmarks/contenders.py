@@ -190,6 +190,31 @@ class Peer(ABC):
         return self.parameters[name].to(self.operand_dtype)
 
 
+def gather_sum(indices_TK: Tensor, W_MD: Tensor, weights_TK: Tensor) -> Tensor:
+    """[T, D]: the weighted sums of gathered rows, by `embedding_bag`, whose backward pass CUDA has for float32 weights only: bfloat16 gets ours."""
+    if W_MD.dtype == torch.bfloat16 and W_MD.is_cuda:
+        out_TD: Tensor = _GatherSum.apply(indices_TK, W_MD, weights_TK)
+        return out_TD
+    return F.embedding_bag(indices_TK, W_MD, mode="sum", per_sample_weights=weights_TK)
+
+
+class _GatherSum(torch.autograd.Function):
+    """`embedding_bag` with the two gradients as PyTorch would compute them: gathered products, and rows added where they were gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, indices_TK: Tensor, W_MD: Tensor, weights_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(indices_TK, W_MD, weights_TK)
+        return F.embedding_bag(indices_TK, W_MD, mode="sum", per_sample_weights=weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
+        (grad_TD,), (indices_TK, W_MD, weights_TK) = grads, ctx.saved_tensors
+        rows_TKD = F.embedding(indices_TK, W_MD)
+        grad_TK = torch.bmm(rows_TKD, grad_TD[:, :, None])[:, :, 0]
+        grad_rows = (weights_TK[:, :, None] * grad_TD[:, None, :]).flatten(0, 1)
+        return None, torch.zeros_like(W_MD).index_add_(0, indices_TK.flatten(), grad_rows), grad_TK
+
+
 class MaskedDense(Peer):
     """As published: all M latents computed, all but the routed experts' masked, top-k over M; also our truth, in float64.
 
@@ -210,7 +235,7 @@ class MaskedDense(Peer):
         if self.dense_decode:
             recon_TD = torch.zeros_like(pre_TM, dtype=self.operand_dtype).scatter(1, indices_TK, weights_TK) @ self.operand("W_dec_MD")
         else:
-            recon_TD = F.embedding_bag(indices_TK, self.operand("W_dec_MD"), mode="sum", per_sample_weights=weights_TK)
+            recon_TD = gather_sum(indices_TK, self.operand("W_dec_MD"), weights_TK)
         return recon_TD.to(x_TD.dtype), values_TK, indices_TK
 
 
@@ -258,7 +283,7 @@ class Grouped(Peer):
         return self.decode(values_TK, indices_TK).to(x_TD.dtype), values_TK, indices_TK
 
     def decode(self, values_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        return F.embedding_bag(indices_TK, self.operand("W_dec_MD"), mode="sum", per_sample_weights=values_TK.to(self.operand_dtype))
+        return gather_sum(indices_TK, self.operand("W_dec_MD"), values_TK.to(self.operand_dtype))
 
 
 class SparsifyDecode(Grouped):

@@ -3,8 +3,7 @@
     python -m experiments.benchmarks.tiles                                  # on a GPU: every candidate of every kernel, the fastest first
     python -m experiments.benchmarks.tiles --kernels encode router          # of some
 
-Each candidate is compiled ahead in all processes, then timed alone with an empty L2 cache and in a row of itself, on the launch of a real step. Compiled
-without a GPU nothing is timed: `--compile-only` says which candidates spill registers or need too much shared memory.
+Each candidate is compiled ahead in all processes, then timed alone with an empty L2 cache and in a row of itself, on the launch of a real step.
 """
 
 import argparse
@@ -78,21 +77,18 @@ def candidates() -> list[Candidate]:
                 chosen = _always(product, tile)
                 changes = ((gemm_tiles, "choose_tile", chosen), (gemm_weights, "choose_tile", chosen))
                 found.append(Candidate(product, case, (kernel,), str(tuple(tile)), changes))
-    for tokens in (32, 64):
-        for columns in (32, 64, 128):
-            for stages in (2, 3, 4):
-                cut = route.ROUTE._replace(tokens=tokens, columns=columns, num_stages=stages)
-                found.append(
-                    Candidate("router", "MAIN", ("_route",), f"{tokens} tokens, {columns} columns, {stages} stages", ((route, "ROUTE", cut),))
-                )
-    for tokens in (32, 64, 128):
-        for columns in (64, 128):
-            for programs in (256, 512, 1024):
-                for stages in (2, 3):
-                    cut = route.Cut(tokens, columns, programs, 4, stages)
-                    kernels, label = ("_router_gradients", "_sum_parts"), f"{tokens} tokens, {columns} columns, {programs} programs, {stages} stages"
-                    found.append(Candidate("router_gradients", "MAIN", kernels, label, ((route, "GRADIENTS", cut),)))
-    for sums in ((16, 256, 512, 4, 2), (32, 256, 512, 4, 2), (64, 256, 512, 4, 2), (64, 128, 512, 4, 2), (32, 128, 512, 4, 2), (64, 256, 512, 8, 1)):
+    for products in ("bf16x3", "tf32x3"):
+        for columns, stages in ((64, 3), (64, 4), (128, 3)):
+            changes = ((route, "ROUTE", route.ROUTE._replace(columns=columns, num_stages=stages)), (route, "THREE_PRODUCTS", products))
+            found.append(Candidate("router", "MAIN", ("_route",), f"{columns} columns, {stages} stages, {products}", changes))
+        for tokens in (16, 32, 64):
+            for columns, programs in ((32, 512), (64, 512), (64, 1024), (128, 512), (128, 256)):
+                for warps, stages in ((4, 2), (4, 3), (8, 2), (2, 2)):
+                    cut = route.Cut(tokens, columns, programs, warps, stages)
+                    label = f"{tuple(cut)} {products}"
+                    changes = ((route, "GRADIENTS", cut), (route, "THREE_PRODUCTS", products))
+                    found.append(Candidate("router_gradients", "MAIN", ("_router_gradients", "_sum_parts"), label, changes))
+    for sums in ((16, 256, 512, 4, 2), (32, 256, 512, 4, 2), (64, 256, 512, 4, 2), (32, 256, 1024, 4, 2), (16, 512, 512, 4, 2), (32, 256, 512, 4, 1)):
         found.append(Candidate("row_sums", "MAIN", ("_row_sum_parts", "_sum_parts"), str(sums), ((update, "ROW_SUMS", sums),)))
     assert ROW_SUMS is update.ROW_SUMS
     for group in (2, 4, 8, 16):
@@ -121,7 +117,7 @@ def compile_all(several: list[Candidate], capability: tuple[int, int], jobs: int
                 for job in collect({candidate.case: step_on_meta(CASES[candidate.case])}):
                     if job.launch.kernel.fn.__name__ in candidate.kernels:
                         constants = {name: str(value) for name, value in job.launch.kwargs.items()}
-                        seen.setdefault((job.launch.kernel.fn.__name__, str(constants), str(job.signature)), job)
+                        seen.setdefault((job.launch.kernel.fn.__name__, str(constants), str(job.types)), job)
         failed = compile_into_cache(list(seen.values()), jobs, print)
     print(f"   {len(seen) - failed} of {len(seen)} kernels compiled", flush=True)
 

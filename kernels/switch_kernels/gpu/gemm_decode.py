@@ -336,3 +336,39 @@ def combine_slots(
         num_warps=4,
     )
     return RowLoss(grad_rows_ND, square_parts, column_sums)
+
+
+@triton.jit(do_not_specialize=["T", "stride"])
+def _residual_rows(
+    grad_rows, row_R, gate_TS, out_TD, T, stride, factor, S: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    live = t < T
+    inside = live[:, None] & (c < D)[None, :]
+    row = t
+    if row_R is not None:
+        row = tl.load(row_R + t * S, mask=live, other=0)
+    residual = tl.load(grad_rows + row[:, None].to(tl.int64) * stride + c[None, :], mask=inside, other=0.0).to(tl.float32) * factor
+    if gate_TS is not None:
+        residual /= tl.load(gate_TS + t * S, mask=live, other=1.0)[:, None]
+    tl.store(out_TD + t[:, None].to(tl.int64) * D + c[None, :], residual, mask=inside)
+
+
+def residual_rows(grad_rows: Tensor, row_R: Tensor | None, gate_TS: Tensor | None, slots: int, tokens: int, D: int, grad_scale: float) -> Tensor:
+    """float32 [T, D]: target - recon, scaled, of each token, from its gradient row, which is gate * grad_scale * (recon - target).
+
+    The row is that of the token's first slot, `row_R[t * slots]`, or its own; the gate is that slot's, or 1.
+    """
+    block_t, block_d = (8, 32) if interpreted() else (16, min(256, max(16, next_power_of_2(D))))
+    out_TD = torch.empty(tokens, D, dtype=torch.float32, device=grad_rows.device)
+    launch(
+        _residual_rows,
+        (cdiv(tokens, block_t), cdiv(D, block_d)),
+        *(grad_rows, row_R, gate_TS, out_TD, tokens, grad_rows.stride(0), -1 / grad_scale),
+        S=slots,
+        D=D,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+    )
+    return out_TD

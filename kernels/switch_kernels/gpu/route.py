@@ -32,10 +32,12 @@ class Cut(NamedTuple):
     num_stages: int = 3
 
 
-ROUTE = Cut(64, 32, 0)
+ROUTE = Cut(64, 64, 0, num_stages=4)
 """Of the logits; the programs are the blocks of tokens."""
-GRADIENTS = Cut(32, 64, 256)
+GRADIENTS = Cut(32, 128, 512, num_stages=2)
 """Of the gradient of the router's weights."""
+THREE_PRODUCTS = "bf16x3"
+"""What stands for a product of float32: three of bfloat16 on the tensor cores."""
 SMALLEST: tl.constexpr = tl.constexpr(2.0**-126)
 """The least normal float32: what lies below, a GPU may flush to 0."""
 
@@ -75,7 +77,7 @@ def padded_experts(num_experts: int) -> int:
 
 def precision_of(dot: Dot) -> str:
     """How the router multiplies where the experts multiply by `dot`: three bfloat16 products on the tensor cores stand for one of float32."""
-    return "ieee" if dot == "ieee" or interpreted() else "bf16x3"
+    return "ieee" if dot == "ieee" or interpreted() else THREE_PRODUCTS
 
 
 def route(x_TD: Tensor, scale: Tensor, W_ED: Tensor, b_D: Tensor, slots: int, dot: Dot) -> Routed:

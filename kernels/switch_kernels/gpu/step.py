@@ -169,7 +169,7 @@ def training_step(
             columns |= {"W_router_ED": Columns(weights.W_router_ED.shape, W_parts), "b_router_D": Columns((D,), b_parts)}
     auxk = extra_enc = extra_dec = auxk_bias_M = None
     if dead is not None:
-        auxk, extra_enc, extra_dec, auxk_bias_M = _auxk(batch, weights, s, dead, decoded.residual())
+        auxk, extra_enc, extra_dec, auxk_bias_M = _auxk(batch, weights, s, dead, decoded.residual(), decoded.variance())
     grads = decoded.weight_gradients(extra_enc, extra_dec)
     b_in_parts = row_sum_parts(weights.W_enc_MD, D, grads.bias_M, -1.0)
     if weights.b_in_D is weights.b_out_D:
@@ -214,6 +214,11 @@ def _select(x_TD: Tensor, target_TD: Tensor, scale: Tensor, target_scale: Tensor
     )  # fmt: skip
 
 
+def _variance(error_parts: Tensor, column_parts: Tensor, tokens: int, grad_scale: float) -> Tensor:
+    """float32 []: sum_t ||e_t - mean(e)||^2 = sum_t ||e_t||^2 - ||sum_t e_t||^2 / T, from what the loss has added up: no pass over the errors."""
+    return error_parts.sum() - (column_parts.sum(0) / grad_scale).square().sum() / tokens
+
+
 class _Dense:
     """Decoding and gradients through masked dense latents z_NF and grouped matrix products."""
 
@@ -237,11 +242,12 @@ class _Dense:
 
     def residual(self) -> Tensor:
         """target - recon, scaled, float32 [T, D], from the gradient rows of each token's first slot."""
-        batch, D = self.batch, self.batch.target_TD.shape[1]
-        rows_TD = self.loss.grad_rows_ND.index_select(0, batch.row_R[:: self.s.slots])[:, :D].float()
-        if batch.gate_TS is not None:
-            rows_TD = rows_TD / batch.gate_TS[:, :1]
-        return rows_TD / -batch.grad_scale
+        batch, (tokens, D) = self.batch, self.batch.target_TD.shape
+        return gemm_decode.residual_rows(self.loss.grad_rows_ND, batch.row_R, batch.gate_TS, self.s.slots, tokens, D, batch.grad_scale)
+
+    def variance(self) -> Tensor:
+        """Of the residual, scaled: what AuxK's loss is measured by."""
+        return _variance(self.error_parts, self.column_parts, len(self.batch.target_TD), self.batch.grad_scale)
 
     def weight_gradients(self, extra_enc: Extra | None, extra_dec: Extra | None) -> _WeightGradients:
         batch, s = self.batch, self.s
@@ -267,7 +273,12 @@ class _Sparse:
 
     def residual(self) -> Tensor:
         """As `_Dense.residual`."""
-        return self.loss.grad_TD[:, : self.batch.target_TD.shape[1]].float() / -self.batch.grad_scale
+        tokens, D = self.batch.target_TD.shape
+        return gemm_decode.residual_rows(self.loss.grad_TD, None, None, 1, tokens, D, self.batch.grad_scale)
+
+    def variance(self) -> Tensor:
+        """Of the residual, scaled: what AuxK's loss is measured by."""
+        return _variance(self.error_parts, self.column_parts, len(self.batch.target_TD), self.batch.grad_scale)
 
     def weight_gradients(self, extra_enc: Extra | None, extra_dec: Extra | None) -> _WeightGradients:
         batch, s = self.batch, self.s
@@ -279,7 +290,9 @@ class _Sparse:
         return _WeightGradients(grads.encoder_MD, grads.decoder_MD, grads if recomputed else None, grads.bias_M, (grads.square_parts,))
 
 
-def _auxk(batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, residual_TD: Tensor) -> tuple[Tensor, Extra, Extra, Tensor]:
+def _auxk(
+    batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, residual_TD: Tensor, variance: Tensor
+) -> tuple[Tensor, Extra, Extra, Tensor]:
     """(loss term, extra gradients of W_enc, of W_dec, of b_enc as [M]): the residual of each token from the dead latents of its own experts.
 
     coefficient * sum_t ||e_t - e^_t||^2 / sum_t ||e_t - mean(e)||^2 with the residual e, gates and centre held fixed: the dense regime once more,
@@ -298,7 +311,6 @@ def _auxk(batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, resid
     gate_TS = batch.gate_TS if batch.gate_TS is not None else torch.ones(tokens, 1, device=residual_TD.device)
     nowhere_D, unit = torch.zeros(D_out, device=residual_TD.device), torch.ones((), device=residual_TD.device)
     loss = gemm_decode.combine_slots(y_ND, batch.row_R, s.slots, gate_TS, residual_TD, unit, nowhere_D, 1.0, s.operand_dtype)
-    variance = (residual_TD - residual_TD.mean(0)).square().sum()
     factor = torch.where(variance > 0, dead.coefficient / variance, 0.0)
     dz_NA, _ = gemm.latent_gradients(loss.grad_rows_ND, W_dec_BD, z_NA, *shape, s.dot, any_width=True)
     twice = 2 * factor

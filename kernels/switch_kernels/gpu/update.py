@@ -22,7 +22,7 @@ MIN_SQUARE: tl.constexpr = tl.constexpr(1e-30)
 """Least squared norm that a row is divided by: a row of zeros stays a row of zeros."""
 
 
-ROW_SUMS = (16, 256, 512, 4, 2)
+ROW_SUMS = (32, 256, 512, 4, 2)
 """Of `row_sum_parts`: rows and columns of a tile, most partial sums, warps, stages."""
 
 
@@ -250,13 +250,18 @@ def _row_sum_parts(weights, W, out, M, factor, D, DP, SPAN, ROWS: tl.constexpr, 
     first = tl.program_id(0).to(tl.int64) * SPAN
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    r = tl.arange(0, ROWS)
+    if weights is not None:
+        a = tl.load(weights + first + r, mask=first + r < M, other=0.0)
     for i in range(0, SPAN, ROWS):
-        rows = first + i + tl.arange(0, ROWS)
+        rows = first + i + r
         inside = (rows < M)[:, None] & (c < D)[None, :]
         if weights is not None:
-            a = tl.load(weights + rows, mask=rows < M, other=0.0)
-            inside = inside & (a != 0.0)[:, None]
-            acc += a[:, None] * tl.load(W + rows[:, None] * DP + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            # the next weights come while this tile does: which rows are read hangs on them, and two waits in a row would be twice as long
+            following = tl.load(weights + rows + ROWS, mask=rows + ROWS < M, other=0.0)
+            tile = tl.load(W + rows[:, None] * DP + c[None, :], mask=inside & (a != 0.0)[:, None], other=0.0).to(tl.float32)
+            acc += a[:, None] * tile
+            a = following
         else:
             acc += tl.load(W + rows[:, None] * DP + c[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(out + tl.program_id(0) * D + c, tl.sum(acc, axis=0) * factor, mask=c < D)
