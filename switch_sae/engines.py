@@ -160,6 +160,8 @@ class TritonEngine:
         self.stream: Any = None
         self.events: list[tuple[Any, Any, bool]] = []
         """Start and end of the steps that nobody has read yet, and whether each was replayed."""
+        self.finished: list[tuple[Any, Any, bool]] = []
+        """Those that the device has left behind, to be read while it works on."""
         self.clock = self._new_clock()
         self.rows: Rows | None = None
 
@@ -191,6 +193,7 @@ class TritonEngine:
         if self.keeps_time:
             end.record()
             self.events.append((start, end, is_captured))
+            self._count(self.finished)
         self.optimizer.steps_taken = step + 1
         scale = self.sae.target_scale
         pairs_E = computed.pairs_E
@@ -238,17 +241,23 @@ class TritonEngine:
         return graph, captured
 
     def _read(self, step: int) -> None:
-        """The one place that waits for the device."""
+        """The one place that waits for the device, which then waits for the host: what can be done before or after is."""
+        hyper_IH = self._hyper(step)
         self.check()
-        self._read_clock()
+        self.finished += self.events
+        self.events.clear()
         self.dead_M.copy_(self.tokens_since_fired_M >= self.settings.dead_after_tokens)
-        self._start_interval(step)
+        self._start_interval(step, hyper_IH)
 
-    def _start_interval(self, step: int) -> None:
-        """Hyperparameters and dead latents of the steps up to the next multiple of `INTERVAL`."""
-        self.next_reading = step - step % self.INTERVAL + self.INTERVAL
-        rows = [self.optimizer.hyper(n, self.settings.lr(n), self.settings.clip) for n in range(step, self.next_reading)]
-        self.hyper_IH[: len(rows)].copy_(torch.tensor(rows))
+    def _hyper(self, step: int) -> Tensor:
+        """Hyperparameters of the steps up to the next multiple of `INTERVAL`, on the CPU."""
+        last = step - step % self.INTERVAL + self.INTERVAL
+        return torch.tensor([self.optimizer.hyper(n, self.settings.lr(n), self.settings.clip) for n in range(step, last)])
+
+    def _start_interval(self, step: int, hyper_IH: Tensor) -> None:
+        """From this step on, these hyperparameters and the latents that are dead now."""
+        self.next_reading = step + len(hyper_IH)
+        self.hyper_IH[: len(hyper_IH)].copy_(hyper_IH)
         self.position.zero_()
         self.seed.fill_(step)
         # A dead set of another size has tensors of another shape, and graphs of its own; of the same size it is written where the graph reads it.
@@ -275,7 +284,7 @@ class TritonEngine:
         self.optimizer.load({key.removeprefix("adam/"): tensor for key, tensor in state.items() if key.startswith("adam/")})
         if "dead" in state and step % self.INTERVAL:
             self.dead_M.copy_(state["dead"])
-            self._start_interval(step)
+            self._start_interval(step, self._hyper(step))
         else:
             self.next_reading = step
 
@@ -296,14 +305,19 @@ class TritonEngine:
         return {True: (0.0, 0), False: (0.0, 0)}
 
     def _read_clock(self) -> None:
-        if not self.events:
-            return
-        with self._on_device():
-            self.events[-1][1].synchronize()
-            for start, end, replayed in self.events:
-                seconds, steps = self.clock[replayed]
-                self.clock[replayed] = seconds + start.elapsed_time(end) / 1e3, steps + 1
-        self.events.clear()
+        """Waits for the steps that were taken."""
+        if self.events:
+            with self._on_device():
+                self.events[-1][1].synchronize()
+        self._count(self.finished)
+        self._count(self.events)
+
+    def _count(self, events: list[tuple[Any, Any, bool]]) -> None:
+        """Adds the times of steps that have ended to the clock, and forgets their events."""
+        for start, end, replayed in events:
+            seconds, steps = self.clock[replayed]
+            self.clock[replayed] = seconds + start.elapsed_time(end) / 1e3, steps + 1
+        events.clear()
 
     @torch.no_grad()
     def step_bytes(self, tokens: int) -> int:

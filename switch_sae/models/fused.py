@@ -80,12 +80,12 @@ class FusedTraining(SparseAutoencoder):
         """
         from switch_kernels.gpu.step import DeadLatents
 
+        if self.config.auxk == 0 or not bool(dead_M.any()):
+            return None
         dead_EF = dead_M.view(self.num_experts, -1)
         dead_EF = dead_EF & (dead_EF.cumsum(dim=1) <= MOST_DEAD)
         dead_M, counts_E = dead_EF.flatten(), dead_EF.sum(dim=1)
         most = int(counts_E.max())
-        if most == 0 or self.config.auxk == 0:
-            return None
         width = max(64, 1 << (most - 1).bit_length())
         dead_B = dead_M.nonzero()[:, 0]
         expert_B = dead_B // (self.num_latents // self.num_experts)

@@ -34,8 +34,8 @@ class Cut(NamedTuple):
 
 ROUTE = Cut(64, 64, 0, num_stages=4)
 """Of the logits; the programs are the blocks of tokens."""
-GRADIENTS = Cut(32, 128, 512, num_stages=2)
-"""Of the gradient of the router's weights."""
+GRADIENTS = Cut(16, 128, 512, num_warps=2, num_stages=2)
+"""Of the gradient of the router's weights, over 32 experts; with more, fewer columns."""
 THREE_PRODUCTS = "bf16x3"
 """What stands for a product of float32: three of bfloat16 on the tensor cores."""
 SMALLEST: tl.constexpr = tl.constexpr(2.0**-126)
@@ -320,8 +320,9 @@ def router_gradients(grad_TE: Tensor, x_TD: Tensor, scale: Tensor, W_ED: Tensor,
     """
     (tokens, E), D = grad_TE.shape, x_TD.shape[1]
     precision = precision_of(dot)
-    most_d = 32 if precision == "ieee" else GRADIENTS.columns  # products of float32 are made in registers, which would spill
-    size, width, block_d = GRADIENTS.tokens, min(PRODUCT_TILE, max(LEAST_WIDTH, next_power_of_2(E))), min(most_d, max(16, next_power_of_2(D)))
+    size, width = GRADIENTS.tokens, min(PRODUCT_TILE, max(LEAST_WIDTH, next_power_of_2(E)))
+    most_d = 32 if precision == "ieee" else GRADIENTS.columns * LEAST_WIDTH // width  # products of float32 are made in registers, which would spill
+    block_d = min(most_d, max(16, next_power_of_2(D)))
     d_tiles, e_tiles, blocks = cdiv(D, block_d), cdiv(E, width), cdiv(tokens, size)
     per_chunk = cdiv(blocks, min(blocks, max(1, GRADIENTS.programs // (d_tiles * e_tiles))))
     chunks = cdiv(blocks, per_chunk)

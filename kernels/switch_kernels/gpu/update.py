@@ -22,7 +22,7 @@ MIN_SQUARE: tl.constexpr = tl.constexpr(1e-30)
 """Least squared norm that a row is divided by: a row of zeros stays a row of zeros."""
 
 
-ROW_SUMS = (32, 256, 512, 4, 2)
+ROW_SUMS = (16, 512, 512, 4, 2)
 """Of `row_sum_parts`: rows and columns of a tile, most partial sums, warps, stages."""
 
 
