@@ -1,4 +1,4 @@
-"""The least time of a training step of `SwitchPursuitSAE` on a GPU beside Switch's, by the same roofs: nothing here has run on one.
+"""The least time of a training step of `SwitchPursuitSAE` on a GPU beside Switch's, by the same roofs: a model, not a measurement.
 
     python -m experiments.benchmarks.pursuit_model
 

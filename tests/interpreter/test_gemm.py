@@ -254,10 +254,7 @@ def test_only_products_of_few_programs_are_cut():
 
 @pytest.mark.parametrize(
     ("capability", "tiles"),
-    [
-        ((9, 0), {(64, 64, 16), (64, 32, 16), (64, 128, 64), (128, 128, 64)}),
-        ((8, 0), {(64, 64, 16), (64, 32, 16), (64, 128, 32), (128, 128, 32)}),
-    ],
+    [((9, 0), {(64, 64, 16), (64, 32, 16), (64, 128, 64), (128, 128, 64)}), ((8, 0), {(64, 64, 16), (64, 32, 16), (64, 128, 32), (128, 128, 32)})],
 )
 def test_the_tiles_of_a_gpu(capability, tiles, monkeypatch):
     """Every branch of `choose_tile` computes what the small tiles of the interpreter do, halves, quarters and group maxima included."""
