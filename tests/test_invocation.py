@@ -141,7 +141,7 @@ def test_no_message_knows_a_command_by_heart():
         if known.search(text)
     ]
     assert found == []
-    assert known.search("Go on with make train RESUME=x") and known.search("python -m experiments.upcycle") and not known.search("will make results")
+    assert known.search("Go on with make train RESUME=x") and known.search("python -m experiments.upcycle") and not known.search("would make it slow")
 
 
 def test_the_version_is_the_clones_own_whatever_is_installed(monkeypatch):
