@@ -41,7 +41,7 @@ $(foreach name,RUN RESUME RUNS OUT,$(if $(findstring command,$(origin $(name))),
 	is a variable of your shell unset? Give a folder, $(name)=runs/..., or leave $(name) out))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare sweep frontier results figures analyze surgery evaluate notebook real real-model real-text benchmark test kernels check clean
+.PHONY: help setup train compare sweep frontier results figures analyze surgery evaluate notebook real real-model real-text wheel benchmark test kernels check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -50,7 +50,7 @@ help:  ## this list
 
 setup: $(VENV)/.installed  ## create the environment (every other target does it when needed)
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
 	@echo "installing into $(VENV)"
@@ -109,6 +109,11 @@ real-text: $(VENV)/.installed  ## English prose for it, from Debian's packages (
 $(VENV)/.gguf: $(VENV)/.installed
 	@VIRTUAL_ENV=$(abspath $(VENV)) $(VENV)/bin/uv pip install --quiet -e '.[gguf]'
 	@touch $@
+
+# What an earlier build left in build/ would go into this one.
+wheel: $(VENV)/.installed  ## the wheel, into dist/: pip install it anywhere, then switch-sae train sae.num_experts=8
+	rm -rf build
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 benchmark: $(VENV)/.installed  ## time a training step against masked-dense and eai-sparsify, after checking that all agree
 	$(PY) -m experiments.benchmarks --peers $(ARGS)

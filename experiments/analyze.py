@@ -4,11 +4,8 @@ python -m experiments.analyze duplication runs/2026-01-31_12-00-00_switch-e8 run
 python -m experiments.analyze duplication runs --set threshold=0.8 --out analysis
 """
 
-import argparse
-
 from omegaconf import OmegaConf
 
-from experiments.errors import clear_errors
 from switch_sae.analysis import ANALYSES, analyze, build_analysis
 from switch_sae.files import user_path
 from switch_sae.report.tables import records_table
@@ -16,11 +13,14 @@ from switch_sae.results.export import write_csv
 from switch_sae.results.rows import collect
 from switch_sae.style import save_figure
 
+from .arguments import add_paths, parser_of
+from .errors import clear_errors
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("name", help=f"one of {', '.join(ANALYSES)}")
-    parser.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help="run folders, sweep folders or folders that hold them")
+    add_paths(parser)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the analysis")
     parser.add_argument("--out", type=user_path, metavar="FOLDER", help="where NAME.csv, .png and .pdf go; default: analysis/ in the first path")
     arguments = parser.parse_args()

@@ -18,10 +18,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.compose import CONF, taken_from_bundled
-from experiments.errors import clear_errors, finish, verdict
-from experiments.mistakes import explained, readable, swept
 from switch_sae.files import tell
+
+from .compose import CONF, taken_from_bundled
+from .errors import clear_errors, finish, verdict
+from .mistakes import explained, readable, swept
 
 FAILURES: "list[Failure]" = []
 """Those that this process knows of."""

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from experiments.errors import clear_errors
 from switch_sae.files import user_path
 from switch_sae.interop import FORMATS
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.runs import MODEL_FILE, load_sae, save_sae
+
+from .arguments import parser_of
+from .errors import clear_errors
 
 OURS = "switch_sae"
 
@@ -56,7 +58,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("source", metavar="IN", help="a run folder, a folder or file of another library, or a name on the hub")
     parser.add_argument("out", type=user_path, metavar="OUT", help="the folder to make")
     parser.add_argument("--to", required=True, choices=[OURS, *FORMATS], help="the format to write")

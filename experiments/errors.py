@@ -12,6 +12,7 @@ import yaml
 from safetensors import SafetensorError
 
 from switch_sae.cohort import Interrupted
+from switch_sae.invocation import invocation
 from switch_sae.runs import RunError
 
 _MENDABLE = (ValueError, ConnectionError, FloatingPointError, ImportError, RunError)
@@ -54,7 +55,7 @@ def _told(error: BaseException) -> str | None:
     if type(error).__module__.partition(".")[0] in _LAUNCHERS:
         return (
             f"the process of a job ended without a result, most often killed for memory: {' '.join(str(error).split())} "
-            "Run folders are whole: go on with make train RESUME=..., or the same command for a sweep in a sweep.folder."
+            f"Run folders are whole: go on with {invocation('train', resume='...')}, or the same command for a sweep in a sweep.folder."
         )
     return str(error) if isinstance(error, (*_MENDABLE, OSError)) else None
 

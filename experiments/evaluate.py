@@ -9,14 +9,17 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from experiments.errors import clear_errors
 from switch_sae.config import config_from_plain
 from switch_sae.files import user_path
+from switch_sae.invocation import invocation
 from switch_sae.models.inference import Inference
 from switch_sae.orchestrator import score_again
 from switch_sae.report import margins, summary_table, table
 from switch_sae.results import RESULTS, collect, finished_runs
 from switch_sae.runs import RunDir
+
+from .arguments import parser_of
+from .errors import clear_errors
 
 
 def evaluate_again(run: RunDir, **asked: Any) -> str:
@@ -32,7 +35,7 @@ def evaluate_again(run: RunDir, **asked: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("run", type=user_path, help="the folder of a finished run, or of a sweep")
     parser.add_argument("--rows", type=int, help="held-out activations to score on; default: as in training")
     parser.add_argument("--contexts", type=int, help="contexts for delta CE and KL, 0 for none; default: as in training")
@@ -46,7 +49,9 @@ def main() -> None:
         is_sweep = (arguments.run / "sweep.json").is_file()
         runs = finished_runs(arguments.run / "members") if is_sweep else [RunDir.open(arguments.run)]
         if not runs:
-            raise FileNotFoundError(f"{arguments.run} is a sweep without a finished run of this library. Give one that `make sweep` printed.")
+            raise FileNotFoundError(
+                f"{arguments.run} is a sweep without a finished run of this library. Give one that {invocation('sweep')} printed."
+            )
         for run in runs:
             file = evaluate_again(run, **asked)
             print("\n" + table([run], file), margins(run, file), f"\nwritten: {run.path / file}", sep="\n")

@@ -4,18 +4,20 @@ python -m experiments.figures runs/sweep --out figures
 python -m experiments.figures runs/ other/sweep --out figures --only frontier scaling
 """
 
-import argparse
+from pathlib import Path
 
-from experiments.errors import clear_errors
 from switch_sae.files import user_path
 from switch_sae.report import FIGURES, draw_figures
 from switch_sae.results import RESULTS
 
+from .arguments import add_paths, parser_of
+from .errors import clear_errors
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help="run folders, sweep folders or folders that hold them")
-    parser.add_argument("--out", required=True, type=user_path, metavar="FOLDER", help="where the figures go")
+    parser = parser_of(__doc__)
+    add_paths(parser)
+    parser.add_argument("--out", default=Path("figures"), type=user_path, metavar="FOLDER", help="where the figures go; default: figures")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help=f"some of {', '.join(FIGURES)}; default: all")
     parser.add_argument("--file", default=RESULTS, metavar="NAME", help=f"another evaluation in the folders; default: {RESULTS}")
     arguments = parser.parse_args()

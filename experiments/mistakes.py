@@ -14,16 +14,17 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 
-from experiments.compose import CONF
 from switch_sae.config import RunConfig
+from switch_sae.invocation import invocation
 from switch_sae.sweep import SweepConfig
+
+from .compose import CONF
 
 _SCHEMA: dict[str, type] = {"train": RunConfig, "sweep": SweepConfig}
 _GROUPS = ("sae/router", "sae", "source", "model", "preset", "experiment")
 _WHOLE = re.compile(r"(?<![\w.+\-])[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?(?![\w.])")
 _SWEPT = {"sae.num_experts": ("EXPERTS", "sweep.experts"), "sae.k": ("K", "sweep.k")}
 """Settings of a run that a sweep takes several of: make's variable, and the sweep's setting."""
-_MAKE = "make sweep"
 _PLACES = 5
 
 
@@ -123,7 +124,7 @@ def explained(error: Exception, words: Sequence[str], name: str) -> str:
         other = "sweep" if name == "train" else "train"
         experiment = word.removeprefix("experiment=")
         if experiment != word and experiment in options("experiment", other):
-            return f"{word} is for another command: {_command(other, word)}"
+            return f"{word} is for another command: {invocation(other, word)}"
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -162,9 +163,10 @@ def _no_option(error: MissingConfigException, name: str) -> str:
     told = f"there is no {group}={option}." + (f" Close to it: {', '.join(f'{group}={other}' for other in alike)}." if alike else "")
     told += f" {group} is one of {', '.join(known)}." if known else ""
     if group == "model":
-        told += " A language model by its folder or its name on the hub is source.model=... (make train MODEL=... takes either)."
+        train = invocation("train", "source.model=...", make="MODEL=...")
+        told += f" A language model by its folder or its name on the hub is source.model=... ({train} takes either)."
     if group == "hydra/launcher":
-        told += " joblib and submitit come with pip install -e '.[sweep]', Ray with '.[ray]'."
+        told += " joblib and submitit come with pip install 'switch-sae[sweep]', Ray with 'switch-sae[ray]'."
     return told
 
 
@@ -174,24 +176,22 @@ def _several(word: str, name: str) -> str:
         return f"{word}: several values are a list: '{key}=[{value}]'."
     if key in ("seed", "sweep.seeds"):
         count = len(value.split(","))
-        fix = f"For {count} seeds of every SAE: {_MAKE} SEEDS={count} (sweep.seeds={count}; they are counted from seed)."
+        sweep = invocation("sweep", f"sweep.seeds={count}", make=f"SEEDS={count}")
+        fix = f"For {count} seeds of every SAE: {sweep} (sweep.seeds; they are counted from seed)."
     elif key in _SWEPT:
         variable, setting = _SWEPT[key]
-        fix = f"For several SAEs from one pass: {_MAKE} {variable}={value} ('{setting}=[{value}]')."
+        sweep = invocation("sweep", f"{setting}=[{value}]", make=f"{variable}={value}")
+        fix = f"For several SAEs from one pass: {sweep} ({setting})."
     else:
         fix = "For several SAEs from one pass, name it in a grid of a sweep (docs/sweeps.md)."
-    return f"{word}: it takes one value. {fix}" + (f" For a run of its own each: {_command(name, '--multirun', word)}" if name == "train" else "")
-
-
-def _command(name: str, *words: str) -> str:
-    return " ".join(("python -m", f"experiments.{name}", *words))
+    return f"{word}: it takes one value. {fix}" + (f" For a run of its own each: {invocation(name, '--multirun', word)}" if name == "train" else "")
 
 
 def _no_setting(key: str, node: Any, name: str) -> str:
     if "/" in key:
         return f"there is no group {key}; groups are {', '.join(sorted(_GROUPS))}."
     if name == "train" and key in settings("sweep"):
-        return f"{key} is a setting of a sweep: {_command('sweep', key)}=..."
+        return f"{key} is a setting of a sweep: {invocation('sweep', f'{key}=...')}"
     above, dot, last = key.rpartition(".")
     here = [f"{above}.{known}" if above else str(known) for known in node] if hasattr(node, "keys") else []
     here = [known for known in here if known not in ("hydra", "usual")] if key.partition(".")[0] != "hydra" else here
@@ -201,4 +201,4 @@ def _no_setting(key: str, node: Any, name: str) -> str:
         told += f" in the chosen {above}"
     elif alike := close(key, settings(name)) or [above + dot + near for near in difflib.get_close_matches(last, names, _PLACES, 0.6)]:
         return f"{told}. Close to it: {', '.join(alike)}."
-    return f"{told}. {'There are ' + ', '.join(names) + '.' if names else 'Every setting: ' + _command(name, '--cfg', 'job')}"
+    return f"{told}. {'There are ' + ', '.join(names) + '.' if names else 'Every setting: ' + invocation(name, '--cfg', 'job')}"

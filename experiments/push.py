@@ -4,12 +4,13 @@ python -m experiments.push runs/2026-01-31_12-00-00_switch user/my-saes
 python -m experiments.push runs/2026-01-31_12-00-00_switch user/my-saes/layer_2 --private
 """
 
-import argparse
 from pathlib import Path
 
-from experiments.errors import clear_errors
 from switch_sae import push_to_hub
 from switch_sae.files import user_path
+
+from .arguments import parser_of
+from .errors import clear_errors
 
 
 def push(sae: Path, repo: str, private: bool, replace_card: bool) -> str:
@@ -19,7 +20,7 @@ def push(sae: Path, repo: str, private: bool, replace_card: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("sae", type=user_path, metavar="RUN", help="a run folder, or what else load_sae reads")
     parser.add_argument("repo", metavar="REPO", help="user/repo or user/repo/folder; made where there is none")
     parser.add_argument("--private", action="store_true", help="where the repository is new, only you see it")

@@ -5,18 +5,18 @@ python -m experiments.results runs/sweep --out results.csv --summary summary.csv
 python -m experiments.results runs/frontier --markdown                           # the frontier of inference, and each SAE against dense TopK by seed
 """
 
-import argparse
-
-from experiments.errors import clear_errors
 from switch_sae.files import user_path, write_atomically
 from switch_sae.report import headline_markdown, summary_table
 from switch_sae.results import RESULTS, collect, write_results, write_summary
 from switch_sae.results.settings import config_columns
 
+from .arguments import add_paths, parser_of
+from .errors import clear_errors
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", type=user_path, metavar="PATH", help="run folders, sweep folders or folders that hold them")
+    parser = parser_of(__doc__)
+    add_paths(parser)
     parser.add_argument("--out", type=user_path, metavar="FILE", help="one row per SAE: FILE.csv, or FILE.parquet")
     parser.add_argument("--summary", type=user_path, metavar="FILE", help="mean and spread over seeds: FILE.csv, or the table above as text")
     parser.add_argument("--markdown", action="store_true", help="the frontier of inference as Markdown: measures, prices, and seed by seed")

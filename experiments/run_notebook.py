@@ -4,16 +4,18 @@ python -m experiments.run_notebook                                   # compare, 
 python -m experiments.run_notebook runs/a runs/b --notebook compare --out comparison.ipynb
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.errors import clear_errors
 from switch_sae.files import user_path
+from switch_sae.invocation import as_typed, invocation
 from switch_sae.results import finished_runs
 from switch_sae.runs import RunDir, write_atomically
+
+from .arguments import parser_of
+from .errors import clear_errors
 
 NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).resolve().parent / "notebooks").glob("*.py"))}
 NEWEST = 2
@@ -31,10 +33,10 @@ def execute(notebook_file: Path, runs: Sequence[RunDir], out: Path) -> None:
         from nbclient import NotebookClient
         from nbclient.exceptions import CellExecutionError
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error.name} is not installed. The notebook needs the notebook extra: pip install -e '.[notebook]'") from error
+        raise ModuleNotFoundError(f"{error.name} is not installed. Notebooks need their extra: pip install 'switch-sae[notebook]'") from error
     for run in runs:
         run.read_json("results.json")
-    notebook = jupytext.read(notebook_file)
+    notebook = jupytext.reads(as_typed(notebook_file.read_text()), fmt="py")
     environment = {**os.environ, "SWITCH_SAE_RUNS": os.pathsep.join(str(run.path.resolve()) for run in runs)}
     # Below errors, the kernel only warns that it talks over TCP. It listens on this machine alone, and messages are signed.
     quiet = ["--log-level=ERROR"]
@@ -50,7 +52,7 @@ def execute(notebook_file: Path, runs: Sequence[RunDir], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("runs", nargs="*", help=f"folders of finished runs; default: the {NEWEST} newest in runs/")
     parser.add_argument("--notebook", choices=NOTEBOOKS, default="compare", help="default: compare")
     parser.add_argument("--out", type=user_path, help="where the notebook goes; default: NAME.ipynb in the first run's folder")
@@ -58,7 +60,8 @@ def main() -> None:
     with clear_errors():
         runs = [RunDir.open(path) for path in arguments.runs] or finished_runs("runs")[:NEWEST]
         if not runs:
-            raise FileNotFoundError("there is no finished run in runs/. Train one (make train), or give the folders of some: make notebook RUNS=...")
+            some = invocation("notebook", runs=["..."])
+            raise FileNotFoundError(f"there is no finished run in runs/. Train one ({invocation('train')}), or give the folders of some: {some}")
         out = arguments.out or runs[0].path / f"{arguments.notebook}.ipynb"
         print(f"executing {arguments.notebook} on {', '.join(str(run.path) for run in runs)}")
         execute(NOTEBOOKS[arguments.notebook], runs, out)

@@ -5,7 +5,6 @@ python -m experiments.surgery runs/2026-01-31_12-00-00_switch_refit-e32 --out ru
 python -m experiments.surgery RUN --threshold 0.8 --experts 4 --tokens 500000 --lr 0.002
 """
 
-import argparse
 import re
 import time
 from dataclasses import replace
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 
-from experiments.errors import clear_errors
 from switch_sae.analysis.features.surgery import copied_groups, merged, random_groups
 from switch_sae.cohort import Cohort, Keeper, Streams
 from switch_sae.config import RunConfig, config_from_plain, config_to_plain
@@ -26,6 +24,9 @@ from switch_sae.report.tables import records_table
 from switch_sae.results.export import write_csv
 from switch_sae.runs import RunDir, environment, load_sae, save_sae
 from switch_sae.scoring import trained
+
+from .arguments import parser_of
+from .errors import clear_errors
 
 METRICS = ("fvu_inliers", "delta_ce", "l0", "dead_latents")
 
@@ -86,7 +87,7 @@ def _record(name: str, sae: SparseAutoencoder, scored: dict[str, Any]) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("run", type=user_path, help="the folder of a finished run of switch_refit or switch_pursuit")
     parser.add_argument("--out", type=user_path, default=Path("runs"), help="where the run folders and surgery.csv go")
     parser.add_argument("--threshold", type=float, default=0.9, help="cosine of decoder rows above which latents are copies")

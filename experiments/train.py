@@ -9,10 +9,11 @@ python -m experiments.train --cfg job                               # every sett
 
 from omegaconf import DictConfig
 
-from experiments.command import command
-from experiments.compose import register_schemas, run_config
 from switch_sae.orchestrator import run_training
 from switch_sae.report import report
+
+from .command import command
+from .compose import register_schemas, run_config
 
 register_schemas()
 

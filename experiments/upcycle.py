@@ -3,18 +3,20 @@
 python -m experiments.upcycle runs/2026-01-31_12-00-00_topk-m4096-k16-s0 --experts 16 --out runs/upcycled
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
-from experiments.errors import clear_errors
 from switch_sae.cohort import Streams
 from switch_sae.config import config_from_plain
 from switch_sae.files import Say, tell, user_path
+from switch_sae.invocation import invocation
 from switch_sae.models import SwitchSAE
 from switch_sae.models.upcycling import upcycled
 from switch_sae.runs import MODEL_FILE, RunDir, load_sae, save_sae
+
+from .arguments import parser_of
+from .errors import clear_errors
 
 
 def upcycle(run: Path, experts: int, out: Path, seed: int = 0, say: Say = tell) -> SwitchSAE:
@@ -39,7 +41,7 @@ def upcycle(run: Path, experts: int, out: Path, seed: int = 0, say: Say = tell) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("run", type=user_path, metavar="DENSE_RUN", help="the folder of a finished run of sae=topk")
     parser.add_argument("--experts", type=int, required=True, help="E; must divide the number of latents")
     parser.add_argument("--out", type=user_path, required=True, help="the folder to write model.safetensors into")
@@ -49,7 +51,7 @@ def main() -> None:
         sae = upcycle(arguments.run, arguments.experts, arguments.out, arguments.seed)
         sizes = " ".join(f"sae.{name}={getattr(sae, name)}" for name in ("num_latents", "k", "num_experts"))
         print(f"written: {arguments.out / MODEL_FILE}")
-        print(f"Train it on that run's activations, with {sizes}: make train ARGS='sae=switch start_from={arguments.out}'")
+        print(f"Train it on that run's activations, with {sizes}: {invocation('train', 'sae=switch', f'start_from={arguments.out}')}")
 
 
 if __name__ == "__main__":

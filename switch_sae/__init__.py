@@ -6,15 +6,11 @@ latents = sae.encode(x)               # at most k active latents per token, in g
 recon = sae.decode(latents)
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
+from switch_sae.invocation import version
 from switch_sae.models import SAES, SAEOutput, SparseAutoencoder, SparseLatents, SwitchSAE, TopKSAE
 from switch_sae.publishing import push_to_hub
 from switch_sae.runs import RunDir, load_sae, save_sae
 
 __all__ = ["SAES", "RunDir", "SAEOutput", "SparseAutoencoder", "SparseLatents", "SwitchSAE", "TopKSAE", "load_sae", "push_to_hub", "save_sae"]
 
-try:
-    __version__ = version("switch-sae")
-except PackageNotFoundError:  # a clone on the path that is not installed
-    __version__ = "unknown"
+__version__ = version()

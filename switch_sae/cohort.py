@@ -14,7 +14,8 @@ import torch
 
 from switch_kernels import resolve
 from switch_sae.config import RunConfig, config_to_plain
-from switch_sae.files import Say, make_variable
+from switch_sae.files import Say
+from switch_sae.invocation import invocation
 from switch_sae.memory import available_bytes, group_bytes
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.models.starting import take_weights
@@ -32,7 +33,7 @@ class Interrupted(Exception):
     """Training stopped on a signal, after saving."""
 
     def __init__(self, path: Path, step: int, number: int, target: str = "train") -> None:
-        super().__init__(f"stopped at step {step}; what is saved is whole. Go on with: make {target} {make_variable('RESUME', path)}")
+        super().__init__(f"stopped at step {step}; what is saved is whole. Go on with: {invocation(target, resume=path)}")
         self.signal = number
 
 
@@ -65,7 +66,7 @@ class Keeper:
     wandb_group: str | None = None
 
     def __init__(self, path: Path, target: str = "train") -> None:
-        """`path` is what `make TARGET RESUME=PATH` goes on with."""
+        """`path` is what the command `target` goes on with."""
         self.path, self.target = path, target
 
     def began(self, members: Iterable[Member]) -> None:

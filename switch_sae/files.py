@@ -5,7 +5,6 @@ new one, never half of it. A lock belongs to a process, and the kernel takes it 
 """
 
 import os
-import shlex
 import socket
 import tempfile
 import time
@@ -16,6 +15,8 @@ from types import TracebackType
 from typing import Self
 
 from safetensors import SafetensorError
+
+from switch_sae.invocation import how_to_resume
 
 _POLL_SECONDS = 0.1
 
@@ -38,25 +39,10 @@ def user_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def make_variable(name: str, *paths: str | Path) -> str:
-    """`NAME=PATH` as it is typed after make, quoted where a shell or make would read it otherwise; of several paths, or of a name in the plural, each
-    is a word of its own."""
-    words = list(map(str, paths))
-    text = " ".join(map(shlex.quote, words)) if name.endswith("S") else words[0]
-    text = text.replace("$", "$$")
-    if "'" in text and not set(text) & set('"\\`$!'):
-        return f'{name}="{text}"'
-    return f"{name}={shlex.quote(text)}"
-
-
-def write_atomically(
-    path: Path,
-    content: bytes | Callable[[Path], None],
-    advice: str = "Free some space or make the folder writable, then go on with RESUME=<run folder>, or choose another with runs=FOLDER.",
-) -> None:
+def write_atomically(path: Path, content: bytes | Callable[[Path], None], advice: str | None = None) -> None:
     """Replaces `path` with `content`, whole or not at all; a function is given the path of the part file and fills it.
 
-    Raises RunError, ending in `advice`, when the disk is full or the folder cannot be written.
+    Raises RunError, ending in `advice` (how to go on with a run, unless it is given), when the disk is full or the folder cannot be written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -80,6 +66,7 @@ def write_atomically(
         with suppress(OSError):
             part.unlink()
         reason = getattr(error, "strerror", None) or error
+        advice = advice or f"Free some space or make the folder writable, then {how_to_resume()}, or choose another with runs=FOLDER."
         raise RunError(f"cannot write {path}: {reason}. What was there before is untouched. {advice}") from error
 
 

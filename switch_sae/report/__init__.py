@@ -3,7 +3,8 @@
 import shlex
 
 from switch_sae.analysis.features.neighbours import decoder_geometry
-from switch_sae.files import Say, make_variable, tell
+from switch_sae.files import Say, tell
+from switch_sae.invocation import invocation
 from switch_sae.report.figures import FIGURES, draw_figures
 from switch_sae.report.figures.single_runs import curves_figure, geometry_figure, has_load, load_figure, scores_figure
 from switch_sae.report.headline import headline_markdown
@@ -26,7 +27,7 @@ def report(run: RunDir, say: Say = tell) -> None:
     say(f"\nfigures   {', '.join(drawn)} (PNG, PDF) in {run.figures}")
     say(f"run       {run.path}")
     say(f'load it   from switch_sae import load_sae; sae = load_sae("{run.path}")')
-    say(f"notebook  make notebook {make_variable('RUNS', run.path)}")
+    say(f"notebook  {invocation('notebook', runs=[run.path])}")
     for offline in sorted((run.path / "wandb").glob("offline-run-*")):
         say(f"upload    wandb sync {shlex.quote(str(offline))}")
 

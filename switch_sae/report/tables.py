@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from switch_sae.analysis.text_examples import TokenLift
+from switch_sae.invocation import invocation
 from switch_sae.models import SAES
 from switch_sae.models.inference import Inference
 from switch_sae.results.contenders import encode_shares
@@ -146,7 +147,7 @@ def _filled(
     while True:
         lines = aligned([kept, *([cells[name][place] for name in kept] for place in range(len(rows)))])
         if len(lines[0]) <= WIDTH or not (spared := [name for name in _DROPPED_FIRST if name in kept]):
-            return kept, [f"No room for {', '.join(dropped)}: make results ARGS='--out FILE.csv' has all."] if dropped else [], lines
+            return kept, [f"No room for {', '.join(dropped)}: {invocation('results', '--out', 'FILE.csv')} has all."] if dropped else [], lines
         kept.remove(spared[0])
         dropped.append(spared[0])
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from switch_sae.invocation import invocation
 from switch_sae.models import SAES
 from switch_sae.models.inference import Inference
 from switch_sae.results.kind import Kind
@@ -192,7 +193,7 @@ def frontier(material: Material) -> Frontier:
     if not any(group.mean(name) is not None for group in chosen for name in PRICES):
         raise NotEnough(
             "neither stability (jaccard_3pct) nor meaning (judge_hard) of these SAEs was measured, and less error says little without its price. "
-            "Score them again: make evaluate RUN=..., or train with evaluation.probes=true."
+            f"Score them again: {invocation('evaluate', run='...')}, or train with evaluation.probes=true."
         )
     best: list[tuple[Contender, Summary]] = []
     notes = []

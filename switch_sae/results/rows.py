@@ -14,7 +14,8 @@ from torch import Tensor
 from switch_sae.activations.base import both_known
 from switch_sae.config import HALF
 from switch_sae.evaluation import Estimate, Results
-from switch_sae.files import Say, make_variable, tell
+from switch_sae.files import Say, tell
+from switch_sae.invocation import invocation
 from switch_sae.models import SAES, SparseAutoencoder
 from switch_sae.models.inference import Inference, with_inference
 from switch_sae.results.folders import is_run, runs_below
@@ -210,7 +211,7 @@ def collect(paths: Sequence[str | Path], controls: bool = False, say: Say = tell
             foreign.clear()
         if not found:
             if file != RESULTS:
-                raise FileNotFoundError(f"{given} holds no run that has {file}. Make it: make evaluate {make_variable('RUN', given)}")
+                raise FileNotFoundError(f"{given} holds no run that has {file}. Make it: {invocation('evaluate', run=given)}")
             raise FileNotFoundError(f"{given} holds no run: neither it nor a folder in it has config.json or sweep.json. Give what training printed.")
         rows |= {(row.path.resolve(), row.sae): row for row in found if row.role not in left_out}
     return in_order(rows.values())
@@ -224,7 +225,7 @@ def scored(runs: Sequence[RunDir], file: str = RESULTS) -> list[ResultRow]:
     unfinished one.
     """
     if not runs:
-        raise ValueError("no runs were given. Train one (make train), then give its folder.")
+        raise ValueError(f"no runs were given. Train one ({invocation('train')}), then give its folder.")
     return [
         replace(row, label=row.sae if len(runs) == 1 else f"{number} {row.sae}")
         for number, run in enumerate(runs, start=1)

@@ -17,7 +17,8 @@ from typing import Any
 
 from switch_sae.cohort import MAIN, Member
 from switch_sae.config import config_from_plain, config_to_plain
-from switch_sae.files import Lock, lock, make_variable, try_lock, write_atomically
+from switch_sae.files import Lock, lock, try_lock, write_atomically
+from switch_sae.invocation import invocation
 from switch_sae.models import SAES
 from switch_sae.plain import to_plain
 from switch_sae.report.tables import summary_table
@@ -44,7 +45,7 @@ class SweepFolder:
     def open(cls, path: str | Path) -> "SweepFolder":
         """An existing sweep. Raises FileNotFoundError for anything else."""
         if not (Path(path).expanduser() / PLAN).is_file():
-            raise FileNotFoundError(f"{path} is not a sweep: it has no {PLAN}. Give the folder that `make sweep` printed.")
+            raise FileNotFoundError(f"{path} is not a sweep: it has no {PLAN}. Give the folder that `{invocation('sweep')}` printed.")
         return cls(path)
 
     @classmethod
@@ -152,7 +153,7 @@ def _refuse_other_settings(path: Path, saved: dict[str, Any], now: dict[str, Any
         told = "; ".join(f"{key}: there {saved_flat.get(key)!r}, now {now_flat.get(key)!r}" for key in differs[:6])
         raise ValueError(
             f"{path} holds another sweep ({told}). Use the same settings to go on with it, another sweep.folder for a new one, "
-            f"or `make sweep {make_variable('RESUME', path)}` for the one that is there."
+            f"or `{invocation('sweep', resume=path)}` for the one that is there."
         )
 
 

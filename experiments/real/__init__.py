@@ -1,0 +1,1 @@
+"""A real language model and English books without a hub."""
