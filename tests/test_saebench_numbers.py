@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments.benchmarks import saebench
-from experiments.benchmarks.saebench import CSV, DELTA, DIFFERENT, EQUAL, EXPLAINED, LIMIT, NOT_OURS, OURS, REASONS, Row, near, special_positions
+from experiments.benchmarks.saebench import CHECKED, DELTA, DIFFERENT, EQUAL, EXPLAINED, NOT_OURS, OURS, Row
 from experiments.benchmarks.saebench_definitions import by_definition
 from experiments.benchmarks.saebench_peer import CONTEXTS_PER_BATCH, Store
 from switch_sae.activations import EvaluationSet
@@ -71,7 +71,7 @@ def test_their_definitions_give_our_numbers_where_they_are_ours():
     for library, numbers in theirs.items():
         same = {name: value for name, value in numbers.items() if name not in other[library]}
         assert same == pytest.approx({name: mine[name] for name in same}, rel=1e-5)
-        assert all(not near(numbers[name], mine[name]) for name in other[library])
+        assert all(not saebench.near(numbers[name], mine[name]) for name in other[library])
     assert 0 < mine["frac_alive"] <= 1 and mine["l0"] > 1
 
 
@@ -155,13 +155,13 @@ def test_a_number_is_equal_explained_or_different():
     def verdict(name, theirs, ours, defined):
         return Row.of("switch", "sae-bench", "0.6.0", name, theirs, ours, defined, COUNTS).verdict
 
-    assert verdict("cossim", 0.5, 0.5 * (1 + LIMIT / 2), 0.4) == EQUAL
+    assert verdict("cossim", 0.5, 0.5 * (1 + saebench.LIMIT / 2), 0.4) == EQUAL
     assert verdict("mse", 0.5, 0.6, 0.5) == EXPLAINED and verdict("mse", 0.5, 0.6, 0.51) == DIFFERENT
-    assert verdict("l1", 0.5, None, 0.5) == EXPLAINED and verdict("l1", 0.5, None, 0.6) == DIFFERENT
+    assert verdict("l1", 0.5, None, 0.5) == CHECKED and verdict("l1", 0.5, None, 0.6) == DIFFERENT
     assert verdict("cossim", 0.5, 0.6, 0.5) == DIFFERENT  # the same definition, so that nothing explains it
     assert verdict("mse", math.nan, math.nan, math.nan) == DIFFERENT and verdict("freq_over_10_percent", 0.0, 0.0, 0.0) == EQUAL
     row = Row.of("switch", "sae-lens", "6", "ce_loss_with_sae", 3.1, 3.0, 3.1, COUNTS)
-    assert row.reason == "they count 11 predictions, we 10: we leave out those of a special token" and "12 positions" in REASONS[
+    assert row.reason == "they count 11 predictions, we 10: we leave out those of a special token" and "12 positions" in saebench.REASONS[
         "kl_div_with_sae"
     ].format(**COUNTS)
     lines = saebench.table([row, dataclasses.replace(row, library="sae-bench", verdict=DIFFERENT)])
@@ -169,16 +169,14 @@ def test_a_number_is_equal_explained_or_different():
 
 
 def test_the_table_that_is_kept_has_no_difference():
-    rows = list(csv.DictReader(CSV.open()))
+    rows = list(csv.DictReader(saebench.CSV.read_text().splitlines()))
     assert {(row["sae"], row["library"]) for row in rows} >= {
         (s, library) for s in ("switch", "flop_matched") for library in ("sae-lens", "sae-bench")
     }
     for row in rows:
         ours, theirs, defined = (float(row[name]) if row[name] else None for name in ("ours", "theirs", "by_their_definition"))
         again = Row.of(row["sae"], row["library"], row["version"], row["their_name"], theirs, ours, defined, COUNTS)
-        assert (
-            again.verdict == row["verdict"] != DIFFERENT and again.our_name == row["our_name"] and bool(row["reason"]) == (again.verdict == EXPLAINED)
-        )
+        assert again.verdict == row["verdict"] != DIFFERENT and again.our_name == row["our_name"] and bool(row["reason"]) == (again.verdict != EQUAL)
     assert {row["their_name"] for row in rows} == set(OURS) | set(NOT_OURS)
 
 
@@ -194,13 +192,13 @@ def test_the_store_gives_some_contexts_and_after_a_reset_all():
 
 def test_what_the_libraries_could_not_leave_out_is_refused():
     rows, model = contexts(with_separator=True), SimpleNamespace(special_token_ids=frozenset({0}))
-    assert special_positions(model, rows) == [0]
+    assert saebench.special_positions(model, rows) == [0]
     kept = rows.keep_CS.clone()
     first = kept.nonzero()[0]
     kept[first[0], first[1]] = False
     shorter = dataclasses.replace(rows, x_TD=rows.x_TD[1:], document_T=rows.document_T[1:], keep_CS=kept)
     with pytest.raises(ValueError, match="keeps other positions than those of tokens that are not special"):
-        special_positions(model, shorter)
+        saebench.special_positions(model, shorter)
     with pytest.raises(ValueError, match=r"built here from the folder of a GPT-2, and 'some/model' is none"):
         saebench.model_folder(SimpleNamespace(name="some/model"))
     assert (saebench.model_folder(SimpleNamespace(name="bundled")) / "model.safetensors").is_file()

@@ -1,8 +1,9 @@
 """SAEBench's core eval and SAELens' `run_evals` on the SAEs of a run, beside our numbers: python -m experiments.benchmarks.saebench runs/SOME
 
 Each library runs in an environment of its own (`.benchmark-peers/`), on `wrap(load_sae(...))`, a HookedTransformer of the run's GPT-2, and the very
-contexts that we score. Every number that they give is equal to ours, or explained: equal to theirs by its definition, computed by our code, with what
-makes it another one. Prints a table, writes experiments/results/saebench_parity.csv, and ends with status 1 where a number is neither.
+contexts that we score. Every number that they give is `equal` to ours; or `explained`: what its definition gives when our code computes it, with what
+makes it another one; or `checked`: the same, where we have no such number. Prints a table, writes experiments/results/saebench_parity.csv, and ends
+with status 1 where a number is none of these.
 """
 
 import argparse
@@ -41,7 +42,8 @@ LIMIT = 3e-6
 """Relative. They take means in float32, and run the language model in another version of transformer_lens."""
 WITHOUT = {"sae-bench": ("torchvision",)}
 """What an environment must not have: its wheel on PyPI is built for CUDA and fails beside a CPU build of torch."""
-EQUAL, EXPLAINED, DIFFERENT = "equal", "explained", "different"
+EQUAL, EXPLAINED, CHECKED, DIFFERENT = "equal", "explained", "checked", "different"
+"""Ours; another than ours, for a reason, and as its definition says; none of ours, and as its definition says; none of these."""
 
 OURS: dict[str, tuple[str, Callable[[Results, float], float]]] = {
     "explained_variance": ("1 - fvu", lambda results, _: 1 - results["fvu"].value),
@@ -70,17 +72,17 @@ REASONS = {
 }
 """Why a number of theirs is another one than ours."""
 NOT_OURS = {
-    "explained_variance_legacy": "none of ours: mean over rows of 1 - error / (squared distance from the mean of the row's batch of contexts)",
-    "l1": "none of ours: sum of latents, in units of raw activations and unit decoder rows",
-    "l2_norm_in": "none of ours: mean ||x||",
-    "l2_norm_out": "none of ours: mean ||recon||",
-    "relative_reconstruction_bias": "none of ours: mean ||recon||^2 / mean <x, recon>, mean over batches",
-    "kl_div_with_ablation": "none of ours: zeros at every position",
-    "kl_div_score": "none of ours: 1 - kl_div_with_sae / kl_div_with_ablation",
-    "normalized_freq_over_1_percent": "none of ours: share of all firing that latents above 1 % have",
-    "normalized_freq_over_10_percent": "none of ours: share of all firing that latents above 10 % have",
-    "average_max_encoder_cosine_sim": "none of ours: mean over latents of the largest cosine with another encoder column, those of other experts too",
-    "average_max_decoder_cosine_sim": "none of ours: mean over latents of the largest cosine with another decoder row, those of other experts too",
+    "explained_variance_legacy": "mean over rows of 1 - error / (squared distance from the mean of the row's batch of contexts)",
+    "l1": "sum of latents, in units of raw activations and unit decoder rows",
+    "l2_norm_in": "mean ||x||",
+    "l2_norm_out": "mean ||recon||",
+    "relative_reconstruction_bias": "mean ||recon||^2 / mean <x, recon>, mean over batches",
+    "kl_div_with_ablation": "zeros at every position",
+    "kl_div_score": "1 - kl_div_with_sae / kl_div_with_ablation",
+    "normalized_freq_over_1_percent": "share of all firing that latents above 1 % have",
+    "normalized_freq_over_10_percent": "share of all firing that latents above 10 % have",
+    "average_max_encoder_cosine_sim": "mean over latents of the largest cosine with another encoder column, those of other experts too",
+    "average_max_decoder_cosine_sim": "mean over latents of the largest cosine with another decoder row, those of other experts too",
 }
 """What numbers mean that we do not report."""
 
@@ -102,10 +104,13 @@ class Row:
 
     @classmethod
     def of(cls, sae: str, library: str, version: str, name: str, theirs: float, ours: float | None, defined: float, counts: dict[str, int]) -> "Row":
-        found = EQUAL if ours is not None and near(theirs, ours) else EXPLAINED if near(theirs, defined) else DIFFERENT
-        why = "" if found == EQUAL else (REASONS | NOT_OURS).get(name, "").format(**counts)
-        if found == EXPLAINED and not why:
-            found = DIFFERENT  # their definition is ours, so that nothing explains it
+        why = (REASONS | NOT_OURS).get(name, "").format(**counts)
+        if ours is not None and near(theirs, ours):
+            found, why = EQUAL, ""
+        elif near(theirs, defined) and why:  # without a reason the definition is ours, so that nothing explains it
+            found = CHECKED if ours is None else EXPLAINED
+        else:
+            found = DIFFERENT
         return cls(sae, library, version, name, theirs, OURS[name][0] if name in OURS else "", ours, defined, found, why)
 
 
@@ -173,10 +178,10 @@ def compare(saes: dict[str, Path], rows: EvaluationSet, downstream: Downstream, 
     for key, defined in by_definition({key: wrap(sae) for key, sae in loaded.items()}, rows, model, downstream.contexts, ignored).items():
         for library, (version, answer) in answers.items():
             theirs = answer[key] | {DELTA: answer[key]["ce_loss_with_sae"] - answer[key]["ce_loss_without_sae"]}
-            for number in (name for name in defined[library] if name in theirs):
+            for number in (name for name in (*OURS, *NOT_OURS) if name in theirs):
                 mine = OURS[number][1](ours[key], variance) if number in OURS else None
                 found.append(Row.of(key, library, version, number, theirs[number], mine, defined[library][number], counts))
-            if unknown := sorted(set(theirs) - set(defined[library])):
+            if unknown := sorted(set(theirs) ^ set(defined[library])):
                 raise ValueError(
                     f"{library} {version} gives {', '.join(unknown)}, which this command does not know. Add them to saebench_definitions."
                 )
@@ -226,7 +231,7 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(asdict(row) for row in found)
     verdicts = [row.verdict for row in found]
-    counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in (EQUAL, EXPLAINED, DIFFERENT))
+    counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in (EQUAL, EXPLAINED, CHECKED, DIFFERENT))
     print(f"\n{counts}; equal is within {LIMIT:.0e}, relative")
     sys.exit(DIFFERENT in verdicts)
 
