@@ -76,7 +76,7 @@ def sae_lens(sae: Any, model: Any, store: Store, ignored: list[int]) -> Numbers:
     from sae_lens.training.activation_scaler import ActivationScaler
 
     config = get_eval_everything_config(CONTEXTS_PER_BATCH, *store.batches)
-    numbers, features = run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=ignored)  # type: ignore[arg-type]
+    numbers, features = run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=ignored)
     density_M = torch.tensor(features["feature_density"], dtype=torch.float64)
     shares = {"frac_alive": density_M > 0, "freq_over_1_percent": density_M > 0.01, "freq_over_10_percent": density_M > 0.1}
     return flat(numbers) | {name: share_M.double().mean().item() for name, share_M in shares.items()}
@@ -88,7 +88,7 @@ def saebench(sae: Any, model: Any, store: Store, ignored: list[int]) -> Numbers:
     from sae_bench.evals.core.eval_config import CoreEvalConfig
     from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
 
-    loaded = load_and_format_sae("switch_sae", sae, "cpu")  # type: ignore[arg-type]
+    loaded = load_and_format_sae("switch_sae", sae, "cpu")
     assert loaded is not None
     sae = loaded[1].to(device="cpu", dtype=torch.float32)
     asked = [name for name in CoreEvalConfig.__dataclass_fields__ if name.startswith("compute_")]
@@ -101,7 +101,7 @@ def saebench(sae: Any, model: Any, store: Store, ignored: list[int]) -> Numbers:
         exclude_special_tokens_from_reconstruction=True,
         **dict.fromkeys(asked, True),
     )
-    numbers, features = core.run_evals(sae, store, model, config, ignore_tokens=set(ignored))  # type: ignore[arg-type]
+    numbers, features = core.run_evals(sae, store, model, config, ignore_tokens=set(ignored))
     result = {"eval_cfg": config, "sae_set": "switch_sae", "sae_id": loaded[0], "feature_metrics": features}
     result["metrics"] = {**numbers, "misc_metrics": core.calculate_misc_metrics(features)}
     with tempfile.TemporaryDirectory() as folder:

@@ -112,12 +112,12 @@ class PeerSAE(nn.Module):
     @property
     def b_mag(self) -> Tensor:
         """[M] of a Gated SAE, which SAEBench reads for its `b_enc`. Raises AttributeError for others."""
-        return self._times_norms(self.ours.b_mag_M)
+        return self._times_norms(self.ours.get_parameter("b_mag_M"))
 
     @property
     def b_gate(self) -> Tensor:
         """[M] of a Gated SAE. Raises AttributeError for others."""
-        return self.ours.b_gate_M
+        return self.ours.get_parameter("b_gate_M")
 
     @property
     def device(self) -> torch.device:
