@@ -85,7 +85,7 @@ class CircuitTracer(Format):
             if skips:
                 tensors["W_skip"] = torch.zeros(len(w.b_out_O), len(w.b_out_O)) if w.W_skip_OD is None else w.W_skip_OD
             write(path / f"layer_{layer}.safetensors", lambda part, tensors=tensors: save_file(tensors, part))  # type: ignore[misc]
-        config = {"model_name": about.model, "model_kind": "transcoder_set", "scan": path.name}
+        config: dict[str, Any] = {"model_name": about.model, "model_kind": "transcoder_set", "scan": path.name}
         config |= {"feature_input_hook": about.input_hook, "feature_output_hook": about.output_hook}
         config |= {"activation": "relu"} if about.k == about.num_latents else {"activation": "topk", "k": about.k}
         lines = [f"{key}: {json.dumps(value)}\n" for key, value in config.items()]  # JSON is YAML

@@ -86,7 +86,7 @@ def read_safetensors(path: Path) -> TensorFile:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The texts, numbers and booleans of a YAML mapping; lists and mappings inside it are left out. Raises ValueError as `read_json`."""
-    import yaml  # type: ignore[import-untyped]  # Hydra brings it
+    import yaml  # Hydra brings it
 
     with clear(path):
         _refuse_large(path)
