@@ -20,6 +20,7 @@ CARD = "README.md"
 _REPO = re.compile(r"(?!.*(--|\.\.))(\w|\w[\w.-]*\w)/(\w|\w[\w.-]*\w)", re.ASCII)
 _LONGEST = 96
 _FILES = (".safetensors", ".pt", ".json")
+_CONFIGS = (".json", ".yaml")
 _LANGUAGE_MODEL = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _SECONDS = 15
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token"
@@ -69,7 +70,7 @@ def hub_name(path: str | Path) -> HubName | None:
 def fetch(name: HubName, revision: str | None, names: Collection[str]) -> tuple[Path, dict[str, str]]:
     """(the folder or file in the local cache, what it is: `repo`, `path`, `revision` asked for, `commit`).
 
-    Of a folder only files called one of `names` are fetched, and of the folder above it the .json files among these. `revision` is a branch, a tag
+    Of a folder only files called one of `names` are fetched, and of the folder above it the configurations among these. `revision` is a branch, a tag
     or a commit; without one it is `main`. A commit that is in the cache needs no network. Where the hub cannot be reached the cache is used, and
     that is told. Raises FileNotFoundError where there is no such repository, folder or copy, ValueError for a revision that does not exist or what
     may not be read, ConnectionError without network.
@@ -147,7 +148,7 @@ def _at(revision: str | None) -> str:
 
 def _cached(hub: Any, name: HubName, revision: str | None, names: Collection[str]) -> tuple[Path, dict[str, str]] | None:
     """As `fetch`, from the cache alone, where it holds a file of tensors."""
-    for file in ([name.path] if name.path else []) + [str(PurePosixPath(name.path, file)) for file in names if not file.endswith(".json")]:
+    for file in ([name.path] if name.path else []) + [str(PurePosixPath(name.path, file)) for file in _tensors(names)]:
         found = hub.try_to_load_from_cache(name.repo, file, revision=revision)
         if isinstance(found, str) and Path(found).is_file():
             snapshot = Path(found).parents[file.count("/")]
@@ -161,21 +162,21 @@ def _wanted(name: HubName, files: Sequence[str], names: Collection[str]) -> list
     is_file = name.path in files
     folder = place.parent if is_file else place
     in_folder = {file for file in map(PurePosixPath, files) if file.parent == folder}
-    wanted = {file for file in in_folder if file.name in names and (not is_file or place.name in names or file.suffix == ".json")}
+    wanted = {file for file in in_folder if file.name in names and (not is_file or place.name in names or file.suffix in _CONFIGS)}
     wanted |= {place} if is_file else set()
-    if all(file.suffix == ".json" for file in wanted):
-        others = sorted({file.parent for file in map(PurePosixPath, files) if file.name in names and file.suffix != ".json"})
+    if all(file.suffix in _CONFIGS for file in wanted):
+        others = sorted({file.parent for file in map(PurePosixPath, files) if file.name in names and file.suffix not in _CONFIGS})
         below = [folder for folder in others if place in folder.parents] or others
         advice = f"Folders with one: {_some([f'{name.repo}/{folder}' for folder in below])}." if below else "Is the name what you meant?"
         raise FileNotFoundError(f"{name} is on the hub no file and no folder that holds an SAE (a file called {_some(_tensors(names))}). {advice}")
     if not is_file and any(file.name in _LANGUAGE_MODEL for file in in_folder):
         raise ValueError(f"{name} is a language model on the hub (it holds a tokenizer), not an SAE. Is the name what you meant?")
-    wanted |= {file for file in map(PurePosixPath, files) if file.parent == folder.parent and file.suffix == ".json" and file.name in names}
+    wanted |= {file for file in map(PurePosixPath, files) if file.parent == folder.parent and file.suffix in _CONFIGS and file.name in names}
     return sorted(map(str, wanted))
 
 
 def _tensors(names: Collection[str]) -> list[str]:
-    return [name for name in names if not name.endswith(".json")]
+    return [name for name in names if not name.endswith(_CONFIGS)]
 
 
 def _some(items: Sequence[str]) -> str:

@@ -29,10 +29,19 @@ from switch_sae.runs import save_sae
 CASES = sorted(path.parent for path in GOLDEN.glob(f"*/*/{OUTPUTS}"))
 DIRECT = {
     "dictionary_learning": {"AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder", "AutoEncoderNew", "GatedAutoEncoder"},
-    "sparsify": {"topk", "topk_by_expansion_factor"},
-    "sae_lens": {"standard_uncentred", "topk", "jumprelu_uncentred", "gated", "topk_layer_norm", "topk_constant_norm_rescale"},
+    "sparsify": {"topk", "topk_by_expansion_factor", "transcoder", "transcoder_skip"},
+    "circuit_tracer": set(),
+    "sae_lens": {
+        "standard_uncentred", "topk", "jumprelu_uncentred", "gated", "topk_layer_norm", "topk_constant_norm_rescale", "transcoder", "skip_transcoder",
+    },
 }  # fmt: skip
 """What we write exactly as the library does: others are the same function with other weights."""
+HELD = {
+    "dictionary_learning": {"topk", "topk_unbiased", "batch_topk", "matryoshka", "relu", "gated", "jumprelu"},
+    "sparsify": {"topk", "topk_unbiased", "transcoder", "transcoder_skip", "transcoder_relu"},
+    "circuit_tracer": {"transcoder", "transcoder_skip", "transcoder_relu"},
+}
+"""Which of ours a format can hold; SAELens' holds all, some as a plug-in."""
 D, M, E, K = 6, 24, 4, 3
 
 
@@ -52,7 +61,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_golden_files_are_there_and_small():
-    assert {path.parent.name for path in CASES} == {"dictionary_learning", "sparsify", "sae_lens"} and len(CASES) >= 28
+    assert {path.parent.name for path in CASES} == {"dictionary_learning", "sparsify", "sae_lens", "circuit_tracer"} and len(CASES) >= 36
     assert all(path.stat().st_size < 8192 for path in GOLDEN.rglob("*") if path.is_file())
 
 
@@ -65,8 +74,12 @@ def test_a_checkpoint_gives_what_its_library_gives(case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}/{case.name}")
 def test_a_checkpoint_that_was_read_is_written_so_that_it_gives_the_same(case, tmp_path):
     sae, expected = load_sae(case, **settings_of(case)), load_file(case / OUTPUTS)
-    FORMATS[case.parent.name]().save(sae, tmp_path / "again")
-    again = load_sae(tmp_path / "again")
+    if case.parent.name == "circuit_tracer":  # a set of all its layers
+        FORMATS["circuit_tracer"]().save_all(FORMATS["circuit_tracer"]().load_all(case), tmp_path / "again")
+        again = load_sae(tmp_path / "again", layer=1)
+    else:
+        FORMATS[case.parent.name]().save(sae, tmp_path / "again")
+        again = load_sae(tmp_path / "again")
     with torch.no_grad():
         output = again(expected["x"])
     scale = sae.activation_scale
@@ -79,18 +92,17 @@ def test_a_checkpoint_that_was_read_is_written_so_that_it_gives_the_same(case, t
                 torch.testing.assert_close(written[name], theirs[name], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("format_name", ["sae_lens", "dictionary_learning", "sparsify"])
+@pytest.mark.parametrize("format_name", ["sae_lens", "dictionary_learning", "sparsify", "circuit_tracer"])
 @pytest.mark.parametrize(("name", "sae"), [pytest.param(*pair, id=pair[0]) for pair in our_saes()])
 def test_what_we_write_gives_the_same_read_again_or_is_refused_with_a_reason(name, sae, format_name, tmp_path):
     before = copy.deepcopy(sae.state_dict())
-    dense = {"topk", "topk_unbiased"} | ({"batch_topk", "matryoshka", "relu", "gated", "jumprelu"} if format_name != "sparsify" else set())
-    if format_name != "sae_lens" and name not in dense:
-        with pytest.raises(ValueError, match="none"):
+    if format_name != "sae_lens" and name not in HELD[format_name]:
+        with pytest.raises(ValueError, match=r"none|is no dense transcoder|have no place for a router|(transcoders|transcoder) .*one size"):
             FORMATS[format_name]().save(sae, tmp_path / name)
         assert not (tmp_path / name).exists()
         return
     FORMATS[format_name]().save(sae, tmp_path / name)
-    again, x = load_sae(tmp_path / name), 3 * normal(40, sae.d_in, seed=1)
+    again, x = load_sae(tmp_path / name, **({"layer": 0} if format_name == "circuit_tracer" else {})), 3 * normal(40, sae.d_in, seed=1)
     assert difference(ours(again, x), ours(sae, x)) <= LIMIT
     assert all(torch.equal(value, before[key]) for key, value in sae.state_dict().items())  # folding happens on a copy
     assert again.activation_scale == 1
@@ -316,6 +328,9 @@ def stand_in(monkeypatch) -> dict:
             self.reshape_fn_in = self.run_time_activation_norm_fn_in = self.run_time_activation_norm_fn_out = lambda x: x
             self.reshape_fn_out = lambda x, d_head: x
 
+        def forward(self, x):
+            return self.decode(self.encode(x))
+
     library, saes, base = types.ModuleType("sae_lens"), types.ModuleType("sae_lens.saes"), types.ModuleType("sae_lens.saes.sae")
     library.SAE, library.register_sae_class = SAE, lambda name, cls, config: registered.update({name: (cls, config)})
     base.SAEConfig = SAEConfig
@@ -324,8 +339,11 @@ def stand_in(monkeypatch) -> dict:
     return registered
 
 
-@pytest.mark.parametrize("way", [Inference.encoder, Inference.refit])
-def test_the_plug_in_computes_with_our_sae(way, tmp_path, monkeypatch):
+PLUGGED = ["switch", "switch with refits", "transcoder", "transcoder_skip", "transcoder_low_rank", "switch_transcoder"]
+
+
+@pytest.mark.parametrize("name", PLUGGED)
+def test_the_plug_in_computes_with_our_sae(name, tmp_path, monkeypatch):
     from switch_sae.interop.sae_lens_plugin import register
 
     registered = stand_in(monkeypatch)
@@ -333,7 +351,8 @@ def test_the_plug_in_computes_with_our_sae(way, tmp_path, monkeypatch):
     register()
     assert register() is registered["switch_sae"][0]  # twice does no harm
     register.cache_clear()
-    sae = with_inference(dict(our_saes())["switch"], way)
+    sae = dict(our_saes())[name.split()[0]]
+    sae = with_inference(sae, Inference.refit) if name.endswith("refits") else sae
     FORMATS["sae_lens"]().save(sae, tmp_path)
     cls, config = registered["switch_sae"]
     plain = json.loads((tmp_path / "cfg.json").read_text())
@@ -342,8 +361,9 @@ def test_the_plug_in_computes_with_our_sae(way, tmp_path, monkeypatch):
     theirs.load_state_dict(load_file(tmp_path / "sae_weights.safetensors"), assign=True)
     x = 2 * normal(3, 5, sae.d_in, seed=8)
     latents = theirs.encode(x)
-    found = {"latents": latents.flatten(0, 1), "recon": theirs.decode(latents).flatten(0, 1)}
+    found = {"latents": latents.flatten(0, 1), "recon": theirs(x).flatten(0, 1)}
     assert latents.shape == (3, 5, sae.num_latents) and difference(found, ours(sae, x.flatten(0, 1))) <= LIMIT
+    assert torch.equal(theirs(x), theirs.decode(latents)) == (getattr(sae, "skip", None) is None)  # decode gives what latents give
     torch.testing.assert_close(latents @ theirs.W_dec + theirs.b_dec, theirs.decode(latents))
     assert theirs.W_enc.shape == (sae.d_in, sae.num_latents) and theirs.b_enc.shape == (sae.num_latents,)
     with pytest.raises(ValueError, match="cfg says d_sae=99"):

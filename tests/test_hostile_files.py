@@ -25,10 +25,15 @@ DEEP = "[" * 100_000
 
 
 def make(format_name: str, folder: Path, architecture: str = "topk") -> None:
-    settings = {"k": K} if architecture in ("topk", "matryoshka", "batch_topk", "switch") else {}
-    settings |= {"num_experts": 4} if architecture == "switch" else {"group_fractions": [0.25]} if architecture == "matryoshka" else {}
+    if architecture == "skip":  # a transcoder that SAELens has too
+        architecture, settings = "transcoder", {"k": M, "skip": "full", **({"d_out": 6} if format_name == "sae_lens" else {})}
+    else:
+        settings = {"k": K} if architecture in ("topk", "matryoshka", "batch_topk", "switch", "transcoder", "switch_transcoder") else {}
+        settings |= {"num_experts": 4} if "switch" in architecture else {"group_fractions": [0.25]} if architecture == "matryoshka" else {}
     plain = {"architecture": architecture, "num_latents": M, **settings}
-    FORMATS[format_name]().save(SAES.build(SAES.from_plain(plain), D), folder)
+    sae = SAES.build(SAES.from_plain(plain), D)
+    sae.activations = {"model": "tiny", "hook": "blocks.0.mlp.hook_in", "target_hook": "blocks.0.hook_mlp_out"}
+    FORMATS[format_name]().save(sae, folder)
 
 
 def state(**changed):
@@ -304,6 +309,10 @@ def declared(shape: list[int], end: int) -> str:
     return json.dumps({"encoder.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}})
 
 
+def skipped(W_skip: torch.Tensor):
+    return lambda folder: (config(skip_connection=True)(folder), tensors(W_skip=W_skip)(folder))
+
+
 SPARSIFY = {
     "a header of an exabyte": (header("{}", 2**60), "cannot be read"),
     "a tensor of a terabyte": (header(declared([10**6, 10**6], 4 * 10**12), body=64), "cannot be read"),
@@ -312,9 +321,15 @@ SPARSIFY = {
     "cut": (cut("sae.safetensors", 0.5), "cannot be read"),
     "empty": (rewritten("sae.safetensors", b""), "cannot be read"),
     "a decoder on its side": (tensors(W_dec=torch.zeros(D, M)), r"W_dec has shape \(4, 12\), .* should be \(12, 4\)"),
-    "a skip path": (tensors(W_skip=torch.zeros(D, D)), "W_skip"),
-    "a skip path that is only said": (config(skip_connection=True), "skip_connection=True cannot be represented"),
-    "a transcoder": (config(transcode=True), "transcode=True cannot be represented"),
+    "a skip path that the config denies": (tensors(W_skip=torch.zeros(D, D)), "holds W_skip, but .* skip_connection=false. One of them"),
+    "a skip path that is only said": (config(skip_connection=True), "no tensor W_skip"),
+    "a skip path of another size": (skipped(torch.zeros(D + 1, D)), r"W_skip has shape \(5, 4\), .* should be \(4, 4\)"),
+    "a skip path in one dimension": (skipped(torch.zeros(D * D)), "W_skip has shape .* must have 2 dimensions"),
+    "a skip path of NaN": (skipped(torch.full((D, D), torch.nan)), "W_skip holds NaN or infinite values"),
+    "a skip path without end": (skipped(torch.full((D, D), torch.inf)), "W_skip holds NaN or infinite values"),
+    "a skip path of integers": (skipped(torch.ones(D, D, dtype=torch.int32)), "W_skip holds int32; it must hold real numbers"),
+    "a skip path that is perhaps there": (config(skip_connection="yes"), "skip_connection='yes' must be true or false"),
+    "a transcoder that is perhaps one": (config(transcode=1), "transcode='1' must be true or false"),
     "groups": (config(activation="groupmax"), "activation=groupmax cannot be represented"),
     "no k": (config(k="absent"), "k=None must be a whole number"),
     "k beyond the latents": (config(k=99), "k=99 must be .* at most 12"),
@@ -335,9 +350,20 @@ def test_a_folder_of_sparsify_that_is_broken_is_refused(name, tmp_path):
 
 
 PLUGIN = {"architecture": "switch", "num_latents": M, "num_experts": 4, "k": K, "router": {"kind": "softmax"}}
+WIDE = {**PLUGIN, "architecture": "switch_transcoder"}
 LENS = {
     "an unknown architecture": ("topk", config(architecture="temporal"), "architecture='temporal' is not one"),
-    "a transcoder": ("topk", config(architecture="skip_transcoder"), "Transcoders cannot be loaded yet"),
+    "an SAE that says it is a transcoder": ("topk", config(architecture="skip_transcoder"), "apply_b_dec_to_input=true is for autoencoders"),
+    "thresholds of a transcoder": ("topk", config(architecture="jumprelu_skip_transcoder"), "the thresholds of JumpReLU. Transcoders here"),
+    "k of a transcoder": ("skip", config(activation_fn="topk"), "cannot be represented: activation_fn=topk"),
+    "a transcoder of another kind": ("skip", config(architecture="temporal_transcoder"), "cannot be represented: its kind"),
+    "a transcoder of normed inputs": ("skip", config(normalize_activations="layer_norm"), "layer_norm of a transcoder cannot be represented"),
+    "an output of another size": ("skip", config(d_out=7), r"d_out is 7 in cfg\.json but 6 in the shape of W_dec"),
+    "no skip path": ("skip", tensors(W_skip=None), "no tensor W_skip"),
+    "a skip path that is not said": ("skip", config(architecture="transcoder"), "also holds W_skip"),
+    "a skip path on its side": ("skip", tensors(W_skip=torch.zeros(D, 6)), r"W_skip has shape \(4, 6\), .* should be \(6, 4\)"),
+    "a skip path of NaN": ("skip", tensors(W_skip=torch.full((6, D), torch.nan)), "W_skip holds NaN"),
+    "a bias of the input's size": ("skip", tensors(b_dec=torch.zeros(D)), r"b_dec has shape \(4,\), .* should be \(6,\)"),
     "an architecture that is a list": ("topk", config(architecture=[]), "architecture=.* is not one"),
     "another activation function": ("topk", config(activation_fn="tanh-relu"), "activation_fn='tanh-relu' cannot be represented"),
     "another normalisation": ("topk", config(normalize_activations="batch_norm"), "normalize_activations='batch_norm' is not known"),
@@ -359,6 +385,8 @@ LENS = {
     "a plug-in of nothing": ("switch", config(switch_sae={"architecture": "none"}), "unknown SAE architecture 'none'"),
     "a plug-in without settings": ("switch", config(switch_sae=3), "no object 'switch_sae'"),
     "a plug-in of wide inputs": ("switch", config(d_in=10**9), "d_in=1000000000 must be .* at most"),
+    "a plug-in of wide outputs": ("switch_transcoder", config(switch_sae={**WIDE, "d_out": 10**12}), "W_dec_MD would have shape"),
+    "a plug-in of a wide skip path": ("switch_transcoder", config(switch_sae={**WIDE, "skip": "low_rank", "skip_rank": 10**12}), "would have shape"),
     "a plug-in with another gate": ("switch", config(switch_sae={**PLUGIN, "router": {"gate": "soft"}}), "does not describe an SAE"),
 }  # fmt: skip
 
@@ -369,6 +397,53 @@ def test_a_folder_of_sae_lens_that_is_broken_is_refused(name, tmp_path):
     make("sae_lens", tmp_path / "theirs", architecture)
     damage(tmp_path / "theirs")
     refused(tmp_path / "theirs", match)
+
+
+def yaml(**settings):
+    """config.yaml with other settings, None for none."""
+
+    def damage(folder: Path) -> None:
+        lines = dict(line.split(": ", 1) for line in (folder / "config.yaml").read_text().splitlines())
+        lines |= {key: json.dumps(value) for key, value in settings.items() if value is not None}
+        (folder / "config.yaml").write_text("".join(f"{key}: {value}\n" for key, value in lines.items() if settings.get(key, 0) is not None))
+
+    return damage
+
+
+BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40)), "activation: *a39", "k: *a39"])
+SETS = {
+    "no config": (removed("config.yaml"), r"config\.yaml is missing"),
+    "a config that is no YAML": (rewritten("config.yaml", "a: [1, 2"), r"config\.yaml is not valid YAML"),
+    "a config that runs code": (rewritten("config.yaml", "a: !!python/object/apply:os.mkdir [executed]"), r"config\.yaml is not valid YAML"),
+    "a config of bytes": (rewritten("config.yaml", b"\xff\xfe\x00"), r"config\.yaml is not valid YAML"),
+    "a config without end": (rewritten("config.yaml", DEEP), r"config\.yaml is not valid YAML"),
+    "a config of a terabyte": (grown("config.yaml", 2**40), "a configuration has at most"),
+    "a config that is a list": (rewritten("config.yaml", "- a"), "no names with values"),
+    "a config of nothing": (rewritten("config.yaml", ""), "no names with values"),
+    "a config of 9 ** 39 references": (lambda f: (rewritten("config.yaml", BOMB)(f), tensors(W_skip=None, W_enc=None)(f)), "no tensor W_enc"),
+    "a transcoder across layers": (yaml(model_kind="cross_layer_transcoder"), "model_kind=cross_layer_transcoder cannot be represented"),
+    "another activation function": (yaml(activation="jumprelu"), "activation=jumprelu cannot be represented; relu and topk can"),
+    "an activation function that is a number": (yaml(activation=3), "activation=3 cannot be represented"),
+    "no k": (yaml(activation="topk"), "k=None must be a whole number"),
+    "k beyond the latents": (yaml(activation="topk", k=13), "k=13 must be .* at most 12"),
+    "k that is true": (yaml(activation="topk", k=True), "k=True must be a whole number"),
+    "thresholds": (tensors(activation_function__threshold=torch.ones(M)), r"holds activation_function\.threshold, of JumpReLU"),
+    "a skip path of another size": (tensors(W_skip=torch.zeros(D, D + 1)), r"W_skip has shape \(4, 5\), .* should be \(4, 4\)"),
+    "a skip path of NaN": (tensors(W_skip=torch.full((D, D), torch.nan)), "W_skip holds NaN"),
+    "an encoder on its side": (tensors(W_enc=torch.zeros(D, M)), r"should be \(4, 12\)"),
+    "a tensor more": (tensors(W_router=torch.zeros(D, D)), "also holds W_router"),
+    "cut": (cut("layer_0.safetensors", 0.5), "cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_of_circuit_tracer_that_is_broken_is_refused(name, tmp_path):
+    make("circuit_tracer", tmp_path / "theirs", "skip")
+    assert load_sae(tmp_path / "theirs" / "layer_0.safetensors").k == M
+    damage, match = SETS[name]
+    damage(tmp_path / "theirs")
+    refused(tmp_path / "theirs", match, layer=0)
+    assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize("factor", [0, -1, float("nan"), float("inf"), "1", True])

@@ -193,7 +193,7 @@ def test_what_is_pushed_is_loaded_again_and_the_commit_is_kept(hub, tmp_path):
     assert same(sae, here) and type(sae) is type(here)
     assert sae.activations == {**here.activations, "hub": sent} and sent["commit"] == hub.refs["me/saes"]["main"]
     assert sent == {"repo": "me/saes", "path": "layer_1", "revision": "main", "commit": sent["commit"]}
-    assert convert("me/saes/layer_1", tmp_path / "copy", "switch_sae", {}) == 0
+    assert convert(["me/saes/layer_1"], tmp_path / "copy", "switch_sae", {}) == 0
     assert load_sae(tmp_path / "copy").activations == sae.activations
     files = hub.repos["me/saes"][sent["commit"]]
     assert set(files) == {".gitattributes", *(f"layer_1/{name}" for name in ("model.safetensors", "config.json", "results.json", "README.md"))}
@@ -300,6 +300,24 @@ def test_one_file_is_named_and_its_config_above_comes_along(hub):
     assert hub.fetched() == {"t/checkpoints/ae_1.pt", "t/config.json"}
 
 
+def test_one_layer_of_a_set_is_named_and_its_config_comes_along(hub, tmp_path):
+    saes = [SAES.build(SAES.from_plain({"architecture": "transcoder", "num_latents": 16, "k": 2}), 8) for _ in range(3)]
+    for layer, sae in enumerate(saes):
+        sae.activations = {"hook": f"blocks.{layer}.mlp.hook_in", "target_hook": f"blocks.{layer}.hook_mlp_out", "model": "gpt2"}
+    FORMATS["circuit_tracer"]().save_all(saes, Path("set"))
+    commit = hub.commit("they/saes", {**files_of(Path("set"), "a/"), "a/README.md": b"x"})
+    again = load_sae("they/saes/a/layer_1.safetensors")
+    assert hub.fetched() == {"a/layer_1.safetensors", "a/config.yaml"} and again.k == 2 and again.activations["hub"]["commit"] == commit
+    x_TD = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again(x_TD).recon_TD, saes[1](x_TD).recon_TD)
+    with pytest.raises(FileNotFoundError, match="they/saes/a is on the hub no file and no folder that holds an SAE"):
+        load_sae("they/saes/a", layer=1)
+    assert convert(["they/saes/a/layer_1.safetensors"], tmp_path / "copy", "switch_sae", {}, commit) < 1e-6
+    assert load_sae(tmp_path / "copy").activations["hub"]["revision"] == commit
+    with pytest.raises(ValueError, match="has no revision 'other'"):
+        convert(["they/saes/a/layer_1.safetensors"], tmp_path / "another", "switch_sae", {}, "other")
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_names_the_files_that_it_writes(format, tmp_path):
     """What is not named is not fetched from the hub."""
@@ -307,9 +325,9 @@ def test_every_format_names_the_files_that_it_writes(format, tmp_path):
     try:
         FORMATS[format]().save(sae, tmp_path)
     except ValueError as error:
-        assert "read, not written" in str(error)
+        assert "read, not written" in str(error) or format == "circuit_tracer"
     written = set(files_of(tmp_path))
-    assert written <= set(FORMATS[format].files) and (written or format in ("openai", "original_switch"))
+    assert written <= set(FORMATS[format].files) and (written or format in ("openai", "original_switch", "circuit_tracer"))
 
 
 ABSENT = {

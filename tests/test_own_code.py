@@ -13,7 +13,7 @@ from switch_sae.activations.language_model_source import LanguageModelSource
 from switch_sae.activations.text import TextConfig
 from switch_sae.analysis import prompt
 from switch_sae.analysis.prompt import inspect, language_model
-from switch_sae.models import SwitchSAE, TopKSAE
+from switch_sae.models import SwitchSAE, TopKSAE, TranscoderSAE
 from switch_sae.results import collect, frame
 from switch_sae.results.source import source_of
 from switch_sae.runs import load_sae
@@ -71,6 +71,19 @@ def test_a_dense_sae_has_no_experts_to_show(text_runs):
     seen = inspect(load_sae(text_runs[1].path), "x = 1", top=2)
     assert all(token.experts == () and all(active.expert is None for active in token.latents) for token in seen.tokens)
     assert seen.examples == {} and "expert" not in str(seen)
+
+
+def test_a_transcoder_is_seen_by_its_error_on_the_target():
+    sae = TranscoderSAE(TranscoderSAE.Config(num_latents=32, k=4), 128, torch.Generator().manual_seed(0)).eval()
+    sae.activations = {"source": "language_model", "model": "bundled", "hook": "blocks.2.mlp.hook_in", "target_hook": "blocks.2.hook_mlp_out"}
+    seen, model = inspect(sae, "x = 1", top=2), language_model(sae)
+    x, target = model.activations_and_targets(torch.tensor([[token.token_id for token in seen.tokens]]))
+    with torch.no_grad():
+        error = (target - sae(x).recon_TD).square().sum(-1) / target.square().sum(-1)
+    assert [token.error for token in seen.tokens] == pytest.approx(error[0].tolist(), rel=1e-4) and not torch.equal(x, target)
+    tokens = torch.tensor([[0, 5, 9]])
+    _, own = model.activations_and_targets(tokens)
+    assert torch.allclose(model.logits(tokens, lambda x: own), model.logits(tokens), atol=1e-4)  # what is replaced is the MLP's output
 
 
 def test_what_cannot_be_inspected_is_said(text_runs, tmp_path, monkeypatch):

@@ -29,7 +29,10 @@ GOLDEN, OUTPUTS = ROOT / "tests" / "golden" / "formats", "outputs.safetensors"
 CSV = ROOT / "experiments" / "results" / "format_parity.csv"
 LIMIT = 1e-5
 T, D, M, K, GROUPS = 6, 8, 16, 3, (4, 4, 8)
-SETTINGS: dict[str, dict[str, Any]] = {"sae_lens/standard_scaled_outside": {"scaling_factor": 0.5}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sae_lens/standard_scaled_outside": {"scaling_factor": 0.5},
+    **{f"circuit_tracer/{name}": {"layer": 1} for name in ("relu", "relu_skip", "topk")},
+}
 """What a case's files lack."""
 Outputs = dict[str, Tensor]
 """`x` [T, D], `latents` [T, M], `recon` [T, D]."""
@@ -91,7 +94,14 @@ def read_dictionary_learning(folder: Path) -> Outputs:
 def write_sparsify(folder: Path) -> Iterator[tuple[str, Outputs]]:
     from sparsify import SparseCoder, SparseCoderConfig
 
-    for seed, (name, settings) in enumerate({"topk": {"num_latents": M}, "topk_by_expansion_factor": {"expansion_factor": M // D}}.items()):
+    cases = {
+        "topk": {"num_latents": M},
+        "topk_by_expansion_factor": {"expansion_factor": M // D},
+        "topk_skip": {"num_latents": M, "skip_connection": True},
+        "transcoder": {"num_latents": M, "transcode": True},
+        "transcoder_skip": {"num_latents": M, "transcode": True, "skip_connection": True},
+    }
+    for seed, (name, settings) in enumerate(cases.items()):
         randomised(SparseCoder(D, SparseCoderConfig(k=K, **settings), dtype=torch.float32), seed).save_to_disk(folder / name)
         yield name, read_sparsify(folder / name)
 
@@ -125,6 +135,8 @@ def write_sae_lens(folder: Path) -> Iterator[tuple[str, Outputs]]:
         "gated_uncentred": ("GatedSAE", {"apply_b_dec_to_input": False}),
         **{f"topk_{norm}": ("TopKSAE", {"k": K, "normalize_activations": norm}) for norm in norms},
         **{f"jumprelu_{norm}": ("JumpReLUSAE", {"normalize_activations": norm}) for norm in norms},
+        "transcoder": ("Transcoder", {"d_out": D + 3, "apply_b_dec_to_input": False}),
+        "skip_transcoder": ("SkipTranscoder", {"d_out": D + 3, "apply_b_dec_to_input": False}),
     }
     for seed, (name, (kind, settings)) in enumerate(cases.items()):
         randomised(make(kind, **settings), seed).save_model(folder / name)
@@ -178,9 +190,61 @@ def read_sae_lens(folder: Path) -> Outputs:
         register()
     x = activations()
     sae = SAE.load_from_disk(folder)
-    outputs = apply(sae, x)
-    assert torch.equal(sae(x[None])[0], outputs["recon"])  # leading dimensions, and decode(encode(x)) == forward(x)
+    outputs, recon = apply(sae, x), sae(x[None])[0]
+    # Leading dimensions, and decode(encode(x)) == forward(x), to which a transcoder of SAELens adds its skip path.
+    assert torch.equal(recon, outputs["recon"]) or getattr(sae, "W_skip", getattr(sae, "switch_sae", None)) is not None
+    return {**outputs, "recon": recon}
+
+
+def write_circuit_tracer(folder: Path) -> Iterator[tuple[str, Outputs]]:
+    """Sets of two layers, of which the second is applied. 0.5.0 writes no config.yaml; `activation` and `k` are those of pull request 94."""
+    from circuit_tracer.transcoder import SingleLayerTranscoder, TranscoderSet
+    from circuit_tracer.transcoder.activation_functions import TopK
+
+    hooks = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
+    for seed, (name, act, skip) in enumerate((("relu", torch.relu, False), ("relu_skip", torch.relu, True), ("topk", TopK(K), False))):
+        layers = {i: randomised(SingleLayerTranscoder(D, M, act, i, skip, dtype=torch.float32), 2 * seed + i) for i in range(2)}
+        found = TranscoderSet(layers, **hooks)
+        found.to_safetensors(str(folder / name))
+        config = {"model_name": "tiny", "model_kind": "transcoder_set", **hooks} | ({"activation": "topk", "k": K} if name == "topk" else {})
+        (folder / name / "config.yaml").write_text("".join(f"{key}: {value}\n" for key, value in config.items()))
+        yield name, through_layer(layers[1])
+
+
+def read_circuit_tracer(folder: Path) -> Outputs:
+    """Its first layer; what files cannot say is read from a model.safetensors by the plug-in."""
+    import yaml
+    from circuit_tracer.transcoder import load_transcoder_set
+    from circuit_tracer.transcoder.activation_functions import TopK
+
+    if (folder / "model.safetensors").is_file():
+        from switch_sae import load_sae
+        from switch_sae.interop.circuit_tracer_plugin import transcoder_set
+
+        found = transcoder_set([load_sae(folder)])
+    else:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        hooks = {name: config[name] for name in ("feature_input_hook", "feature_output_hook", "scan")}
+        found = load_transcoder_set({0: str(folder / "layer_0.safetensors")}, **hooks, device=torch.device("cpu"))
+        if config["activation"] == "topk":  # as it is read since pull request 94
+            found[0].activation_function = TopK(config["k"])
+    outputs = through_layer(found[0])
+    parts = found.compute_attribution_components(outputs["x"][None], slice(0, 0))
+    torch.testing.assert_close(parts["reconstruction"][0], outputs["recon"])
+    _, token, latent = parts["activation_matrix"].indices()
+    assert torch.equal(outputs["latents"][token, latent], parts["activation_matrix"].values())
+    # What attribution multiplies: a feature's value is its encoder's vector times x, plus what does not depend on x but for the gate.
+    vectors = found[0].W_enc[latent] if (routed := getattr(found[0], "routed", None)) is None else parts["encoder_vecs"]
+    gate = (vectors / found[0].W_enc[latent]).mean(1)
+    values = (parts["encoder_vecs"] * outputs["x"][token]).sum(1) + gate * found[0].b_enc[latent]
+    torch.testing.assert_close(values, parts["activation_matrix"].values(), rtol=1e-4, atol=1e-5)
+    assert routed is None or float(gate.max()) < 1
     return outputs
+
+
+def through_layer(transcoder: Any) -> Outputs:
+    x = activations()
+    return {"x": x, "latents": transcoder.encode(x), "recon": transcoder(x)}
 
 
 Library = tuple[str, Callable[[Path], Iterator[tuple[str, Outputs]]], Callable[[Path], Outputs]]
@@ -188,6 +252,7 @@ LIBRARIES: dict[str, Library] = {
     "dictionary_learning": ("dictionary-learning", write_dictionary_learning, read_dictionary_learning),
     "sparsify": ("eai-sparsify", write_sparsify, read_sparsify),
     "sae_lens": ("sae-lens", write_sae_lens, read_sae_lens),
+    "circuit_tracer": ("circuit-tracer", write_circuit_tracer, read_circuit_tracer),
 }
 
 
@@ -201,21 +266,19 @@ def serve(format_name: str, folder: Path, what: str) -> None:
             save_file(tensors, folder / name / OUTPUTS, {"version": importlib.metadata.version(package)})
 
 
-def version_of(format_name: str) -> str:
-    """The library's version that is compared with."""
+def environment_of(format_name: str) -> tuple[str, tuple[str, ...]]:
+    """(the library's version that is compared with, dependencies that its environment does without)."""
     from experiments.benchmarks.parity import PEERS
 
-    return PEERS[LIBRARIES[format_name][0]][0]
+    package = LIBRARIES[format_name][0]
+    return (PEERS[package][0], PEERS[package][2]) if package in PEERS else ("0.5.0", ())
 
 
 def asked(format_name: str, folder: Path, what: str) -> None:
     """`serve` in the library's environment. Raises CalledProcessError where it fails; what it printed is on the terminal."""
-    from experiments.benchmarks.parity import PEERS
     from experiments.benchmarks.peers import PeerEnvironment
 
-    package = LIBRARIES[format_name][0]
-    version, _, without = PEERS[package]
-    environment = PeerEnvironment(package, version, without)
+    environment = PeerEnvironment(LIBRARIES[format_name][0], *environment_of(format_name))
     environment.make()
     command = [str(environment.python), "-P", __file__, "--serve", format_name, str(folder), what]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -238,6 +301,13 @@ def our_saes() -> Iterator[tuple[str, Any]]:
         "switch": {"k": K, "num_experts": 4},
         "switch_two": {"architecture": "switch", "k": K, "num_experts": 4, "experts_per_token": 2, "router": {"kind": "sigmoid"}},
         "pursuit": {"k": K},
+        "transcoder": {"k": K},
+        "transcoder_skip": {"architecture": "transcoder", "k": K, "skip": "full"},
+        "transcoder_low_rank": {"architecture": "transcoder", "k": K, "skip": "low_rank", "skip_rank": 2, "d_out": D + 3},
+        "transcoder_relu": {"architecture": "transcoder", "k": M, "skip": "full"},
+        "transcoder_relu_no_skip": {"architecture": "transcoder", "k": M, "d_out": D + 3},
+        "switch_transcoder": {"k": K, "num_experts": 4, "skip": "full"},
+        "switch_transcoder_two": {"architecture": "switch_transcoder", "k": K, "num_experts": 4, "experts_per_token": 2},
     }
     for seed, (name, settings) in enumerate(plain.items()):
         sae = SAES.build(SAES.from_plain({"architecture": name, "num_latents": M, **settings}), D, torch.Generator().manual_seed(seed)).eval()
@@ -245,6 +315,9 @@ def our_saes() -> Iterator[tuple[str, Any]]:
         with torch.no_grad():
             sae.decoder_weight().copy_(torch.nn.functional.normalize(sae.decoder_weight(), dim=1))
         sae.activation_scale.fill_(0.4)
+        if sae.is_transcoder:
+            sae.output_scale.fill_(0.7)
+            sae.activations = {"model": "tiny", "hook": "blocks.0.mlp.hook_in", "target_hook": "blocks.0.hook_mlp_out"}
         yield name, sae
         if name == "switch":
             yield "switch_refitted", with_inference(sae, Inference.refit)
@@ -280,6 +353,7 @@ def loaded(format_name: str, folder: Path) -> tuple[Outputs, Outputs]:
 
 def compare(format_name: str, out: Path | None) -> list[tuple[str, str, float]]:
     """(direction, case, difference) of one library."""
+    from switch_sae import save_sae
     from switch_sae.interop import FORMATS
 
     with tempfile.TemporaryDirectory() as name:
@@ -293,6 +367,9 @@ def compare(format_name: str, out: Path | None) -> list[tuple[str, str, float]]:
             shutil.copytree(theirs, out / format_name)
         saes = {}
         for key, sae in our_saes():
+            if format_name == "circuit_tracer" and sae.is_transcoder and sae.d_out == sae.d_in:  # by the plug-in
+                save_sae(written / f"{key}_in_memory" / "model.safetensors", sae, sae.activations)
+                saes[f"{key}_in_memory"] = sae
             try:
                 FORMATS[format_name]().save(sae, written / key)
             except ValueError as error:
@@ -315,9 +392,8 @@ def main() -> None:
     for format_name in options.formats:
         for direction, case, value in compare(format_name, options.out):
             measured.append(value)
-            rows.append(
-                {"format": format_name, "version": version_of(format_name), "direction": direction, "case": case, "max_rel_diff": f"{value:.1e}"}
-            )
+            row = {"format": format_name, "version": environment_of(format_name)[0], "direction": direction, "case": case}
+            rows.append({**row, "max_rel_diff": f"{value:.1e}"})
             print(f"{format_name:20s} {direction:8s} {case:36s} {value:.1e}", flush=True)
     if set(options.formats) == set(LIBRARIES):
         with CSV.open("w", newline="") as file:

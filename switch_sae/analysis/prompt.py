@@ -36,7 +36,7 @@ class TokenSeen:
     latents: tuple[Active, ...]
     """The strongest, strongest first."""
     error: float
-    """||x - recon||^2 / ||x||^2."""
+    """||target - recon||^2 / ||target||^2; the target of an autoencoder is x."""
     was_trained_on: bool
     """Whether tokens at such a place were: the first position and special tokens may have been left out."""
 
@@ -62,8 +62,9 @@ class Inspection:
 
 
 def language_model(sae: SparseAutoencoder, device: str | None = None) -> LanguageModel:
-    """The language model and hook that an SAE was trained on, loaded once.
+    """The language model and hook that an SAE was trained on, a transcoder's target hook too, loaded once.
 
+    A function and no method of SAEs: architectures know nothing of language models (docs/rooms.md).
     Raises ValueError for an SAE of other activations, and where the model under that name has other weights than in training.
     """
     about = sae.activations
@@ -71,7 +72,7 @@ def language_model(sae: SparseAutoencoder, device: str | None = None) -> Languag
         raise ValueError(
             f"this SAE was trained on {about.get('source', 'activations that nothing is known of')}, not on a language model's. Give one."
         )
-    model = _loaded(about["model"], about["hook"], device, Precision(about.get("precision", Precision.float32.value)))
+    model = _loaded(about["model"], about["hook"], device, Precision(about.get("precision", Precision.float32.value)), about.get("target_hook"))
     if about.get("model_fingerprint") not in (None, model.fingerprint):
         raise ValueError(
             f"the model {about['model']!r} has other weights (fingerprint {model.fingerprint}) than the one that this SAE was trained on "
@@ -81,8 +82,8 @@ def language_model(sae: SparseAutoencoder, device: str | None = None) -> Languag
 
 
 @lru_cache(maxsize=2)
-def _loaded(name: str, hook: str, device: str | None, precision: Precision) -> LanguageModel:
-    return LanguageModel(name, hook, device, precision)
+def _loaded(name: str, hook: str, device: str | None, precision: Precision, target_hook: str | None) -> LanguageModel:
+    return LanguageModel(name, hook, device, precision, target_hook)
 
 
 @torch.no_grad()
@@ -96,8 +97,9 @@ def inspect(
 ) -> Inspection:
     """The experts and the `top` strongest latents of every token of a text.
 
-    `model` is that of the SAE's training unless one is given. With an evaluation set of text (`source_of(row).evaluation_set(20_000)`), also the
-    `examples` contexts in which each of these latents fires most. Raises ValueError for a text without tokens or longer than the model takes.
+    `model` is that of the SAE's training unless one is given; a transcoder needs one with its target hook. With an evaluation set of text
+    (`source_of(row).evaluation_set(20_000)`), also the `examples` contexts in which each of these latents fires most. Raises ValueError for a text
+    without tokens or longer than the model takes.
     """
     model = language_model(sae) if model is None else model
     tokens = [token for part in tokenize([Document("prompt", text)], model.tokenizer, model.d_vocab) for token in part.tolist()]
@@ -105,9 +107,9 @@ def inspect(
         raise ValueError(f"the text {text!r} has no tokens. Give a few words.")
     begins = sae.activations.get("prepend_bos", model.prepends_bos) and model.bos_token_id is not None
     tokens = [model.bos_token_id, *tokens] if begins else tokens
-    x_SD = model.activations(torch.tensor([tokens]))[0].to(sae.device)
+    x_SD, target_SD = (rows[0].to(sae.device) for rows in model.activations_and_targets(torch.tensor([tokens])))
     output = run(sae, x_SD)
-    error_S = (x_SD - output.recon_TD).square().sum(1) / x_SD.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+    error_S = (target_SD - output.recon_TD).square().sum(1) / target_SD.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     values_SM, seen = output.latents.to_dense(), []
     for place, token in enumerate(tokens):
         experts = () if output.routing is None else tuple(output.routing.expert_TS[place].tolist())

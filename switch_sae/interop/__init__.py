@@ -2,6 +2,7 @@
 
 from switch_sae.choices import Choice
 from switch_sae.interop.base import Format
+from switch_sae.interop.circuit_tracer import CircuitTracer
 from switch_sae.interop.dictionary_learning import DictionaryLearning
 from switch_sae.interop.openai import OpenAI
 from switch_sae.interop.original_switch import OriginalSwitch
@@ -14,6 +15,7 @@ FORMATS: Choice[Format] = Choice(
     {
         "sae_lens": SAELens,
         "sparsify": Sparsify,
+        "circuit_tracer": CircuitTracer,
         "openai": OpenAI,
         "original_switch": OriginalSwitch,
         "dictionary_learning": DictionaryLearning,  # the last: it takes whatever else torch saved, and says what is wrong with it

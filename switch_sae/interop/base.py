@@ -1,7 +1,7 @@
 """The contract of a file format of other libraries that SAEs are read from and written to."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +34,18 @@ class Format(ABC):
     @abstractmethod
     def save(self, sae: SparseAutoencoder, path: Path) -> None:
         """Writes it so that the other library reads it. Raises ValueError for an architecture that the format cannot hold."""
+
+    def load_all(self, path: Path) -> list[SparseAutoencoder]:
+        """All SAEs of a folder that `save_all` wrote."""
+        return [self.load(path)]
+
+    def save_all(self, saes: Sequence[SparseAutoencoder], path: Path) -> list[SparseAutoencoder]:
+        """Writes several SAEs into one folder, and gives them in the order of `load_all`. Raises ValueError as `save`, and for several where a folder
+        holds one."""
+        if len(saes) != 1:
+            raise ValueError(f"a folder of the format {type(self).__name__} holds one SAE, and {len(saes)} were given. Write each into its own.")
+        self.save(saes[0], path)
+        return list(saes)
 
     def check_settings(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Raises ValueError for settings that this format has no use for."""

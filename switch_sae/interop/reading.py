@@ -84,11 +84,23 @@ def read_safetensors(path: Path) -> TensorFile:
     return TensorFile(path, shapes, read)
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The texts, numbers and booleans of a YAML mapping; lists and mappings inside it are left out. Raises ValueError as `read_json`."""
+    import yaml  # Hydra brings it
+
+    with clear(path):
+        _refuse_large(path)
+        try:
+            value = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid YAML ({' '.join(str(error).split())[:100]}). Copy it again.") from error
+    return {str(key)[:60]: value for key, value in section(path, {"": value}, "").items() if isinstance(value, str | int | float)}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError for anything else, and for a file of more than 1 MB."""
     with clear(path):
-        if path.stat().st_size > _JSON_BYTES:
-            raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a configuration has at most {_JSON_BYTES:,}. It is something else.")
+        _refuse_large(path)
         try:
             value = json.loads(path.read_text())
         except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
@@ -96,11 +108,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return section(path, {"": value}, "")
 
 
+def _refuse_large(path: Path) -> None:
+    if path.stat().st_size > _JSON_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a configuration has at most {_JSON_BYTES:,}. It is something else.")
+
+
 def section(path: Path, plain: Mapping[str, Any], name: str) -> dict[str, Any]:
     """An object inside a configuration."""
     value = plain.get(name)
     if not isinstance(value, dict):
-        what = f"no object {name!r}" if name else "no JSON object ({...})"
+        what = f"no object {name!r}" if name else "no JSON object ({...})" if path.suffix == ".json" else "no names with values"
         raise ValueError(f"{path} holds {what}: it is of another kind, or damaged. Copy it again.")
     return value
 
@@ -110,6 +127,14 @@ def count(where: object, name: str, value: Any, at_most: int | None = None) -> i
     if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (at_most is not None and value > at_most):
         bound = "" if at_most is None else f" and at most {at_most}"
         raise ValueError(f"{where}: {name}={str(value)[:40]} must be a whole number of at least 1{bound}.")
+    return value
+
+
+def flag(where: object, config: Mapping[str, Any], name: str, default: bool) -> bool:
+    """True or false of a configuration. Raises ValueError for anything else."""
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}: {name}={str(value)[:40]!r} must be true or false.")
     return value
 
 

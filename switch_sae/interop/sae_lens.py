@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from switch_sae.interop.base import Format, write
-from switch_sae.interop.reading import TensorFile, agree, count, read_json, read_safetensors, section
+from switch_sae.interop.reading import TensorFile, agree, count, flag, read_json, read_safetensors, section
 from switch_sae.interop.token_norm import TokenNorm, TokenNormSAE
+from switch_sae.interop.transcoder_weights import TranscoderWeights, of_transcoder, to_transcoder, why_not_dense_transcoder
 from switch_sae.interop.weights import DenseWeights, fold_decoder_norms, fold_whitening, of_sae, to_sae, unit_norms, why_not_dense
 from switch_sae.models import SAES, SparseAutoencoder
+from switch_sae.models.widths import without_memory
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
@@ -49,6 +51,8 @@ _ARCHITECTURES = {
     "batchtopk": _Architecture("batch_topk", k=True, one_threshold=True, rescales=True),
     "matryoshka_batchtopk": _Architecture("matryoshka", k=True, one_threshold=True, groups=True, rescales=True),
 }
+_TRANSCODERS = {"transcoder": False, "skip_transcoder": True}
+"""Of ReLU, and whether they hold W_skip."""
 _FUNCTIONS = {"relu": None, "topk": "topk"}
 """Activation functions before version 6, and the architecture of today that one of them made of a standard SAE."""
 _WRITTEN = {"relu": "standard", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu", "batch_topk": "jumprelu", "matryoshka": "jumprelu"}
@@ -62,6 +66,9 @@ class SAELens(Format):
     `covariance_whitening` are folded in from the files beside a checkpoint; the former's factor may be given instead, and 1.0 stands for activations
     that are scaled already, as SAELens takes them. `layer_norm` and `constant_norm_rescale` give a `TokenNormSAE`. A `hook_z` SAE takes heads side by
     side, [tokens, heads * d_head].
+
+    A transcoder is f = ReLU(W_enc x + b_enc), recon = W_dec f + b_dec (+ W_skip x): here one of the k largest with k = d_sae, and so it is written;
+    SAELens has none of fewer, so that those are written as a plug-in.
     """
 
     files: ClassVar = (WEIGHTS, CONFIG, SCALER, WHITENING)
@@ -81,6 +88,8 @@ class SAELens(Format):
         norm = str(said) if not isinstance(said, bool | None) else "expected_average_only_in" if said else "none"
         if "scaling_factor" in settings and norm != "expected_average_only_in":
             raise ValueError(f"{file}: scaling_factor is no setting of normalize_activations={norm}. Leave it out.")
+        if name in _TRANSCODERS:
+            return _transcoder(file, name, config, tensors, norm)
         weights = _weights(file, name, config, tensors)
         tensors.finish()
         if norm == "expected_average_only_in":
@@ -105,7 +114,11 @@ class SAELens(Format):
             "reshape_activations": "none",
             "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, "trained_by": "switch_sae", **_origin(sae)},
         }
-        if why_not_dense(inner):
+        if not why_not_dense_transcoder(inner) and inner.k == inner.num_latents:
+            tensors = _transcoder_tensors(inner)
+            architecture = "skip_transcoder" if "W_skip" in tensors else "transcoder"
+            config |= {"architecture": architecture, "d_out": inner.d_out, "apply_b_dec_to_input": False}
+        elif why_not_dense(inner):
             folded = copy.deepcopy(inner)
             folded.fold_activation_scale()
             config |= {"architecture": PLUGIN, PLUGIN: SAES.to_plain(inner.config)}
@@ -125,13 +138,14 @@ def _activations(config: dict[str, Any]) -> dict[str, str]:
     """What the SAE was trained on, as far as it is said: before version 6 beside the other settings, after it among the metadata."""
     metadata = config.get("metadata")
     known = {**config, **(metadata if isinstance(metadata, dict) else {})}
-    found = {"model": known.get("model_name"), "hook": known.get("hook_name", known.get("hook_point"))}
+    found = {"model": known.get("model_name"), "hook": known.get("hook_name", known.get("hook_point")), "target_hook": known.get("hook_name_out")}
     return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def _origin(sae: SparseAutoencoder) -> dict[str, str]:
     """What is known of the activations, in SAELens' words."""
-    known = {"model_name": sae.activations.get("model"), "hook_name": sae.activations.get("hook")}
+    names = {"model_name": "model", "hook_name": "hook", "hook_name_out": "target_hook"}
+    known = {theirs: sae.activations.get(name) for theirs, name in names.items()}
     return {name: value for name, value in known.items() if isinstance(value, str)}
 
 
@@ -140,13 +154,45 @@ def _architecture(file: Path, config: dict[str, Any]) -> str:
     function = config.get("activation_fn", config.get("activation_fn_str", "relu"))
     if not isinstance(function, str) or function not in _FUNCTIONS:
         raise ValueError(f"{file}: activation_fn={str(function)[:40]!r} cannot be represented; {' and '.join(_FUNCTIONS)} can.")
-    name = _FUNCTIONS[function] or config.get("architecture", "standard")
-    if name != PLUGIN and (not isinstance(name, str) or name not in _ARCHITECTURES):
-        raise ValueError(
-            f"{file}: architecture={str(name)[:40]!r} is not one that can be computed here; those are {', '.join(_ARCHITECTURES)}. "
-            "Transcoders cannot be loaded yet."
-        )
+    name = config.get("architecture", "standard")
+    if isinstance(name, str) and name.endswith("transcoder") and (name not in _TRANSCODERS or _FUNCTIONS[function]):
+        what = f"activation_fn={function}" if name in _TRANSCODERS else "the thresholds of JumpReLU" if name.startswith("jumprelu") else "its kind"
+        raise ValueError(f"{file}: architecture={name[:40]!r} cannot be represented: {what}. Transcoders here keep the k largest of ReLU, or all.")
+    name = _FUNCTIONS[function] or name
+    known = (*_ARCHITECTURES, *_TRANSCODERS)
+    if name != PLUGIN and (not isinstance(name, str) or name not in known):
+        raise ValueError(f"{file}: architecture={str(name)[:40]!r} is not one that can be computed here; those are {', '.join(known)}.")
     return str(name)
+
+
+def _transcoder(file: Path, name: str, config: dict[str, Any], tensors: TensorFile, norm: str) -> SparseAutoencoder:
+    (d_in, num_latents), (_, d_out) = tensors.size("W_enc"), tensors.size("W_dec")
+    for key, size, where in (("d_in", d_in, "W_enc"), ("d_sae", num_latents, "W_enc"), ("d_out", d_out, "W_dec")):
+        agree(file, key, (CONFIG, config.get(key)), (f"the shape of {where}", size))
+    if norm != "none":
+        raise ValueError(
+            f"{file}: normalize_activations={norm[:40]} of a transcoder cannot be represented: transcoders here read activations as they are."
+        )
+    if flag(file, config, "apply_b_dec_to_input", False):
+        raise ValueError(f"{file}: apply_b_dec_to_input=true is for autoencoders: a transcoder's b_dec belongs to another hook. Correct one of them.")
+    weights = TranscoderWeights(
+        tensors.take("W_enc", d_in, num_latents).T.contiguous(),
+        tensors.take("W_dec", num_latents, d_out),
+        tensors.take("b_enc", num_latents),
+        tensors.take("b_dec", d_out),
+        num_latents,
+        tensors.take("W_skip", d_out, d_in) if _TRANSCODERS[name] else None,
+    )
+    tensors.finish()
+    sae = to_transcoder(weights)
+    sae.activations = _activations(config)
+    return sae
+
+
+def _transcoder_tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
+    weights = of_transcoder(sae)
+    tensors = {"W_enc": weights.W_enc_MD.T.contiguous(), "b_enc": weights.b_enc_M, "W_dec": weights.W_dec_MO, "b_dec": weights.b_out_O}
+    return tensors if weights.W_skip_OD is None else {**tensors, "W_skip": weights.W_skip_OD}
 
 
 def _weights(file: Path, name: str, config: dict[str, Any], tensors: TensorFile) -> DenseWeights:
@@ -154,8 +200,8 @@ def _weights(file: Path, name: str, config: dict[str, Any], tensors: TensorFile)
     for key, size in (("d_in", d_in), ("d_sae", num_latents)):
         agree(file, key, (CONFIG, config.get(key)), ("the shape of W_enc", size))
     architecture, found = _ARCHITECTURES[name], dict[str, Any]()
-    centred = _switch(file, config, "apply_b_dec_to_input", True)
-    rescales = _switch(file, config, "rescale_acts_by_decoder_norm", architecture.rescales)
+    centred = flag(file, config, "apply_b_dec_to_input", True)
+    rescales = flag(file, config, "rescale_acts_by_decoder_norm", architecture.rescales)
     if architecture.magnitudes:
         found |= {"b_mag_M": tensors.take("b_mag", num_latents), "r_mag_M": tensors.take("r_mag", num_latents)}
     if architecture.thresholds:
@@ -183,13 +229,6 @@ def _weights(file: Path, name: str, config: dict[str, Any], tensors: TensorFile)
     if architecture.k and rescales:
         return fold_decoder_norms(weights, unit_norms(file, weights))
     return weights
-
-
-def _switch(file: Path, config: dict[str, Any], key: str, default: bool) -> bool:
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"{file}: {key}={str(value)[:40]!r} must be true or false.")
-    return value
 
 
 def _groups(file: Path, widths: Any, num_latents: int) -> list[int]:
@@ -246,7 +285,11 @@ def _ours(file: Path, config: dict[str, Any], tensors: TensorFile) -> SparseAuto
         bound = max((shape[0] for shape in tensors.shapes.values() if shape), default=0)
         if typed.num_latents > bound:
             raise ValueError(f"num_latents={typed.num_latents}, but no tensor has more than {bound} rows")
-        sae = SAES.build(typed, count(file, "d_in", config.get("d_in"), max((shape[-1] for shape in tensors.shapes.values() if shape), default=1)))
+        d_in = count(file, "d_in", config.get("d_in"), max((shape[-1] for shape in tensors.shapes.values() if shape), default=1))
+        for name, tensor in without_memory(typed, d_in).state_dict().items():  # before anything is as large as the file says
+            if tensors.shapes.get(f"{PLUGIN}.{name}") != tuple(tensor.shape):
+                raise ValueError(f"its {name} would have shape {tuple(tensor.shape)}, but the file's is {tensors.shapes.get(f'{PLUGIN}.{name}')}")
+        sae = SAES.build(typed, d_in)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: its object {PLUGIN!r} does not describe an SAE: {error}") from error
     state = {name: tensors.take(f"{PLUGIN}.{name}", *tensor.shape) for name, tensor in sae.state_dict().items()}

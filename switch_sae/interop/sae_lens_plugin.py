@@ -36,6 +36,7 @@ def register() -> type[Any]:
     class SwitchSAELens(SAE[SwitchSAELensConfig]):
         """encode gives all latents, [..., d_sae], gates inside and zeros elsewhere; decode(encode(x)) == forward(x).
 
+        Of a transcoder with a skip path decode gives what latents give, as SAELens' own do; forward adds W_skip x.
         `ours` is the SAE that computes; `W_enc` [d_in, d_sae], `W_dec` [d_sae, d_in], `b_enc` and `b_dec` are views of its weights.
         """
 
@@ -74,9 +75,21 @@ def register() -> type[Any]:
             return self.hook_sae_acts_post(latents.view(*x.shape[:-1], self.cfg.d_sae))
 
         def decode(self, feature_acts: Tensor) -> Tensor:
-            recon = self.ours.decode(DenseLatents(feature_acts.reshape(-1, self.cfg.d_sae)))
-            recon = self.hook_sae_recons(recon.view(*feature_acts.shape[:-1], self.cfg.d_in))
+            latents_TM = feature_acts.reshape(-1, self.cfg.d_sae)
+            raw = self._decode_beside_skip(latents_TM) if self.has_skip else self.ours.decode(DenseLatents(latents_TM))
+            recon = self.hook_sae_recons(raw.view(*feature_acts.shape[:-1], self.ours.d_out))
             return self.reshape_fn_out(self.run_time_activation_norm_fn_out(recon), self.d_head)
+
+        def forward(self, x: Tensor) -> Tensor:
+            recon = super().forward(x)
+            return recon + self.ours.skip(x * self.ours.activation_scale) / self.ours.target_scale if self.has_skip else recon
+
+        def _decode_beside_skip(self, latents_TM: Tensor) -> Tensor:
+            return (latents_TM @ self.W_dec + self.b_dec) / self.ours.target_scale
+
+        @property
+        def has_skip(self) -> bool:
+            return getattr(self.ours, "skip", None) is not None
 
     register_sae_class(PLUGIN, SwitchSAELens, SwitchSAELensConfig)
     return SwitchSAELens
