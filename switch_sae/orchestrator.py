@@ -58,6 +58,8 @@ def resume_training(path: str | Path, say: Say = tell) -> RunDir:
             say(f"note: {what} was {then[what]} and is {now[what]}: the result can differ in the last bits from an uninterrupted run.")
     if then["versions"]["torch"] != now["versions"]["torch"]:
         say(f"note: torch was {then['versions']['torch']} and is {now['versions']['torch']}: the result can differ in the last bits.")
+    if (numba := then["versions"].get("numba")) != now["versions"]["numba"] and "numba" in then["versions"]:
+        say(f"note: numba was {numba} and is {now['versions']['numba']}: what pursuit finds can differ in the last bits.")
     return _run(config, run, say)
 
 

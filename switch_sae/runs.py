@@ -325,7 +325,7 @@ def _other_formats() -> str:
 def environment() -> dict[str, Any]:
     """Versions, commit and device, for the record."""
     versions: dict[str, str | None] = {"switch-sae": version()}
-    for package in ("torch", "triton", "transformer-lens", "transformers", "hydra-core", "wandb", "safetensors", "numpy"):
+    for package in ("torch", "triton", "transformer-lens", "transformers", "hydra-core", "wandb", "safetensors", "numpy", "numba"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -178,6 +178,8 @@ class Trainer:
         if execution.is_triton:
             sae.search = execution
             self.choice += "" if sae.inference is Inference.encoder else f"; {search_plan(sae)}"
+        elif sae.inference is Inference.pursuit:
+            self.choice = search_plan(sae)
         self.steps_done = 0
         self._seconds = 0.0
 

@@ -1,15 +1,38 @@
 """Pursuit and least squares against brute force: each token by itself in NumPy, from its residual and never from a Gram matrix, written from the
 equations in the docstrings."""
 
+import importlib.util
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from switch_kernels import pursuit
-from switch_kernels.pursuit import Problem, gram_matrices, least_squares, matching_pursuit, problem_of_gram, problem_of_rows
+from switch_kernels.pursuit import (
+    NUMBA_SWITCH,
+    Problem,
+    gram_matrices,
+    least_squares,
+    matching_pursuit,
+    problem_of_gram,
+    problem_of_rows,
+    why_not_in_rows,
+)
 from switch_kernels.threads import even_parts, over_parts
 
 D, N = 12, 48
+CPU = torch.device("cpu")
+NUMBA = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+both_ways = pytest.mark.parametrize("by", ["PyTorch", pytest.param("numba", marks=NUMBA)], indirect=True)
+
+
+@pytest.fixture
+def by(request, monkeypatch):
+    """Who searches."""
+    monkeypatch.setenv(NUMBA_SWITCH, "1" if request.param == "numba" else "0")
+    assert (why_not_in_rows(CPU, torch.float32) is None) == (request.param == "numba")
+    return request.param
 
 
 def nonnegative_least_squares(r_D, A_CD, support, ridge):
@@ -80,7 +103,8 @@ def dense(support, candidates):
         (9, 8, 2, 1e-3, 0.1, True),
     ],
 )
-def test_matching_pursuit_equals_brute_force(candidates, k, blocks, ridge, threshold, limited):
+@both_ways
+def test_matching_pursuit_equals_brute_force(by, candidates, k, blocks, ridge, threshold, limited):
     A_GCD, r_ND, group_N, c_NC = problem(candidates=candidates)
     limit_N = torch.arange(N) % (k + 3) if limited else None
     support = matching_pursuit(c_NC, gram_matrices(A_GCD), group_N, k, blocks, ridge, torch.tensor(threshold, dtype=torch.float64), limit_N)
@@ -107,7 +131,8 @@ ORTHOGONAL = [
 """What scikit-learn 1.9.1 answers: orthogonal_mp(A.T, r.T, n_nonzero_coefs=3).T. Importing it takes longer than all tests here."""
 
 
-def test_it_is_the_orthogonal_matching_pursuit_of_scikit_learn_where_correlations_and_coefficients_stay_positive():
+@both_ways
+def test_it_is_the_orthogonal_matching_pursuit_of_scikit_learn_where_correlations_and_coefficients_stay_positive(by):
     i, j = np.arange(1, 13)[:, None], np.arange(1, 41)
     A_CD, z_NC = np.cos(0.37 * i * j + i * i), np.zeros((3, 12))
     A_CD /= np.linalg.norm(A_CD, axis=1, keepdims=True)
@@ -161,7 +186,8 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def test_chunks_and_threads_change_no_bit(two_threads, monkeypatch):
+@both_ways
+def test_chunks_and_threads_change_no_bit(by, two_threads, monkeypatch):
     A_GCD, r_ND, group_N, c_NC = (tensor.float() if tensor.is_floating_point() else tensor for tensor in problem(rows=301))
     gram_GCP, indices_NK = gram_matrices(A_GCD), torch.arange(40).repeat(301, 1)[:, ::8]
 
@@ -174,6 +200,8 @@ def test_chunks_and_threads_change_no_bit(two_threads, monkeypatch):
     torch.set_num_threads(1)
     whole = both()
     monkeypatch.setattr(pursuit, "_CHUNK_ELEMENTS", 64 * 7)
+    if by == "numba":
+        monkeypatch.setattr("switch_kernels.pursuit_rows._ROWS", 7)
     chunked = both()
     assert (whole[0] > 0).sum(dim=1).unique().numel() > 2
     for a, b, c in zip(parallel, whole, chunked, strict=True):
@@ -199,14 +227,16 @@ def test_threads_do_their_parts_in_order_and_give_back_what_they_were_lent(two_t
     assert torch.get_num_threads() == 2 and over_parts(work, even_parts(0, 3, cpu), cpu) == [(0, 0)] and over_parts(work, [], cpu) == []
 
 
-def test_no_rows_have_no_latents():
+@both_ways
+def test_no_rows_have_no_latents(by):
     gram_GCP, empty = gram_matrices(dictionaries()), torch.zeros(0, dtype=torch.int64)
     support = matching_pursuit(torch.zeros(0, 40, dtype=torch.float64), gram_GCP, empty, 6, 3, 1e-3)
     assert support.values_NK.shape == support.indices_NK.shape == (0, 6)
     assert least_squares(Problem(torch.zeros(0, 3, 3), torch.zeros(0, 3)), torch.zeros(0, 3, dtype=torch.bool), 1e-3).shape == (0, 3)
 
 
-def test_near_duplicates_in_float32_cost_no_error():
+@both_ways
+def test_near_duplicates_in_float32_cost_no_error(by):
     """Pairs that are 1e-6 apart: which of a pair joins is chance in float32, but what is minimised is as small as in float64."""
     (A_CD,), r_ND, group_N, _ = problem(groups=1)
     A_CD[20:] = torch.nn.functional.normalize(A_CD[:20] + 1e-6 * torch.randn(20, D, generator=torch.Generator().manual_seed(1)), dim=1)
@@ -220,7 +250,8 @@ def test_near_duplicates_in_float32_cost_no_error():
     torch.testing.assert_close(objective(torch.float32), objective(torch.float64), rtol=1e-2, atol=1e-3)
 
 
-def test_a_row_that_is_not_finite_ends_and_leaves_the_others_alone():
+@both_ways
+def test_a_row_that_is_not_finite_ends_and_leaves_the_others_alone(by):
     A_GCD, _, group_N, c_NC = problem()
     gram_GCP = gram_matrices(A_GCD)
     whole = dense(matching_pursuit(c_NC, gram_GCP, group_N, 6, 2, 1e-3), 40)
@@ -228,6 +259,7 @@ def test_a_row_that_is_not_finite_ends_and_leaves_the_others_alone():
     found = dense(matching_pursuit(c_NC, gram_GCP, group_N, 6, 2, 1e-3), 40)
     others = torch.arange(N) > 4
     assert torch.equal(found[others], whole[others])
+    assert (found[3] == 0).all()
     poisoned = least_squares(Problem(torch.eye(3)[None], torch.tensor([[1.0, torch.nan, 2.0]])), torch.ones(1, 3, dtype=torch.bool), 1e-3)
     assert poisoned.isnan().any()
 
@@ -243,3 +275,91 @@ def test_impossible_numbers_are_refused(k, blocks, message):
     _, _, group_N, c_NC = problem()
     with pytest.raises(ValueError, match=message):
         matching_pursuit(c_NC, gram_matrices(dictionaries()), group_N, k, blocks, 1e-3)
+
+
+def planted(rows=600, candidates=170, size=64, groups=3):
+    """(correlations, Gram matrices, groups) of residuals that are sums of 3 to 21 rows of their dictionary and noise, in float32."""
+    generator = torch.Generator().manual_seed(3)
+    A_GCD = torch.nn.functional.normalize(torch.randn(groups, candidates, size, generator=generator), dim=2)
+    group_N, counts_N = torch.randint(groups, (rows,), generator=generator), torch.randint(3, 22, (rows,), generator=generator)
+    places_NC = torch.rand(rows, candidates, generator=generator).argsort(dim=1).argsort(dim=1)
+    z_NC = (torch.rand(rows, candidates, generator=generator) + 0.7) * (places_NC < counts_N[:, None])
+    r_ND = torch.einsum("nc,ncd->nd", z_NC, A_GCD[group_N]) + 0.05 * torch.randn(rows, size, generator=generator)
+    return torch.einsum("nd,ncd->nc", r_ND, A_GCD[group_N]), gram_matrices(A_GCD), group_N
+
+
+@NUMBA
+@pytest.mark.parametrize(
+    ("k", "blocks", "threshold", "limited"), [(16, 4, 0.0, False), (32, 8, 0.45, False), (12, 12, 0.2, True), (20, 2, 0.0, True)]
+)
+def test_numba_finds_the_latents_and_values_of_pytorch(k, blocks, threshold, limited, monkeypatch):
+    """In float32, where both round, in their own order; no correlation here ties with another within rounding."""
+    c_NC, gram_GCP, group_N = planted()
+    limit_N = torch.arange(len(c_NC)) % (k + 3) if limited else None
+    found = {}
+    for on in ("0", "1"):
+        monkeypatch.setenv(NUMBA_SWITCH, on)
+        support = matching_pursuit(c_NC, gram_GCP, group_N, k, blocks, 1e-3, threshold, limit_N)
+        assert support.values_NK.dtype == torch.float32 and support.indices_NK.dtype == torch.int64
+        assert (support.values_NK >= 0).all() and (support.indices_NK < c_NC.shape[1]).all()
+        found[on] = support
+    (values_NK, indices_NK), (others_NK, places_NK) = found["0"], found["1"]
+    used_NK = values_NK > 0
+    assert torch.equal(used_NK, others_NK > 0) and torch.equal(indices_NK[used_NK], places_NK[used_NK]), "another support, or in other slots"
+    assert ((values_NK - others_NK).abs() <= 1e-5 * values_NK.amax(dim=1, keepdim=True)).all()
+    assert not torch.equal(values_NK, others_NK), "one of them was never asked"
+    assert used_NK.sum(dim=1).unique().numel() >= 4
+
+
+@NUMBA
+def test_of_equal_correlations_the_first_candidate_joins_in_numba(monkeypatch):
+    """With every latent there twice, far apart: PyTorch takes the first in the first column of 32."""
+    monkeypatch.setenv(NUMBA_SWITCH, "1")
+    (A_CD, *_), r_ND, _, _ = problem()
+    twice_CD = torch.cat([A_CD, A_CD])
+    c_NC, none_N = r_ND @ twice_CD.T, torch.zeros(N, dtype=torch.int64)
+    c_NC[:, 40:] = c_NC[:, :40]  # to the last bit
+    gram_GCP = gram_matrices(A_CD[None])[0, :, :40].repeat(2, 2)
+    gram_GCP = torch.nn.functional.pad(gram_GCP, (0, 96 - 80))[None]
+    one = matching_pursuit(c_NC, gram_GCP, none_N, 1, 1, 1e-3)
+    assert torch.equal(one.indices_NK[:, 0], c_NC[:, :40].argmax(dim=1)) and (one.values_NK > 0).all()
+
+
+def test_a_reason_says_why_numba_does_not_search(monkeypatch):
+    monkeypatch.delenv(NUMBA_SWITCH, raising=False)
+    assert why_not_in_rows(torch.device("cuda"), torch.float32) == "rows are searched one by one on a CPU only, and this is cuda"
+    assert why_not_in_rows(CPU, torch.bfloat16) == "rows are searched one by one in float32 or float64, not bfloat16"
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert why_not_in_rows(CPU, torch.float64) == "NUMBA_DISABLE_JIT is set, and nothing would be compiled"
+    monkeypatch.setenv(NUMBA_SWITCH, "0")
+    assert why_not_in_rows(CPU, torch.float32) == f"{NUMBA_SWITCH}=0"
+
+
+class OldNumba:
+    """A finder of a numba that does not know this NumPy."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "numba":
+            raise ImportError("Numba needs NumPy 2.0 or less.")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [(False, "numba is not installed: pip install 'switch_sae[fast]'"), (True, "numba does not work here: Numba needs NumPy 2.0 or less")],
+)
+def test_where_numba_is_missing_or_broken_pytorch_searches_and_the_reason_says_so(broken, reason, monkeypatch):
+    _, _, group_N, c_NC = problem()
+    gram_GCP = gram_matrices(dictionaries())
+    monkeypatch.setenv(NUMBA_SWITCH, "0")
+    by_pytorch = matching_pursuit(c_NC, gram_GCP, group_N, 6, 2, 1e-3)
+    monkeypatch.delenv(NUMBA_SWITCH)
+    monkeypatch.delitem(sys.modules, "switch_kernels.pursuit_rows", raising=False)
+    monkeypatch.setattr(pursuit, "_why_no_numba", pursuit._why_no_numba.__wrapped__)
+    if broken:
+        monkeypatch.delitem(sys.modules, "numba", raising=False)
+        monkeypatch.setattr(sys, "meta_path", [OldNumba(), *sys.meta_path])
+    else:
+        monkeypatch.setitem(sys.modules, "numba", None)
+    assert why_not_in_rows(CPU, torch.float32) == reason
+    for found, expected in zip(matching_pursuit(c_NC, gram_GCP, group_N, 6, 2, 1e-3), by_pytorch, strict=True):
+        assert torch.equal(found, expected)

@@ -31,9 +31,9 @@ ROOMS: dict[str, set[str]] = {
 }
 # What a module may import when it is loaded, beyond the standard library. Everything else waits inside the function that needs it.
 ALWAYS = {"torch", "numpy", "safetensors"}
-AT_IMPORT = {"switch_kernels": {"torch", "triton"}, "progress": ALWAYS | {"tqdm"}}
+AT_IMPORT = {"switch_kernels": {"torch", "triton", "numpy", "numba"}, "progress": ALWAYS | {"tqdm"}}
 _HUGGING_FACE = ("transformer_lens", "transformers", "huggingface_hub", "datasets")
-LAZY = ("hydra", "omegaconf", *_HUGGING_FACE, "wandb", "matplotlib", "tqdm", "scipy", "sklearn", "pandas", "pyarrow")
+LAZY = ("hydra", "omegaconf", *_HUGGING_FACE, "wandb", "matplotlib", "tqdm", "scipy", "sklearn", "pandas", "pyarrow", "numba")
 
 
 def modules() -> list[Path]:
@@ -215,6 +215,7 @@ print(sorted((set(sys.modules) - before) & set({LAZY})))
 def test_every_module_can_be_imported_where_the_optional_packages_are_missing():
     no_triton = importlib.util.find_spec("triton") is None  # as on macOS, where nothing imports its kernels
     names = [name for path in modules() if not ((name := dotted(path)).startswith("switch_kernels.gpu") and no_triton)]
+    names.remove("switch_kernels.pursuit_rows")  # likewise where numba is missing
     blocked = [name for name in LAZY if name != "tqdm"]  # the progress bar needs it
     out = python(
         f"""

@@ -5,7 +5,7 @@
 
 A step is that of `experiments.benchmarks.cpu`. Activations have topics, which routers can find (`SyntheticSource`). How long a refit or a pursuit
 takes depends on the number of latents: nothing is reported unless every SAE's mean L0 is near k, in training and (by its threshold, if it has one)
-in encoding, and no expert is idle.
+in encoding, and no expert is idle. Where numba is installed, pursuit is timed with it and without, as two contenders.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +24,7 @@ from experiments.benchmarks.cpu import TRAINER
 from experiments.benchmarks.peers import cpu_model
 from experiments.benchmarks.record import RESULTS, append, commit
 from switch_kernels import Shape
+from switch_kernels.pursuit import NUMBA_SWITCH, why_not_in_rows
 from switch_sae.activations import SyntheticSource
 from switch_sae.models import SAES
 from switch_sae.models.inference import Inference
@@ -44,6 +47,9 @@ CONTENDERS = {
     "SwitchPursuit": ("switch_pursuit", {}),
     "SwitchPursuit, stop rule": ("switch_pursuit", {"stop": True}),
 }
+IN_NUMBA = ", numba"
+if why_not_in_rows(torch.device("cpu"), torch.float32) is None:
+    CONTENDERS |= {name + IN_NUMBA: choice for name, choice in CONTENDERS.items() if choice[0] == "switch_pursuit"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,17 @@ def trainer_of(name: str, shape: Shape, rows: Rows) -> Trainer:
     return Trainer(sae, replace(TRAINER, lr=1e-3), total_steps=1_000_000, batch_size=shape.T)
 
 
+@contextmanager
+def searching(name: str) -> Iterator[None]:
+    """Within it a contender's pursuit is numba's or PyTorch's, as its name says."""
+    before = os.environ.get(NUMBA_SWITCH)
+    os.environ[NUMBA_SWITCH] = "1" if name.endswith(IN_NUMBA) else "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(NUMBA_SWITCH) if before is None else os.environ.update({NUMBA_SWITCH: before})
+
+
 def check_l0(what: str, l0: float, k: int) -> None:
     if not abs(l0 / k - 1) <= L0_TOLERANCE:
         raise NotTrustedError(f"{what} has a mean L0 of {l0:.2f}; it compares with the others within {L0_TOLERANCE:.0%} of k = {k}.")
@@ -84,15 +101,17 @@ def measure(shape: Shape, repeats: int, encodes: int, rows: int, settling: int =
     start = Rows.of(torch.cat([batch.x_TD for batch in batches]))
     trainers = {name: trainer_of(name, shape, start) for name in CONTENDERS}
     for name, trainer in trainers.items():
-        for number in range(settling if CONTENDERS[name][1].get("stop") else WARMUP):
-            trainer.step(batches[number % BATCHES])
+        with searching(name):
+            for number in range(settling if CONTENDERS[name][1].get("stop") else WARMUP):
+                trainer.step(batches[number % BATCHES])
     steps: dict[str, list[float]] = {name: [] for name in trainers}
     numbers: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
     encodings: dict[str, list[float]] = {name: [] for name in trainers}
     for number in range(repeats):
         for name, trainer in trainers.items():
             started = time.perf_counter()
-            result = trainer.step(batches[number % BATCHES])
+            with searching(name):
+                result = trainer.step(batches[number % BATCHES])
             steps[name].append(time.perf_counter() - started)
             numbers[name].append(result.numbers())
     l0 = {name: statistics.mean(step["l0"] for step in of) for name, of in numbers.items()}
@@ -100,7 +119,8 @@ def measure(shape: Shape, repeats: int, encodes: int, rows: int, settling: int =
     for name, trainer in trainers.items():
         sae = trainer.sae.eval()
         check_l0(f"{name} in training", l0[name], shape.K)
-        check_l0(f"{name} in encoding", calibrate(sae, held_out) if has_threshold(sae) else shape.K, shape.K)
+        with searching(name):
+            check_l0(f"{name} in encoding", calibrate(sae, held_out) if has_threshold(sae) else shape.K, shape.K)
         if min(step.get("load/min", 1.0) for step in numbers[name]) == 0:
             raise NotTrustedError(f"an expert of {name} is idle: its time says nothing about {shape.E} experts.")
         with torch.no_grad():
@@ -108,7 +128,7 @@ def measure(shape: Shape, repeats: int, encodes: int, rows: int, settling: int =
     for _ in range(encodes):
         for name, trainer in trainers.items():
             started = time.perf_counter()
-            with torch.no_grad():
+            with torch.no_grad(), searching(name):
                 for x_TD in chunks:
                     trainer.sae.encode(x_TD)
             encodings[name].append(time.perf_counter() - started)

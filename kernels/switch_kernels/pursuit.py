@@ -4,6 +4,8 @@ Shapes: N rows (T tokens in any order), D activation size, K slots, C candidate 
 G dictionaries. `active` slots take part; the others name some latent and hold 0. Nothing here has gradients.
 """
 
+import os
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,9 @@ MOST_LATENTS = 64
 """Of a row in a kernel: its inverse factor, 64 x 64, takes a quarter of the registers that four warps may have."""
 MOST_COLUMNS = 8192
 """Of a Gram matrix in a kernel: a row's correlations and their start take a quarter of what eight warps may have."""
+
+NUMBA_SWITCH = "SWITCH_KERNELS_NUMBA"
+"""In the environment: at 0 numba searches nothing (`why_not_in_rows`)."""
 
 
 class Support(NamedTuple):
@@ -53,6 +58,34 @@ def why_not_in_kernels(execution: Execution, dtype: torch.dtype, latents: int, c
         return f"a token may take {latents} latents, and the kernels hold {MOST_LATENTS}"
     if columns > MOST_COLUMNS:
         return f"a token may choose from {columns} latents, and the kernels hold {MOST_COLUMNS}"
+    return None
+
+
+def why_not_in_rows(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why PyTorch and not numba (`switch_kernels.pursuit_rows`) searches, in words for a plan line; None if numba does: by itself wherever it is
+    installed, unless `NUMBA_SWITCH` is 0.
+    """
+    if device.type != "cpu":
+        return f"rows are searched one by one on a CPU only, and this is {device.type}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"rows are searched one by one in float32 or float64, not {str(dtype).removeprefix('torch.')}"
+    if os.environ.get(NUMBA_SWITCH) == "0":
+        return f"{NUMBA_SWITCH}=0"
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "NUMBA_DISABLE_JIT is set, and nothing would be compiled"
+    return _why_no_numba()
+
+
+@cache
+def _why_no_numba() -> str | None:
+    try:
+        import switch_kernels.pursuit_rows  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        return "numba is not installed: pip install 'switch_sae[fast]'"
+    except (ImportError, RuntimeError) as error:  # a NumPy that is too new for it; no folder that it may keep compiled code in
+        return f"numba does not work here: {str(error).rstrip('.')}"
     return None
 
 
@@ -165,7 +198,7 @@ def matching_pursuit(
     The matching pursuit of Mallat & Zhang (1993) with the refits of orthogonal matching pursuit (Pati et al. 1993; one block per latent), in the Gram
     domain of batch OMP (Rubinstein et al. 2008), for latents that only add. Joining a latent lowers ||r||^2 by c_j^2 at least, so the threshold theta
     is greedy descent of ||r||^2 + theta^2 L0. The Cholesky factor grows with the blocks. `gram_GCP` is padded (`gram_matrices`). With Triton a kernel
-    computes it, unless `why_not_in_kernels` finds a reason.
+    computes it, unless `why_not_in_kernels` finds a reason; on a CPU numba, unless `why_not_in_rows` does.
     """
     if k % blocks:
         raise ValueError(f"k={k} latents cannot join in blocks={blocks} equal blocks. Use a number of blocks that divides k.")
@@ -176,6 +209,10 @@ def matching_pursuit(
 
         theta = threshold.float() if isinstance(threshold, Tensor) else correlations_NC.new_full((), threshold)
         return Support(*kernels.matching_pursuit(correlations_NC, gram_GCP, group_N, k, blocks, ridge, theta, limit_N))
+    if why_not_in_rows(correlations_NC.device, correlations_NC.dtype) is None and float(threshold) >= 0:
+        from switch_kernels import pursuit_rows
+
+        return Support(*pursuit_rows.matching_pursuit(correlations_NC, gram_GCP, group_N, k, blocks, ridge, float(threshold), limit_N))
     size = max(1, _CHUNK_ELEMENTS // max(gram_GCP.shape[2], k * k // 4))  # few rows ever need the whole of a factor of k latents
 
     def pursue(rows: slice) -> Support:

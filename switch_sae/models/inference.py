@@ -28,6 +28,7 @@ from switch_kernels.pursuit import (
     solve_macs,
     spread_counts,
     why_not_in_kernels,
+    why_not_in_rows,
 )
 from switch_kernels.threads import over_parts, threads_for
 from switch_sae.checks import typed
@@ -101,8 +102,13 @@ def why_not_searched_in_kernels(sae: "SparseAutoencoder") -> str | None:
 
 def search_plan(sae: "SparseAutoencoder") -> str:
     """Who computes the refits or the pursuit of an SAE, and why."""
-    why = why_not_searched_in_kernels(sae)
-    return f"{sae.inference.name} in {f'PyTorch ({why})' if why else 'Triton kernels'}"
+    why, name, W_MD = why_not_searched_in_kernels(sae), sae.inference.name, sae.decoder_weight()
+    if why is None:
+        return f"{name} in Triton kernels"
+    if sae.inference is not Inference.pursuit:
+        return f"{name} in PyTorch ({why})"
+    why_torch = why_not_in_rows(W_MD.device, precise(W_MD[:0]).dtype)
+    return f"{name} row by row in numba ({why})" if why_torch is None else f"{name} in PyTorch ({why}; {why_torch})"
 
 
 def refit(sae: "SparseAutoencoder", x_TD: Tensor, latents: Latents, expert_T: Tensor | None, gram_ECP: Tensor | None = None) -> Latents:

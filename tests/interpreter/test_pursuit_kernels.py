@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from switch_kernels import Backend, Dispatch, Execution, Precision
 from switch_kernels.gpu import pursuit as kernels
-from switch_kernels.pursuit import Problem, gram_matrices, least_squares, matching_pursuit, why_not_in_kernels
+from switch_kernels.pursuit import NUMBA_SWITCH, Problem, gram_matrices, least_squares, matching_pursuit, why_not_in_kernels
 from switch_sae.models import SAES, BatchTopKSAE, PursuitSAE, ReLUSAE, SwitchPursuitSAE, SwitchRefitSAE, SwitchSAE, TopKSAE
 from switch_sae.models.gram import local_products
 from switch_sae.models.inference import Inference, refit_pairs, search_plan, searched_by
@@ -158,7 +158,7 @@ def test_training_steps_equal_those_of_pytorch(name):
         Trainer(sae, TrainerConfig(lr=1e-3), total_steps=2, batch_size=T, execution=execution)
         for sae, execution in ((by_torch, Execution()), (by_triton, EXACT))
     )
-    assert plain.choice == "" and not searched_by(by_torch).is_triton
+    assert plain.choice == (search_plan(by_torch) if by_torch.inference is Inference.pursuit else "") and not searched_by(by_torch).is_triton
     assert f"no Triton kernels train {type(by_torch).__name__}" in fast.choice or "the Triton kernels train encoders" in fast.choice
     assert fast.choice.endswith(f"; {by_torch.inference.name} in Triton kernels")
     for step in range(2):
@@ -193,7 +193,8 @@ def test_the_host_waits_for_nothing_in_a_refit():
     assert fast.seen == []
 
 
-def test_the_plan_says_who_searches_and_why():
+def test_the_plan_says_who_searches_and_why(monkeypatch):
+    monkeypatch.setenv(NUMBA_SWITCH, "0")
     long = {"num_latents": 1024, "num_experts": 2}
     plans = {
         search_plan(built(config)) if sae is None else search_plan(sae(built(config)))
@@ -211,14 +212,14 @@ def test_the_plan_says_who_searches_and_why():
         ]
     }
     assert plans == {
-        "pursuit in PyTorch (the backend is torch (default))",
+        "pursuit in PyTorch (the backend is torch (default); SWITCH_KERNELS_NUMBA=0)",
         "pursuit in Triton kernels",
-        "pursuit in PyTorch (a token may take 80 latents, and the kernels hold 64)",
+        "pursuit in PyTorch (a token may take 80 latents, and the kernels hold 64; SWITCH_KERNELS_NUMBA=0)",
         "refit in PyTorch (a token may take 80 latents, and the kernels hold 64)",
         "refit in PyTorch (the kernels refit from the Gram matrix of a token's one expert)",
-        "pursuit in PyTorch (nothing bounds how many latents a token takes)",
-        "pursuit in PyTorch (a token may take 66 latents, and the kernels hold 64)",
-        "pursuit in PyTorch (a token may choose from 8224 latents, and the kernels hold 8192)",
+        "pursuit in PyTorch (nothing bounds how many latents a token takes; SWITCH_KERNELS_NUMBA=0)",
+        "pursuit in PyTorch (a token may take 66 latents, and the kernels hold 64; SWITCH_KERNELS_NUMBA=0)",
+        "pursuit in PyTorch (a token may choose from 8224 latents, and the kernels hold 8192; SWITCH_KERNELS_NUMBA=0)",
         "refit in PyTorch (the kernels take float32, not float64)",
     }
     assert why_not_in_kernels(EXACT, torch.float32, 64, 8192) is None
