@@ -253,7 +253,7 @@ class Features:
     def of(cls, seen: Seen) -> "Features":
         count_M = seen.latents.firing_counts()
         live_L = (count_M > 0).nonzero()[:, 0]
-        raw = {"decoder": seen.sae.decoder_weight()}
+        raw: dict[str, Tensor] = {"decoder": seen.sae.decoder_weight()}
         if seen.sae.has_encoder:
             raw["encoder"] = seen.sae.W_enc.T
         weights = {name: F.normalize(weight_MD.detach()[live_L].float(), dim=1) for name, weight_MD in raw.items()}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ class ProductKeysSAE(FactoredSAE):
         super().__init__(config, d_in, generator)
         self.b_enc_M = nn.Parameter(torch.zeros(config.num_latents)) if config.encoder_bias else None
 
-    def _choose(self, x_TD: Tensor, u_TGL: Tensor, v_TGR: Tensor) -> tuple[Tensor, Tensor, None]:
+    def _choose(self, x_TD: Tensor, u_TGL: Tensor, v_TGR: Tensor) -> tuple[Tensor, Tensor, Any]:
         with torch.no_grad():
             k = self.config.k
             best_u, best_v = (keys.topk(min(k, keys.shape[2]), dim=2, sorted=False) for keys in (u_TGL, v_TGR))
