@@ -7,7 +7,10 @@ from switch_sae.models import (
     BatchTopKSAE,
     GatedSAE,
     JumpReLUSAE,
+    KronSAE,
     MatryoshkaSAE,
+    ProductKeysExactSAE,
+    ProductKeysSAE,
     PursuitSAE,
     ReLUSAE,
     SwitchPursuitSAE,
@@ -36,6 +39,9 @@ ARCHITECTURES: dict[str, Any] = {
     "jumprelu": JumpReLUSAE.Config(num_latents=48),
     "transcoder": TranscoderSAE.Config(num_latents=48, k=4),
     "switch_transcoder": SwitchTranscoderSAE.Config(num_latents=48, k=4, num_experts=4),
+    "kron": KronSAE.Config(num_latents=48, k=4, m=4, n=4),
+    "product_keys": ProductKeysSAE.Config(num_latents=48, k=4, keys=4),
+    "product_keys_exact": ProductKeysExactSAE.Config(num_latents=48, k=4, keys=4, candidates=16),
 }
 """By key of `SAES`."""
 ROUTED: dict[str, Any] = {
@@ -59,6 +65,8 @@ CONTRACTS = (
     {name: config for name, config in ARCHITECTURES.items() if name != "switch"}
     | {f"switch, {router}": switch(router) for router in ROUTED}
     | {f"{name}, {way}": replace(ARCHITECTURES[name], inference=way) for name in ("topk", "switch") for way in ("refit", "pursuit")}
+    | {"product_keys_exact, gated": replace(ARCHITECTURES["product_keys_exact"], gate="score")}
+    | {"product_keys_exact, refit": replace(ARCHITECTURES["product_keys_exact"], inference="refit")}
     | {"batch_topk, refit": replace(ARCHITECTURES["batch_topk"], inference="refit")}
     | {"switch_pursuit, stop, shared": replace(ARCHITECTURES["switch_pursuit"], stop=True, shared=8, coherence=0.1)}
     | {f"switch, {router}, two experts per token": switch(router, 2) for router in ROUTED}

@@ -18,6 +18,7 @@ from switch_sae.training import Trainer, TrainerConfig, prepare
 
 D, T = 12, 96
 WITH_AUXK = [name for name, config in CONTRACTS.items() if hasattr(config, "auxk_latents") and "pursuit" not in name]
+WITH_ROWS = [name for name in WITH_AUXK if hasattr(SAES.build(CONTRACTS[name], 12), "W_enc_MD")]
 B_PRE_STARTS_AT_0 = ("relu", "jumprelu")
 
 
@@ -34,7 +35,7 @@ def name(request):
 
 
 def encoder_biases(sae):
-    return [parameter for name, parameter in sae.named_parameters() if name in ("b_enc_M", "b_gate_M", "b_mag_M")]
+    return [parameter for name, parameter in sae.named_parameters() if name in ("b_enc_M", "b_gate_M", "b_mag_M", "b_key_P")]
 
 
 def activations(seed: int = 0, rows: int = T) -> torch.Tensor:
@@ -59,7 +60,7 @@ def test_every_parameter_gets_a_gradient(name):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
 
 
-@pytest.mark.parametrize("name", WITH_AUXK)
+@pytest.mark.parametrize("name", WITH_ROWS)
 def test_auxk_reaches_every_parameter_of_dead_latents_and_no_others(name):
     sae = build(replace(CONTRACTS[name], auxk_latents=6))
     with torch.no_grad():

@@ -38,7 +38,7 @@ def trained(name: str, group: Group) -> tuple[Trainer, list[dict[str, torch.Tens
     prepare(sae, Rows.of(activations(99, 256)), True)
     if sae.has_encoder:
         with torch.no_grad():
-            getattr(sae, "b_enc_M", getattr(sae, "b_gate_M", None))[::5] = -50.0
+            next(bias for name in ("b_enc_M", "b_gate_M", "b_key_P") if (bias := getattr(sae, name, None)) is not None)[::5] = -50.0
     trainer = Trainer(sae, TrainerConfig(lr=1e-2, warmup_steps=0, dead_after_tokens=2 * T), STEPS, T, group=group)
     if sae.inference is Inference.pursuit:  # no bias keeps it from a latent, so the dead are those of before
         trainer.tokens_since_fired_M[::5] = 2 * T

@@ -15,7 +15,10 @@ from switch_sae.models import (
     BatchTopKSAE,
     GatedSAE,
     JumpReLUSAE,
+    KronSAE,
     MatryoshkaSAE,
+    ProductKeysExactSAE,
+    ProductKeysSAE,
     PursuitSAE,
     ReLUSAE,
     SwitchPursuitSAE,
@@ -43,6 +46,9 @@ CONFIGS = {
     "transcoder": TranscoderSAE.Config(num_latents=12, k=3, d_out=7, skip=Skip.full),
     "switch_transcoder": SwitchTranscoderSAE.Config(num_latents=12, k=3, num_experts=4, skip=Skip.low_rank, skip_rank=2),
     "switch_refit": SwitchRefitSAE.Config(num_latents=14, k=3, num_experts=2, shared=2, missed=0.5),
+    "kron": KronSAE.Config(num_latents=12, k=3, m=2, n=3),
+    "product_keys": ProductKeysSAE.Config(num_latents=16, k=3, encoder_bias=False),
+    "product_keys_exact": ProductKeysExactSAE.Config(num_latents=12, k=3, keys=2, candidates=5),
 }
 
 

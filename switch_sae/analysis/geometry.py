@@ -253,9 +253,9 @@ class Features:
     def of(cls, seen: Seen) -> "Features":
         count_M = seen.latents.firing_counts()
         live_L = (count_M > 0).nonzero()[:, 0]
-        raw = {"decoder": seen.sae.decoder_weight()}
+        raw: dict[str, Tensor] = {"decoder": seen.sae.decoder_weight()}
         if seen.sae.has_encoder:
-            raw["encoder"] = seen.sae.get_parameter("W_enc_MD")
+            raw["encoder"] = seen.sae.W_enc.T
         weights = {name: F.normalize(weight_MD.detach()[live_L].float(), dim=1) for name, weight_MD in raw.items()}
         return cls(seen, live_L, count_M[live_L].double() / len(seen.recon_TD), seen.expert_M[live_L], weights)
 

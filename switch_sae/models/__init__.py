@@ -6,8 +6,11 @@ from switch_sae.models.batch_topk import BatchTopKSAE
 from switch_sae.models.gated import GatedSAE
 from switch_sae.models.inference import Inference, why_no_inference, with_inference
 from switch_sae.models.jumprelu import JumpReLUSAE
+from switch_sae.models.kron import KronSAE
 from switch_sae.models.latents import DenseLatents, Latents, SparseLatents
 from switch_sae.models.matryoshka import MatryoshkaSAE
+from switch_sae.models.product_keys import ProductKeysSAE
+from switch_sae.models.product_keys_exact import ProductKeysExactSAE
 from switch_sae.models.pursuit import PursuitSAE
 from switch_sae.models.relu import ReLUSAE
 from switch_sae.models.routers import ROUTERS, Router, Routing
@@ -34,6 +37,9 @@ SAES: Choice[SparseAutoencoder] = Choice(
         "jumprelu": JumpReLUSAE,
         "transcoder": TranscoderSAE,
         "switch_transcoder": SwitchTranscoderSAE,
+        "kron": KronSAE,
+        "product_keys": ProductKeysSAE,
+        "product_keys_exact": ProductKeysExactSAE,
     },
 )
 
@@ -46,8 +52,11 @@ __all__ = [
     "GatedSAE",
     "Inference",
     "JumpReLUSAE",
+    "KronSAE",
     "Latents",
     "MatryoshkaSAE",
+    "ProductKeysExactSAE",
+    "ProductKeysSAE",
     "PursuitSAE",
     "ReLUSAE",
     "Recipe",

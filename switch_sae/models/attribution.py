@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from switch_sae.models.factored import FactoredSAE
 from switch_sae.models.latents import SparseLatents
 from switch_sae.models.topk import TopKSAE
 from switch_sae.rows import Rows, Shapes
@@ -43,10 +44,14 @@ def attribute(sae: TopKSAE, rows: Rows, direction_D: Tensor) -> Attribution:
     """Shares of <target, direction> for a direction in the space of raw targets; of an autoencoder the target is the input.
 
     The gate of a routed SAE is a number, as attention patterns are in attribution graphs: the choice of an expert is attributed to nothing.
-    Raises ValueError for an SAE that is no TopK one by its own encoder, and for another shape of direction.
+    Raises ValueError for an SAE that is no TopK one by its own encoder with one row for each latent, and for another shape of direction.
     """
     if not isinstance(sae, TopKSAE) or sae.inference.name != "encoder":
         raise ValueError(f"{type(sae).__name__} with inference={sae.inference.name}: attribution needs a TopK SAE's encoder.")
+    if isinstance(sae, FactoredSAE):
+        raise ValueError(
+            f"{type(sae).__name__} has no one encoder row for each latent that its value would be linear in. Attribute a TopK or Switch SAE."
+        )
     if direction_D.shape != (sae.d_out,):
         raise ValueError(f"the direction has shape {tuple(direction_D.shape)}; it must be [d_out={sae.d_out}].")
     output = sae(rows.x_TD)
