@@ -33,14 +33,15 @@ class Lists(Enum):
 
 
 class SharedPoolSAE(TopKSAE):
-    """R = the S best lists of router(x); C = the union of their latents; z = g * TopK(ReLU(W_enc[C] (x - b_pre) + b_enc[C])); recon = W_dec z + b_pre.
+    """R = the S best lists of router(x); C = the union of their latents; z = g * TopK(ReLU(W_enc[C] (x - b_pre) + b_enc[C]));
+    recon = W_dec z + b_pre.
 
     E lists of F latents each into one dictionary of M: a latent is on mu = E F / M lists on average. With mu = 1 this is a Switch SAE, with mu = E a
     TopK SAE. The gate g of a latent is that of the best of a token's lists that hold it. Every `list_tokens` tokens each latent first gets a place on
-    the list where its energy sum_{x -> e} z_j^2 is largest (as long as there is room), and the rest of each list goes to those with most energy there;
-    what is on a list already counts `1 + hysteresis` times. The energy is a running sum over a sample of the tokens, for which all M latents are
-    encoded. With S > 1 a list earns nothing by latents that a better list of the same token holds. The relatives for vocabularies are lists learned
-    to screen a softmax (Chen et al., arXiv 1810.12406).
+    the list where its energy sum_{x -> e} z_j^2 is largest (as long as there is room), and the rest of each list goes to those with most energy
+    there; what is on a list already counts `1 + hysteresis` times. The energy is a running sum over a sample of the tokens, for which all M latents
+    are encoded. With S > 1 a list earns nothing by latents that a better list of the same token holds. Lists that are learned to screen a softmax
+    over a vocabulary are its relatives (Chen et al., arXiv 1810.12406).
 
     It has one dictionary and so, for all who ask, one expert: which lists a token had does not follow from its latents.
     """

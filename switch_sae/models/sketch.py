@@ -27,12 +27,12 @@ class SketchSAE(TopKSAE):
     recon = W_dec z + b_pre.
 
     The sketch costs r + M r / D products with a row and decides only which latents are encoded; what is on C has its own full row, and no score
-    multiplies it. Predictors of that kind stand in the Spark Transformer (arXiv 2506.06644) and SVD-softmax (NeurIPS 2017). It is taught to rank, as
-    screens of vocabularies are (arXiv 1810.12406): the cross-entropy between softmax(s) and each winner's share z_j^2 / sum z^2 of its token's energy,
-    over the candidates of all tokens, and over all M latents, encoded exactly, of a sample of them. Both have the same solution if the shares follow
-    softmax(s): the first is that law given C, the second finds what C lacks. Regression on pre-activations would spend the few dimensions on how
-    negative losers are. No gradient reaches b_pre and W_enc from there. U starts as the activations' first principal directions and V as W_enc U^T,
-    the best sketch in least squares of an encoder with random rows.
+    multiplies it. Predictors of that kind stand in the Spark Transformer (arXiv 2506.06644) and SVD-softmax (Shim et al., NeurIPS 2017). It is taught
+    to rank, as screens of vocabularies are (arXiv 1810.12406): the cross-entropy between softmax(s) and each winner's share z_j^2 / sum z^2 of its
+    token's energy, over the candidates of all tokens, and over all M latents, encoded exactly, of a sample of them. Both have one solution if shares
+    follow softmax(s): the first is that law given C, the second finds what C lacks. Regression on pre-activations would spend the few dimensions on
+    how negative losers are. No gradient reaches b_pre and W_enc from there. U starts as the activations' first principal directions and V as
+    W_enc U^T, the best sketch in least squares of an encoder with random rows.
     """
 
     @dataclass

@@ -120,7 +120,8 @@ class TopKSAE(FusedTraining):
     def flops(self) -> Flops:
         """Backward: gradients of values and W_dec (2DK each) and of W_enc (2DK), on selected rows only; those of values not where they were refitted.
 
-        A decoder that stays has none. AuxK, which runs only on dead latents, is left out. Pursuit at inference needs no encoder; in training the encoder learns beside it.
+        A decoder that stays has none. AuxK, which runs only on dead latents, is left out. Pursuit at inference needs no encoder; in training the
+        encoder learns beside it.
         """
         k, per_row, latents = self.config.k, 2 * self.d_in, self.num_latents // self.num_experts
         out_row, trained = 2 * self.d_out, int(self.config.train_decoder)
