@@ -14,6 +14,8 @@ from switch_sae.models.product_keys_exact import ProductKeysExactSAE
 from switch_sae.models.pursuit import PursuitSAE
 from switch_sae.models.relu import ReLUSAE
 from switch_sae.models.routers import ROUTERS, Router, Routing
+from switch_sae.models.shared_pool import SharedPoolSAE
+from switch_sae.models.sketch import SketchSAE
 from switch_sae.models.switch import SwitchSAE
 from switch_sae.models.switch_pursuit import SwitchPursuitSAE
 from switch_sae.models.switch_refit import SwitchRefitSAE
@@ -35,6 +37,8 @@ SAES: Choice[SparseAutoencoder] = Choice(
         "relu": ReLUSAE,
         "gated": GatedSAE,
         "jumprelu": JumpReLUSAE,
+        "shared_pool": SharedPoolSAE,
+        "sketch": SketchSAE,
         "transcoder": TranscoderSAE,
         "switch_transcoder": SwitchTranscoderSAE,
         "kron": KronSAE,
@@ -63,6 +67,8 @@ __all__ = [
     "Router",
     "Routing",
     "SAEOutput",
+    "SharedPoolSAE",
+    "SketchSAE",
     "SparseAutoencoder",
     "SparseLatents",
     "SwitchPursuitSAE",

@@ -147,6 +147,8 @@ class SparseAutoencoder(PeerNames, nn.Module, ABC):
     """Whether its target is another hook than its input: it trains on a source with targets, and on no other."""
     own_inference: Inference = Inference.encoder
     """What `inference=None` stands for."""
+    why_no_pursuit: str = ""
+    """What speaks against pursuit, where something does: it goes on after the class's name."""
     has_encoder: bool = True
     """Whether it can propose latents without a search (`Inference.encoder`)."""
     num_shared: int = 0

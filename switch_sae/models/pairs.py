@@ -154,7 +154,7 @@ class _DecodePairs(torch.autograd.Function):
         grad_values_P = None  # as with values that a refit or pursuit found
         if ctx.needs_input_grad[0]:
             grad_values_P = pair_products(grad_BD, latent_P, bag_P, _starts(bag_P, len(grad_BD)), W_dec_MD)
-        grad_W_MD = row_sums(values_P, bag_P, grad_BD, ctx.by_latent or order_of(latent_P, len(W_dec_MD)))
+        grad_W_MD = row_sums(values_P, bag_P, grad_BD, ctx.by_latent or order_of(latent_P, len(W_dec_MD))) if ctx.needs_input_grad[4] else None
         return grad_values_P, None, None, None, grad_W_MD, None
 
 

@@ -44,6 +44,9 @@ class TopKSAE(FusedTraining):
         """Coefficient of AuxK, which revives dead latents: adds auxk * D * (variance of the residual that dead latents leave). 0 switches it off."""
         auxk_latents: int | None = None
         """Dead latents that reconstruct each token's residual; None is D / 2 (Gao et al.)."""
+        train_decoder: bool = True
+        """False leaves decoder rows at their random start while all else trains: the control that shows what a learned dictionary is worth
+        (arXiv 2602.14111)."""
 
         def __post_init__(self) -> None:
             all_at_least(self, num_latents=1, k=1, auxk_latents=1)
@@ -69,7 +72,7 @@ class TopKSAE(FusedTraining):
         self.config, self.d_in, self.num_latents = config, d_in, config.num_latents
         self.activations = {}
         init_MD = (torch.rand(config.num_latents, d_in, generator=generator) * 2 - 1) / d_in**0.5
-        self.W_dec_MD = nn.Parameter(F.normalize(init_MD, dim=1))
+        self.W_dec_MD = nn.Parameter(F.normalize(init_MD, dim=1), requires_grad=config.train_decoder)
         self.W_enc_MD = nn.Parameter(init_MD if config.encoder_init is EncoderInit.linear else self.W_dec_MD.detach().clone())
         self.b_enc_M = nn.Parameter(torch.zeros(config.num_latents)) if config.encoder_bias else None
         self.b_pre_D = nn.Parameter(torch.zeros(d_in))
@@ -117,14 +120,15 @@ class TopKSAE(FusedTraining):
     def flops(self) -> Flops:
         """Backward: gradients of values and W_dec (2DK each) and of W_enc (2DK), on selected rows only; those of values not where they were refitted.
 
-        AuxK, which runs only on dead latents, is left out. Pursuit at inference needs no encoder; in training the encoder learns beside it.
+        A decoder that stays has none. AuxK, which runs only on dead latents, is left out. Pursuit at inference needs no encoder; in training the
+        encoder learns beside it.
         """
         k, per_row, latents = self.config.k, 2 * self.d_in, self.num_latents // self.num_experts
-        out_row = 2 * self.d_out
+        out_row, trained = 2 * self.d_out, int(self.config.train_decoder)
         encode = per_row * self.experts_per_token * latents
         if self.inference is Inference.encoder:
-            return Flops(router=0, encode=encode, decode=out_row * k, backward=(2 * out_row + per_row) * k)
-        backward, gram = 2 * per_row * k, gram_flops(self.d_in, self.num_experts, latents, REFRESH_TOKENS)
+            return Flops(router=0, encode=encode, decode=out_row * k, backward=((1 + trained) * out_row + per_row) * k)
+        backward, gram = (1 + trained) * per_row * k, gram_flops(self.d_in, self.num_experts, latents, REFRESH_TOKENS)
         if self.inference is Inference.refit:
             is_routed = self.refits_by_gram()
             better = refit_flops(self.d_in, k, is_routed)

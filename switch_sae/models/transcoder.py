@@ -113,7 +113,7 @@ class TranscoderSAE(TopKSAE):
         rows_MD = torch.randn(config.num_latents, d_out, generator=generator)
         skip = None if config.skip is Skip.none else SkipPath(d_in, d_out, config.skip_rank, generator)
         super().__init__(config, d_in, generator)
-        self.W_dec_MD = nn.Parameter(DECODER_START * F.normalize(rows_MD, dim=1))
+        self.W_dec_MD = nn.Parameter(DECODER_START * F.normalize(rows_MD, dim=1), requires_grad=config.train_decoder)
         self.b_post_D = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("output_scale", torch.tensor(1.0))
         self.skip = skip
