@@ -10,9 +10,12 @@ from switch_sae.models import (
     MatryoshkaSAE,
     PursuitSAE,
     ReLUSAE,
+    SwitchBatchTopKSAE,
     SwitchPursuitSAE,
     SwitchRefitSAE,
     SwitchSAE,
+    SwitchScaleSAE,
+    SwitchSharedSAE,
     SwitchTranscoderSAE,
     TopKSAE,
     TranscoderSAE,
@@ -21,7 +24,9 @@ from switch_sae.models.routers import Gate, SoftmaxRouter
 from switch_sae.models.routers.bias_balanced import BiasBalancedRouter
 from switch_sae.models.routers.competition import CompetitionRouter
 from switch_sae.models.routers.cosine_kmeans import CosineKMeansRouter
+from switch_sae.models.routers.renormalised import RenormalisedRouter, Scores
 from switch_sae.models.routers.sigmoid import SigmoidRouter
+from switch_sae.models.routers.two_level import TwoLevelRouter
 
 ARCHITECTURES: dict[str, Any] = {
     "topk": TopKSAE.Config(num_latents=48, k=4),
@@ -36,6 +41,9 @@ ARCHITECTURES: dict[str, Any] = {
     "jumprelu": JumpReLUSAE.Config(num_latents=48),
     "transcoder": TranscoderSAE.Config(num_latents=48, k=4),
     "switch_transcoder": SwitchTranscoderSAE.Config(num_latents=48, k=4, num_experts=4),
+    "switch_shared": SwitchSharedSAE.Config(num_latents=48, k=4, num_experts=4, shared=8),
+    "switch_batch_topk": SwitchBatchTopKSAE.Config(num_latents=48, k=4, num_experts=4),
+    "switch_scale": SwitchScaleSAE.Config(num_latents=48, k=4, num_experts=4, omega=0.1),  # at 0, T has no gradient yet
 }
 """By key of `SAES`."""
 ROUTED: dict[str, Any] = {
@@ -46,6 +54,9 @@ ROUTED: dict[str, Any] = {
     "bias_balanced": BiasBalancedRouter.Config(),
     "competition": CompetitionRouter.Config(),
     "cosine_kmeans": CosineKMeansRouter.Config(decay=0.9),
+    "renormalised": RenormalisedRouter.Config(),
+    "renormalised relu": RenormalisedRouter.Config(scores=Scores.relu),
+    "two_level": TwoLevelRouter.Config(),
 }
 """Every router, by key of `ROUTERS`, with every gate of softmax behind it."""
 
@@ -61,6 +72,9 @@ CONTRACTS = (
     | {f"{name}, {way}": replace(ARCHITECTURES[name], inference=way) for name in ("topk", "switch") for way in ("refit", "pursuit")}
     | {"batch_topk, refit": replace(ARCHITECTURES["batch_topk"], inference="refit")}
     | {"switch_pursuit, stop, shared": replace(ARCHITECTURES["switch_pursuit"], stop=True, shared=8, coherence=0.1)}
+    | {"switch, two experts, gates after selection": switch("softmax", 2, gate_in_selection=False)}
+    | {"switch_shared, two experts": replace(ARCHITECTURES["switch_shared"], experts_per_token=2, gate_in_selection=False)}
+    | {"switch_batch_topk, two experts, shared": replace(ARCHITECTURES["switch_batch_topk"], experts_per_token=2, shared=8, gate_in_selection=False)}
     | {f"switch, {router}, two experts per token": switch(router, 2) for router in ROUTED}
 )
 """Everything that the contract holds for."""

@@ -12,8 +12,11 @@ from switch_sae.models.pursuit import PursuitSAE
 from switch_sae.models.relu import ReLUSAE
 from switch_sae.models.routers import ROUTERS, Router, Routing
 from switch_sae.models.switch import SwitchSAE
+from switch_sae.models.switch_batch_topk import SwitchBatchTopKSAE
 from switch_sae.models.switch_pursuit import SwitchPursuitSAE
 from switch_sae.models.switch_refit import SwitchRefitSAE
+from switch_sae.models.switch_scale import SwitchScaleSAE
+from switch_sae.models.switch_shared import SwitchSharedSAE
 from switch_sae.models.switch_transcoder import SwitchTranscoderSAE
 from switch_sae.models.topk import TopKSAE
 from switch_sae.models.transcoder import TranscoderSAE
@@ -34,6 +37,9 @@ SAES: Choice[SparseAutoencoder] = Choice(
         "jumprelu": JumpReLUSAE,
         "transcoder": TranscoderSAE,
         "switch_transcoder": SwitchTranscoderSAE,
+        "switch_shared": SwitchSharedSAE,
+        "switch_batch_topk": SwitchBatchTopKSAE,
+        "switch_scale": SwitchScaleSAE,
     },
 )
 
@@ -56,9 +62,12 @@ __all__ = [
     "SAEOutput",
     "SparseAutoencoder",
     "SparseLatents",
+    "SwitchBatchTopKSAE",
     "SwitchPursuitSAE",
     "SwitchRefitSAE",
     "SwitchSAE",
+    "SwitchScaleSAE",
+    "SwitchSharedSAE",
     "SwitchTranscoderSAE",
     "TopKSAE",
     "TranscoderSAE",
