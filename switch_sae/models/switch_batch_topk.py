@@ -62,7 +62,8 @@ class SwitchBatchTopKSAE(SwitchSharedSAE, BatchTopKSAE):
         return self._found(self._scaled(x_TD))[0]
 
     def decode(self, latents: Latents) -> Tensor:
-        return SwitchSharedSAE.decode(self, latents) if self.path is not None else TopKSAE.decode(self, latents)
+        self._check_path(latents)
+        return TopKSAE.decode(self, latents)
 
     def forward(self, x_TD: Tensor) -> ThresholdOutput:
         latents, routing, smallest = self._found(self._scaled(x_TD))

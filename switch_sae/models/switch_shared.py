@@ -102,12 +102,15 @@ class SwitchSharedSAE(SwitchSAE):
         self.path = SkipPath(d_in, d_in, config.path_rank, generator) if config.path_rank else None
 
     def decode(self, latents: Latents) -> Tensor:
+        self._check_path(latents)
+        return super().decode(latents)
+
+    def _check_path(self, latents: Latents) -> None:
         if self.path is not None and not isinstance(latents, SkippedLatents):
             raise ValueError(
                 f"these {type(latents).__name__} hold nothing of the linear path, and this SAE's reconstruction is more than its latents'. "
                 "Decode what encode gave, changed by dataclasses.replace(latents, values_TK=...)."
             )
-        return super().decode(latents)
 
     def why_no_search(self) -> str | None:
         return None if self.path is None else f"this {type(self).__name__} has a linear path, which least squares would have to take off first"
@@ -118,8 +121,9 @@ class SwitchSharedSAE(SwitchSAE):
         if self.path is None:
             return flops
         forward, backward = self.path.flops()
+        to_the_centre = 2 * self.d_in * self.config.path_rank
         to_the_path = 2 * self.d_in * self.config.k if self.config.path_first else 0  # the gradient of what latents read
-        return replace(flops, encode=flops.encode + forward, backward=flops.backward + backward + to_the_path)
+        return replace(flops, encode=flops.encode + forward, backward=flops.backward + backward + to_the_centre + to_the_path)
 
     def base(self, latents: SparseLatents) -> Tensor:
         return self.b_out_D + latents.skip_TD if isinstance(latents, SkippedLatents) else self.b_out_D
