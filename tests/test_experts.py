@@ -121,6 +121,11 @@ def test_a_gate_after_selection_changes_nothing_where_each_token_has_one_gate():
     assert torch.equal(one(activations()).recon_TD, other(activations()).recon_TD)
 
 
+def test_an_expert_that_is_always_on_is_as_wide_as_the_others_and_takes_what_is_left():
+    sizes = {M: replace(SHARED, shared=None, num_latents=M) for M in (50, 51, 54)}
+    assert [(config.num_shared, config.latents_per_expert) for config in sizes.values()] == [(10, 10), (11, 10), (14, 10)]
+
+
 def test_no_expert_without_a_choice_of_its_own_is_the_switch_sae():
     """Without shared latents, path and threshold it computes what `SwitchSAE` does."""
     switch, shared = build(SwitchSAE.Config(num_latents=M, k=K, num_experts=4)), build(replace(SHARED, shared=0))
@@ -297,11 +302,11 @@ def test_two_levels_cost_the_square_root_and_look_at_no_expert_of_another_group(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: replace(SHARED, num_latents=50), r"num_latents=50 is not divisible by num_experts, less shared=8 \(4\).*fits is num_latents=48"),
-        (lambda: replace(SHARED, shared=None), r"num_latents=48 is not divisible by num_experts \+ 1 \(5\).*nearest that fits is num_latents=50"),
+        (lambda: replace(SHARED, num_latents=50), r"num_latents=50 less shared=8 is not divisible by num_experts=4.*fits is num_latents=48"),
+        (lambda: replace(SHARED, shared=None, num_experts=60), r"num_latents=48 less shared=48 is not divisible by num_experts=60"),
         (lambda: replace(SHARED, k=19), r"k=19 is more than the 18 latents that a token may use.*num_latents >= 52"),
         (lambda: replace(SHARED, shared=-1), "shared=-1 must be at least 0"),
-        (lambda: replace(SHARED, shared=47), "num_latents=48 is not divisible by num_experts, less shared=47"),
+        (lambda: replace(SHARED, shared=47), "num_latents=48 less shared=47 is not divisible by num_experts=4"),
         (lambda: replace(SHARED, experts_per_token=2, joint_topk=False), "joint_topk=false gives each expert its own k, and shared latents none"),
         (lambda: replace(SHARED, path_first=True), "path_first=true with path_rank=0: there is no path. Use path_rank=8"),
         (lambda: replace(BATCH, threshold_beta=1.0), r"threshold_beta=1.0 must lie in \[0, 1\)"),

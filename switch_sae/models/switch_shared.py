@@ -32,7 +32,7 @@ class SwitchSharedSAE(SwitchSAE):
         num_experts: int = 7
         """E, the routed ones; must divide num_latents - shared."""
         shared: int | None = None
-        """S0: the first latents, which every token may use. null is as many as one expert has, num_latents / (num_experts + 1)."""
+        """S0: the first latents, which every token may use. null is as many as an expert has, num_latents // (num_experts + 1), and the rest."""
         path_rank: int = 0
         """Rank of the linear path, which costs as much as 2 path_rank latents; 0 leaves it out."""
         path_first: bool = False
@@ -47,15 +47,12 @@ class SwitchSharedSAE(SwitchSAE):
                 raise ValueError("path_first=true with path_rank=0: there is no path. Use path_rank=8, or path_first=false.")
 
         def _check_width(self) -> None:
-            own, parts = self.num_latents - self.num_shared, self.num_experts
-            if self.shared is None:
-                own, parts = self.num_latents, self.num_experts + 1
-            if own < parts or own % parts:
-                nearest = max(1, round(own / parts)) * parts + self.num_latents - own
-                told = "num_experts + 1" if self.shared is None else f"num_experts, less shared={self.shared}"
+            own, experts = self.num_latents - self.num_shared, self.num_experts
+            if own < experts or own % experts:
+                nearest = max(1, round(own / experts)) * experts + self.num_latents - own
                 raise ValueError(
-                    f"num_latents={self.num_latents} is not divisible by {told} ({parts}): all experts have the same width. "
-                    f"The nearest that fits is num_latents={nearest}."
+                    f"num_latents={self.num_latents} less shared={self.num_shared} is not divisible by num_experts={experts}: "
+                    f"all experts have the same width. The nearest that fits is num_latents={nearest}."
                 )
 
         def _check_k(self) -> None:
@@ -68,7 +65,7 @@ class SwitchSharedSAE(SwitchSAE):
         @property
         def num_shared(self) -> int:
             """Latents that every token may use."""
-            return self.num_latents // (self.num_experts + 1) if self.shared is None else self.shared
+            return self.num_latents - self.num_experts * (self.num_latents // (self.num_experts + 1)) if self.shared is None else self.shared
 
         @property
         def latents_per_expert(self) -> int:
