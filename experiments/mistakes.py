@@ -112,9 +112,10 @@ def close(key: str, known: Iterable[str]) -> list[str]:
 def options(group: str, name: str) -> list[str]:
     """What a group offers to the command `name`, folders inside it included; names that begin with base_ are our schemas."""
     files = [str(path.relative_to(Path(CONF, group)).with_suffix("")) for path in sorted(Path(CONF, group).rglob("*.yaml"))]
-    table = [option.removesuffix(".yaml") for option in ConfigStore.instance().list(group) if option.endswith(".yaml")] if not files else []
+    store = ConfigStore.instance()
+    table = [option.removesuffix(".yaml") for option in store.list(group) if option.endswith(".yaml")] if group.split("/")[0] in store.repo else []
     own = {"train": "run/", "sweep": "sweep/"}[name] if group == "experiment" else ""
-    return [option for option in dict.fromkeys([*files, *table]) if not option.startswith("base_") and option.startswith(own)]
+    return [option for option in sorted({*files, *table}) if not option.startswith("base_") and option.startswith(own)]
 
 
 def explained(error: Exception, words: Sequence[str], name: str) -> str:

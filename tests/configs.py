@@ -15,9 +15,12 @@ from switch_sae.models import (
     ReLUSAE,
     SharedPoolSAE,
     SketchSAE,
+    SwitchBatchTopKSAE,
     SwitchPursuitSAE,
     SwitchRefitSAE,
     SwitchSAE,
+    SwitchScaleSAE,
+    SwitchSharedSAE,
     SwitchTranscoderSAE,
     TopKSAE,
     TranscoderSAE,
@@ -26,7 +29,9 @@ from switch_sae.models.routers import Gate, SoftmaxRouter
 from switch_sae.models.routers.bias_balanced import BiasBalancedRouter
 from switch_sae.models.routers.competition import CompetitionRouter
 from switch_sae.models.routers.cosine_kmeans import CosineKMeansRouter
+from switch_sae.models.routers.renormalised import RenormalisedRouter, Scores
 from switch_sae.models.routers.sigmoid import SigmoidRouter
+from switch_sae.models.routers.two_level import TwoLevelRouter
 
 ARCHITECTURES: dict[str, Any] = {
     "topk": TopKSAE.Config(num_latents=48, k=4),
@@ -46,6 +51,9 @@ ARCHITECTURES: dict[str, Any] = {
     "kron": KronSAE.Config(num_latents=48, k=4, m=4, n=4),
     "product_keys": ProductKeysSAE.Config(num_latents=48, k=4, keys=4),
     "product_keys_exact": ProductKeysExactSAE.Config(num_latents=48, k=4, keys=4, candidates=16),
+    "switch_shared": SwitchSharedSAE.Config(num_latents=48, k=4, num_experts=4, shared=8),
+    "switch_batch_topk": SwitchBatchTopKSAE.Config(num_latents=48, k=4, num_experts=4),
+    "switch_scale": SwitchScaleSAE.Config(num_latents=48, k=4, num_experts=4, omega=0.1),  # at 0, T has no gradient yet
 }
 """By key of `SAES`."""
 ROUTED: dict[str, Any] = {
@@ -56,6 +64,9 @@ ROUTED: dict[str, Any] = {
     "bias_balanced": BiasBalancedRouter.Config(),
     "competition": CompetitionRouter.Config(),
     "cosine_kmeans": CosineKMeansRouter.Config(decay=0.9),
+    "renormalised": RenormalisedRouter.Config(),
+    "renormalised relu": RenormalisedRouter.Config(scores=Scores.relu),
+    "two_level": TwoLevelRouter.Config(),
 }
 """Every router, by key of `ROUTERS`, with every gate of softmax behind it."""
 
@@ -77,6 +88,9 @@ CONTRACTS = (
     | {"shared_pool, random lists": replace(ARCHITECTURES["shared_pool"], lists="random", distill=0)}
     | {f"shared_pool, {way}": replace(ARCHITECTURES["shared_pool"], inference=way) for way in ("refit", "pursuit")}
     | {"sketch, refit": replace(ARCHITECTURES["sketch"], inference="refit")}
+    | {"switch, two experts, gates after selection": switch("softmax", 2, gate_in_selection=False)}
+    | {"switch_shared, two experts": replace(ARCHITECTURES["switch_shared"], experts_per_token=2, gate_in_selection=False)}
+    | {"switch_batch_topk, two experts, shared": replace(ARCHITECTURES["switch_batch_topk"], experts_per_token=2, shared=8, gate_in_selection=False)}
     | {f"switch, {router}, two experts per token": switch(router, 2) for router in ROUTED}
 )
 """Everything that the contract holds for."""

@@ -66,6 +66,7 @@ def test_the_golden_outputs_come_from_every_library_and_are_not_trivial():
     golden = load_file(GOLDEN)
     assert {case.library for case in CASES} == PEERS.keys()
     own = {"switch", "switch_refit", "switch_pursuit", "pursuit", "transcoder", "switch_transcoder", "kron", "product_keys", "product_keys_exact"}
+    own |= {"switch_shared", "switch_batch_topk", "switch_scale", "shared_pool", "sketch"}
     assert {case.ours for case in CASES} == SAES.keys() - own
     for case in CASES:
         latents = of_case(case, golden)["latents"]

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from switch_kernels import ALONE, Backend, Execution, Group, Precision
 from switch_sae.engines import TorchEngine
-from switch_sae.models import ROUTERS, SAES, Recipe, SwitchSAE, TopKSAE
+from switch_sae.models import ROUTERS, SAES, Recipe, SwitchBatchTopKSAE, SwitchSAE, SwitchScaleSAE, SwitchSharedSAE, TopKSAE
 from switch_sae.models.fused import why_not_fused
 from switch_sae.models.routers import SoftmaxRouter
 from switch_sae.rows import Rows
@@ -77,6 +77,10 @@ def with_router_frozen_by_hand():
     return sae
 
 
+def with_gates_after_selection():
+    return built(SwitchSAE, replace(SWITCH, experts_per_token=2, gate_in_selection=False))
+
+
 def with_another_part():
     sae = built(TopKSAE, TopKSAE.Config(num_latents=16, k=2))
     sae.adapter = torch.nn.Identity()
@@ -96,6 +100,10 @@ VARIANTS = {
     "a subclass that changes nothing": (lambda: built(OnlyRenamed, TopKSAE.Config(num_latents=16, k=2)), "no Triton kernels train OnlyRenamed"),
     "a subclass with another recipe": (lambda: built(OtherRecipe, SWITCH), "no Triton kernels train OtherRecipe"),
     "a method of its own": (with_own_route, "this SwitchSAE has _route of its own"),
+    "gates after selection": (with_gates_after_selection, "select gated latents, not by gate_in_selection=False"),
+    "shared latents": (lambda: built(SwitchSharedSAE, SwitchSharedSAE.Config(num_latents=32, k=3)), "no Triton kernels train SwitchSharedSAE"),
+    "a threshold": (lambda: built(SwitchBatchTopKSAE, SwitchBatchTopKSAE.Config(num_latents=32, k=3)), "no Triton kernels train SwitchBatchTopKSAE"),
+    "scaled features": (lambda: built(SwitchScaleSAE, SwitchScaleSAE.Config(num_latents=64, k=3)), "no Triton kernels train SwitchScaleSAE"),
     "a hook": (with_hook, "_forward_hooks of its own"),
     "another recipe": (with_recipe, "not by Recipe"),
     "a frozen decoder": (with_frozen_decoder, "W_dec_MD are frozen"),
@@ -117,6 +125,11 @@ def test_a_variant_is_trained_by_autograd_and_says_why(name):
 def test_only_what_the_kernels_were_written_for_is_fused():
     fused = {name for name, config in CONTRACTS.items() if why_not_fused(built(SAES[SAES.key_of(config)], config)) is None}
     assert fused == {"topk", "switch, softmax", "switch, softmax, two experts per token"}
+
+
+def test_a_gate_after_selection_is_fused_where_it_changes_nothing():
+    assert why_not_fused(built(SwitchSAE, replace(SWITCH, gate_in_selection=False))) is None
+    assert why_not_fused(built(SwitchSAE, replace(SWITCH, k=2, experts_per_token=2, joint_topk=False, gate_in_selection=False))) is None
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTED if name != "softmax"])

@@ -297,7 +297,8 @@ def test_calibration_reaches_the_l0_that_was_asked_for(name, way):
 
 def test_only_a_threshold_can_be_calibrated():
     assert {name for name, config in CONTRACTS.items() if has_threshold(build(config))} == {
-        "batch_topk", "batch_topk, refit", "matryoshka", "switch_refit", "switch_pursuit, stop, shared",
+        "batch_topk", "batch_topk, refit", "matryoshka", "switch_refit", "switch_pursuit, stop, shared", "switch_batch_topk",
+        "switch_batch_topk, two experts, shared",
     }  # fmt: skip
     with pytest.raises(ValueError, match="the L0 of PursuitSAE is not decided by a threshold"):
         calibrate(build(ARCHITECTURES["pursuit"]), Rows.of(activations()))

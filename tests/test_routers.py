@@ -13,12 +13,15 @@ from switch_sae.models.routers import ROUTERS, Gate, SoftmaxRouter
 from switch_sae.models.routers.bias_balanced import BiasBalancedRouter
 from switch_sae.models.routers.competition import CompetitionRouter
 from switch_sae.models.routers.cosine_kmeans import CosineKMeansRouter
+from switch_sae.models.routers.renormalised import RenormalisedRouter, Scores
 from switch_sae.models.routers.sigmoid import SigmoidRouter
+from switch_sae.models.routers.two_level import TwoLevelRouter
 from switch_sae.rows import Rows
 from switch_sae.training import Trainer, TrainerConfig, prepare
 
 D, T, E = 12, 96, 4
-TRAINED_BY_RECONSTRUCTION = ("softmax", "softmax straight_through", "sigmoid", "bias_balanced")
+TRAINED_BY_RECONSTRUCTION = ("softmax", "softmax straight_through", "sigmoid", "bias_balanced", "two_level")
+TRAINED_BY_RECONSTRUCTION_OF_SEVERAL = ("renormalised", "renormalised relu")
 
 
 def activations(seed: int = 0, rows: int = T) -> torch.Tensor:
@@ -47,7 +50,11 @@ def by_formula(router, x_TD, slots):
         cosine_TE = torch.stack([F.cosine_similarity(x_TD - router.centre_D, mean_D[None], dim=1) for mean_D in router.mean_ED], dim=1)
         expert_TS = cosine_TE.sort(dim=1, descending=True).indices[:, :slots]
         return expert_TS, torch.ones_like(expert_TS, dtype=x_TD.dtype), F.one_hot(expert_TS, E).sum(1) / slots, 0.0
+    if isinstance(config, TwoLevelRouter.Config):
+        return two_levels_by_formula(router, x_TD, slots)
     logits_TE = (x_TD - router.b_D) @ router.W_ED.T
+    if isinstance(config, RenormalisedRouter.Config):
+        return renormalised_by_formula(router, logits_TE, slots)
     if isinstance(config, SoftmaxRouter.Config):
         probs_TE = logits_TE.exp() / logits_TE.exp().sum(1, keepdim=True)
         expert_TS = probs_TE.sort(dim=1, descending=True).indices[:, :slots]
@@ -62,6 +69,29 @@ def by_formula(router, x_TD, slots):
     biased_TE = score_TE + (router.balance_E if isinstance(config, BiasBalancedRouter.Config) else 0)
     expert_TS = biased_TE.sort(dim=1, descending=True).indices[:, :slots]
     return expert_TS, score_TE.gather(1, expert_TS), score_TE / score_TE.sum(1, keepdim=True), getattr(config, "load_balance", 0.0)
+
+
+def renormalised_by_formula(router, logits_TE, slots):
+    """Scale SAE's double softmax, or that over ReLU's of `moe.py`: what is not chosen is at -inf."""
+    logits_TE = logits_TE + router.c_E
+    score_TE = logits_TE.relu() if router.config.scores is Scores.relu else torch.softmax(logits_TE, dim=1)
+    share_TE = torch.softmax(score_TE if router.config.scores is Scores.relu else logits_TE, dim=1)
+    expert_TS = logits_TE.sort(dim=1, descending=True).indices[:, :slots]
+    kept_TE = torch.full_like(score_TE, -torch.inf).scatter(1, expert_TS, score_TE.gather(1, expert_TS))
+    return expert_TS, torch.softmax(kept_TE, dim=1).gather(1, expert_TS), share_TE, router.config.load_balance
+
+
+def two_levels_by_formula(router, x_TD, slots):
+    """Every expert computed: p_g q_i, with q of the chosen groups and 1 / L elsewhere."""
+    groups, size = router.groups, E // router.groups
+    p_TG = torch.softmax((x_TD - router.b_D) @ router.W_group_GD.T, dim=1)
+    q_TGL = torch.softmax(((x_TD - router.b_D) @ router.W_expert_ED.T).view(-1, groups, size), dim=2)
+    chosen_TG = F.one_hot(p_TG.topk(slots, dim=1).indices, groups).sum(1).bool()
+    share_TGL = p_TG[..., None] * torch.where(chosen_TG[..., None], q_TGL, 1 / size)
+    best_TG = torch.where(chosen_TG[..., None], share_TGL, 0.0).max(dim=2)
+    gate_TS, group_TS = best_TG.values.sort(dim=1, descending=True)
+    expert_TS = group_TS * size + best_TG.indices.gather(1, group_TS)
+    return expert_TS[:, :slots], gate_TS[:, :slots], share_TGL.flatten(1), router.config.load_balance
 
 
 def competition_by_formula(sae, scaled, output, recon, share_TE):
@@ -91,7 +121,8 @@ def test_outputs_losses_and_gradients_are_the_formula_with_every_expert_computed
     dispatch = sae.route(x)[1]
     selection = encode_topk_reference(scaled, sae.b_pre_D, gate_TS, sae.W_enc_MD, sae.b_enc_M, dispatch, 4, True)
     recon = sparse_decode_reference(selection.values_TK, selection.indices_TK, sae.W_dec_MD) + sae.b_pre_D
-    load_E = torch.bincount(expert_TS.flatten(), minlength=E) / expert_TS.numel()
+    counted_TS = expert_TS[:, :1] if name.startswith("renormalised") else expert_TS
+    load_E = torch.bincount(counted_TS.flatten(), minlength=E) / counted_TS.numel()
     expected = {"mse": (scaled - recon).pow(2).sum(1).mean()}
     if load_balance:
         expected["load_balance"] = load_balance * D * E * (load_E * share_TE.mean(0)).sum()
@@ -109,12 +140,13 @@ def test_outputs_losses_and_gradients_are_the_formula_with_every_expert_computed
 def test_the_reconstruction_trains_exactly_the_routers_whose_gate_says_so(name, slots):
     sae, x = build(switch(name, slots)), activations()
     parameters = list(sae.router.parameters())
-    assert len(parameters) == (0 if name == "cosine_kmeans" else 2)
+    assert len(parameters) == (0 if name == "cosine_kmeans" else 3 if name == "two_level" or name.startswith("renormalised") else 2)
+    learns = name in TRAINED_BY_RECONSTRUCTION or (slots > 1 and name in TRAINED_BY_RECONSTRUCTION_OF_SEVERAL)
     output = sae(x)
     mse = sae.loss_terms(Rows.of(x), output)["mse"]
     gradients = torch.autograd.grad(mse, parameters, allow_unused=True) if parameters else ()
-    assert all((g is not None and g.abs().sum() > 0) == (name in TRAINED_BY_RECONSTRUCTION) for g in gradients)
-    assert output.routing.gate_TS.requires_grad == (name in TRAINED_BY_RECONSTRUCTION)
+    assert all((g is not None and g.abs().sum() > 0) == learns for g in gradients)
+    assert output.routing.gate_TS.requires_grad == learns
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid", "bias_balanced"])
@@ -131,10 +163,11 @@ def test_a_router_that_is_not_trained_gets_nothing_and_costs_no_backward(name):
 
 @pytest.mark.parametrize("name", list(ROUTED))
 def test_the_routers_cost_is_counted_by_hand(name, slots):
-    learned = 0 if name == "cosine_kmeans" else 4 * D * E
-    assert router_of(ROUTED[name], slots).flops() == (2 * D * E, learned)
+    rows = 2 + slots * 2 if name == "two_level" else E
+    learned = 0 if name == "cosine_kmeans" else 4 * D * rows
+    assert router_of(ROUTED[name], slots).flops() == (2 * D * rows, learned)
     sae, dense = build(switch(name, slots)), build(replace(switch(name, slots), num_experts=1, experts_per_token=1))
-    assert sae.flops().router == 2 * D * E and sae.flops().encode == 2 * D * 12 * slots
+    assert sae.flops().router == 2 * D * rows and sae.flops().encode == 2 * D * 12 * slots
     assert sae.flops().backward - learned == dense.flops().backward - dense.router.flops()[1]
 
 

@@ -17,8 +17,11 @@ from switch_sae.models.routers import ROUTERS, Router, Routing
 from switch_sae.models.shared_pool import SharedPoolSAE
 from switch_sae.models.sketch import SketchSAE
 from switch_sae.models.switch import SwitchSAE
+from switch_sae.models.switch_batch_topk import SwitchBatchTopKSAE
 from switch_sae.models.switch_pursuit import SwitchPursuitSAE
 from switch_sae.models.switch_refit import SwitchRefitSAE
+from switch_sae.models.switch_scale import SwitchScaleSAE
+from switch_sae.models.switch_shared import SwitchSharedSAE
 from switch_sae.models.switch_transcoder import SwitchTranscoderSAE
 from switch_sae.models.topk import TopKSAE
 from switch_sae.models.transcoder import TranscoderSAE
@@ -44,6 +47,9 @@ SAES: Choice[SparseAutoencoder] = Choice(
         "kron": KronSAE,
         "product_keys": ProductKeysSAE,
         "product_keys_exact": ProductKeysExactSAE,
+        "switch_shared": SwitchSharedSAE,
+        "switch_batch_topk": SwitchBatchTopKSAE,
+        "switch_scale": SwitchScaleSAE,
     },
 )
 
@@ -71,9 +77,12 @@ __all__ = [
     "SketchSAE",
     "SparseAutoencoder",
     "SparseLatents",
+    "SwitchBatchTopKSAE",
     "SwitchPursuitSAE",
     "SwitchRefitSAE",
     "SwitchSAE",
+    "SwitchScaleSAE",
+    "SwitchSharedSAE",
     "SwitchTranscoderSAE",
     "TopKSAE",
     "TranscoderSAE",

@@ -234,6 +234,10 @@ class SparseAutoencoder(PeerNames, nn.Module, ABC):
             return why_no_inference(self, self.inference)
         return f"{type(self).__name__} trains by inference={' or '.join(way.name for way in self.trains_by)}; others are for scoring what was trained"
 
+    def why_no_search(self) -> str | None:
+        """Why least squares cannot give its values, whatever chose them; None where it can."""
+        return None
+
     @property
     def latents_per_expert(self) -> int:
         """F: those of one expert, without the shared ones."""

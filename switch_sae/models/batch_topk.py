@@ -63,8 +63,7 @@ class BatchTopKSAE(TopKSAE):
         self.step = step
 
     def end_step(self, rows: Rows, output: SAEOutput) -> None:
-        assert isinstance(output, PairsOutput)
-        smallest = torch.cat(self.group.gather(self._smallest(output.pairs)[None])).nan_to_num(torch.inf).min()
+        smallest = torch.cat(self.group.gather(self._smallest_kept(output)[None])).nan_to_num(torch.inf).min()
         smallest = torch.where(smallest.isinf(), torch.nan, smallest)
         beta = min(self.config.threshold_beta, (1 + self.step) / (10 + self.step))
         self.threshold.copy_(torch.where(smallest.isnan(), self.threshold, torch.lerp(smallest, self.threshold, beta)))
@@ -91,10 +90,10 @@ class BatchTopKSAE(TopKSAE):
     def flops(self) -> Flops:
         if self.inference is Inference.refit:
             better = refit_flops(self.d_in, self.config.k, from_gram=False, by_threshold=True)
-            return replace(super().flops(), encode=2 * self.d_in * self.num_latents + better)
+            return replace(super().flops(), encode=2 * self.d_in * self.candidates + better)
         if self.inference is not Inference.pursuit:
             return super().flops()
-        by_pursuit = pursuit_flops(self.d_in, self.num_latents, self.config.k, equal_blocks(self.config.k), by_threshold=True)
+        by_pursuit = pursuit_flops(self.d_in, self.candidates, self.config.k, equal_blocks(self.config.k), by_threshold=True)
         return replace(super().flops(), encode=by_pursuit)
 
     @torch.no_grad()
@@ -134,6 +133,11 @@ class BatchTopKSAE(TopKSAE):
     def _reconstruct(self, pairs: Pairs, tokens: int) -> Tensor:
         recon_TD = decode_pairs(pairs.values_P, pairs.latent_P, pairs.token_P, tokens, self.W_dec_MD)
         return (recon_TD + self.b_out_D) / self.target_scale
+
+    def _smallest_kept(self, output: SAEOutput) -> Tensor:
+        """Of a training step; NaN where nothing fired."""
+        assert isinstance(output, PairsOutput)
+        return self._smallest(output.pairs)
 
     @staticmethod
     def _smallest(pairs: Pairs) -> Tensor:

@@ -48,6 +48,10 @@ class FusedTraining(SparseAutoencoder):
         """What the kernels need of the router; None where there is none, or where they do not know it."""
         return None
 
+    def why_not_in_kernels(self) -> str | None:
+        """Which of its own settings the kernels do not know, in words; None where there is none."""
+        return None
+
     def plan(self, tokens: int) -> Plan:
         """How the kernels will compute a batch of so many tokens, and why."""
         return choose_plan(tokens, self.num_latents, self.num_experts, self.config.k, self.experts_per_token, self.regime)
@@ -114,6 +118,8 @@ def why_not_fused(sae: SparseAutoencoder) -> str | None:
         return f"the Triton kernels train with Adam's betas {BETAS} and unit decoder rows, not by {sae.recipe}"
     if sae.inference is not Inference.encoder:
         return f"the Triton kernels train encoders, not by inference={sae.inference.name}"
+    if why := sae.why_not_in_kernels():
+        return why
     frozen = [key for key, parameter in sae.named_parameters(recurse=False) if not parameter.requires_grad]
     if frozen:
         return f"{', '.join(frozen)} are frozen, which the Triton kernels do not know"

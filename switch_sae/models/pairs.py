@@ -127,7 +127,7 @@ class _EncodePairs(torch.autograd.Function):
         token_P, latent_P = position_P // len(W_enc_MD), position_P % len(W_enc_MD)
         by_latent = order_of(latent_P, len(W_enc_MD))
         column_sums_M = by_latent.weight_sums(grad_P)
-        grad_x_TD = _bag_sums(grad_P, latent_P, token_P, len(centred_TD), W_enc_MD) if ctx.needs_input_grad[0] else None
+        grad_x_TD = bag_sums(grad_P, latent_P, token_P, len(centred_TD), W_enc_MD) if ctx.needs_input_grad[0] else None
         grad_W_MD = row_sums(grad_P, token_P, centred_TD, by_latent)
         return grad_x_TD, -(column_sums_M @ W_enc_MD), grad_W_MD, column_sums_M if ctx.needs_input_grad[3] else None, None
 
@@ -145,7 +145,7 @@ class _DecodePairs(torch.autograd.Function):
     def forward(ctx: Any, values_P: Tensor, latent_P: Tensor, bag_P: Tensor, bags: int, W_dec_MD: Tensor, by_latent: LatentOrder | None) -> Tensor:
         ctx.save_for_backward(values_P, latent_P, bag_P, W_dec_MD)
         ctx.by_latent = by_latent
-        return _bag_sums(values_P, latent_P, bag_P, bags, W_dec_MD)
+        return bag_sums(values_P, latent_P, bag_P, bags, W_dec_MD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -163,7 +163,7 @@ def _starts(bag_P: Tensor, bags: int) -> Tensor:
     return torch.searchsorted(bag_P, torch.arange(bags, device=bag_P.device))
 
 
-def _bag_sums(weights_P: Tensor, latent_P: Tensor, bag_P: Tensor, bags: int, rows_MD: Tensor) -> Tensor:
+def bag_sums(weights_P: Tensor, latent_P: Tensor, bag_P: Tensor, bags: int, rows_MD: Tensor) -> Tensor:
     """[bags, D]: sum of weights[p] * rows[latent[p]] over the pairs of each bag."""
     return F.embedding_bag(latent_P, rows_MD, _starts(bag_P, bags), mode="sum", per_sample_weights=weights_P)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from switch_kernels import Dispatch
 from switch_sae.checks import at_least
 from switch_sae.models.base import Flops, SAEOutput
+from switch_sae.models.latents import SparseLatents
 from switch_sae.models.losses import competition_loss
 from switch_sae.models.routed import RoutedSAE
 from switch_sae.models.routers import ROUTERS, RouterKernel, Routing
@@ -21,9 +22,9 @@ class SwitchSAE(RoutedSAE, TopKSAE):
 
     That is with the paper's router, `softmax`; `config.router` chooses another, and then p_i is what it calls the gate. Only expert i is computed.
     With `experts_per_token` = S > 1, i runs over the S best experts, each with its own p_i (not renormalised), and TopK selects among all their gated
-    latents, p_i already inside (or K / S of each: `joint_topk=false`). Latents are numbered expert-major: expert e owns latents e*F to (e+1)*F - 1,
-    F = M / E. With one expert it equals `TopKSAE` exactly. In the paper b_router and b_pre share their storage (a bug of its code) and experts have
-    no b_enc: `preset=paper`.
+    latents, p_i already inside (`gate_in_selection=false`: among ungated ones), or K / S of each (`joint_topk=false`). Latents are numbered
+    expert-major: expert e owns latents e*F to (e+1)*F - 1, F = M / E. With one expert it equals `TopKSAE` exactly. In the paper b_router and b_pre
+    share their storage (a bug of its code) and experts have no b_enc: `preset=paper`.
     """
 
     @dataclass
@@ -34,18 +35,15 @@ class SwitchSAE(RoutedSAE, TopKSAE):
         """S: how many experts compute each token, 1 in the paper. The cost of encoding grows with it and nothing else does."""
         joint_topk: bool = True
         """With several experts per token: the k largest gated latents of all of them together, or k / S of each."""
+        gate_in_selection: bool = True
+        """Whether latents of several experts compete with their gates inside. False: they compete as they are, and the gate scales what is chosen."""
         router: Any = ROUTERS.field("softmax")
         """The `Config` of one of `ROUTERS`."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
             at_least("num_experts", self.num_experts, 1)
-            if self.num_latents % self.num_experts:
-                nearest = max(1, round(self.num_latents / self.num_experts)) * self.num_experts
-                raise ValueError(
-                    f"num_latents={self.num_latents} is not divisible by num_experts={self.num_experts}: all experts have the same width. "
-                    f"The nearest that fits is num_latents={nearest}."
-                )
+            self._check_width()
             if not 1 <= self.experts_per_token <= self.num_experts:
                 raise ValueError(
                     f"experts_per_token={self.experts_per_token} must lie between 1 and num_experts={self.num_experts}: "
@@ -56,6 +54,17 @@ class SwitchSAE(RoutedSAE, TopKSAE):
                     f"k={self.k} does not divide evenly among experts_per_token={self.experts_per_token}. "
                     f"Use k={max(1, self.k // self.experts_per_token) * self.experts_per_token}, or joint_topk=true."
                 )
+            self._check_k()
+
+        def _check_width(self) -> None:
+            if self.num_latents % self.num_experts:
+                nearest = max(1, round(self.num_latents / self.num_experts)) * self.num_experts
+                raise ValueError(
+                    f"num_latents={self.num_latents} is not divisible by num_experts={self.num_experts}: all experts have the same width. "
+                    f"The nearest that fits is num_latents={nearest}."
+                )
+
+        def _check_k(self) -> None:
             if self.k > self.latents_per_expert:
                 raise ValueError(
                     f"k={self.k} is more than the {self.latents_per_expert} latents of one expert (num_latents={self.num_latents} / "
@@ -96,6 +105,21 @@ class SwitchSAE(RoutedSAE, TopKSAE):
     def _route(self, x_TD: Tensor) -> tuple[Routing, Dispatch]:
         routing = self.router.route(x_TD)
         return routing, Dispatch.from_experts(routing.expert_TS, self.num_experts)
+
+    def _encode_by(self, x_TD: Tensor, dispatch: Dispatch, gate_TS: Tensor | None) -> tuple[SparseLatents, Any]:
+        if gate_TS is None or not self._gates_after_selection():
+            return super()._encode_by(x_TD, dispatch, gate_TS)
+        latents, by_latent = super()._encode_by(x_TD, dispatch, None)
+        is_slot_TKS = (latents.indices_TK // self.latents_per_expert)[..., None] == dispatch.expert_TS[:, None]
+        gate_TK = torch.where(is_slot_TKS, gate_TS[:, None], 0.0).sum(dim=2)
+        return replace(latents, values_TK=latents.values_TK * gate_TK), by_latent
+
+    def _gates_after_selection(self) -> bool:
+        """Where it makes a difference: latents of one expert share their gate."""
+        return self.experts_per_token > 1 and self.joint_topk and not self.config.gate_in_selection
+
+    def why_not_in_kernels(self) -> str | None:
+        return "the Triton kernels select gated latents, not by gate_in_selection=False" if self._gates_after_selection() else None
 
     def router_kernel(self) -> RouterKernel | None:
         return self.router.kernel()

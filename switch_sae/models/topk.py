@@ -123,9 +123,9 @@ class TopKSAE(FusedTraining):
         A decoder that stays has none. AuxK, which runs only on dead latents, is left out. Pursuit at inference needs no encoder; in training the
         encoder learns beside it.
         """
-        k, per_row, latents = self.config.k, 2 * self.d_in, self.num_latents // self.num_experts
+        k, per_row, latents = self.config.k, 2 * self.d_in, self.candidates
         out_row, trained = 2 * self.d_out, int(self.config.train_decoder)
-        encode = per_row * self.experts_per_token * latents
+        encode = per_row * latents
         if self.inference is Inference.encoder:
             return Flops(router=0, encode=encode, decode=out_row * k, backward=((1 + trained) * out_row + per_row) * k)
         backward, gram = (1 + trained) * per_row * k, gram_flops(self.d_in, self.num_experts, latents, REFRESH_TOKENS)
@@ -136,8 +136,21 @@ class TopKSAE(FusedTraining):
         better = pursuit_flops(self.d_in, latents, k, equal_blocks(k))
         return Flops(router=0, encode=better, decode=per_row * k, backward=backward + encode + gram)
 
+    @property
+    def candidates(self) -> int:
+        """Latents that one token may use."""
+        return self.num_shared + self.experts_per_token * self.latents_per_expert
+
     def decoder_weight(self) -> nn.Parameter:
         return self.W_dec_MD
+
+    def encoder_weight(self) -> Tensor:
+        """W_enc_MD as it multiplies activations, with its gradient."""
+        return self.W_enc_MD
+
+    def encoder_rows(self, latent_L: Tensor) -> Tensor:
+        """Some rows of it, for AuxK: their gradients reach those rows of W_enc_MD and nothing else."""
+        return self.W_enc_MD.index_select(0, latent_L)
 
     @torch.no_grad()
     def fold_activation_scale(self) -> None:
@@ -185,7 +198,7 @@ class TopKSAE(FusedTraining):
     def _encode_by(self, x_TD: Tensor, dispatch: Dispatch, gate_TS: Tensor | None) -> tuple[SparseLatents, Any]:
         """(latents, what spares `_decode` a sort) of scaled activations, by the experts that the dispatch names."""
         values_TK, indices_TK, by_latent = encode_topk(
-            x_TD, self.b_in_D, gate_TS, self.W_enc_MD, self.b_enc_M, dispatch, self.config.k, self.joint_topk, self.execution
+            x_TD, self.b_in_D, gate_TS, self.encoder_weight(), self.b_enc_M, dispatch, self.config.k, self.joint_topk, self.execution
         )
         return SparseLatents(values_TK, indices_TK, self.num_latents), by_latent
 
@@ -202,11 +215,15 @@ class TopKSAE(FusedTraining):
 
         Gradients reach the dead rows of W_enc, b_enc and W_dec and nothing else: gate, centre and residual are held fixed.
         """
+        return normalized_auxk_loss(residual_TD, self._from_dead(x_TD, routing, dead_M), self.group)
+
+    def _from_dead(self, x_TD: Tensor, routing: Routing | None, dead_M: Tensor) -> Tensor:
         dispatch = self._dispatch(routing, len(x_TD))
-        dead_latents = dead_M.nonzero()[:, 0]
-        dead_per_expert = dead_M.view(self.num_experts, -1).sum(dim=1).tolist()
+        dead_own_M = dead_M[self.num_shared :]
+        dead_latents = dead_own_M.nonzero()[:, 0] + self.num_shared
+        dead_per_expert = dead_own_M.view(self.num_experts, -1).sum(dim=1).tolist()
         x_ND = dispatch.gather(x_TD - self.b_in_D.detach())
-        W_enc = self.W_enc_MD.index_select(0, dead_latents).split(dead_per_expert)
+        W_enc = self.encoder_rows(dead_latents).split(dead_per_expert)
         W_dec = self.W_dec_MD.index_select(0, dead_latents).split(dead_per_expert)
         b_enc = None if self.b_enc_M is None else self.b_enc_M.index_select(0, dead_latents).split(dead_per_expert)
         gate_N = None if routing is None else dispatch.gather_pairs(routing.gate_TS.detach().flatten())
@@ -217,13 +234,18 @@ class TopKSAE(FusedTraining):
             if dead == 0:
                 recon.append(x_ND.new_zeros(rows.stop - rows.start, self.d_out))
                 continue
-            pre = F.linear(x_ND[rows], W_enc[e], None if b_enc is None else b_enc[e])
-            values, indices = pre.topk(min(auxk_latents, dead), dim=1, sorted=False)
-            latents = torch.zeros_like(pre).scatter(1, indices, values.relu())
-            recon.append(latents @ W_dec[e] if gate_N is None else (latents @ W_dec[e]) * gate_N[rows, None])
+            made_ND = from_best(x_ND[rows], W_enc[e], None if b_enc is None else b_enc[e], W_dec[e], auxk_latents)
+            recon.append(made_ND if gate_N is None else made_ND * gate_N[rows, None])
         recon_TSD = dispatch.scatter(torch.cat(recon)).view(x_TD.shape[0], self.experts_per_token, self.d_out)
-        return normalized_auxk_loss(residual_TD, recon_TSD.sum(dim=1), self.group)
+        return recon_TSD.sum(dim=1)
 
     def auxk_latents(self) -> int:
         """Dead latents that each of a token's experts may use for AuxK."""
         return max(1, (self.config.auxk_latents or max(1, self.d_out // 2)) // self.experts_per_token)
+
+
+def from_best(x_ND: Tensor, W_enc_BD: Tensor, b_enc_B: Tensor | None, W_dec_BD: Tensor, most: int) -> Tensor:
+    """[N, D]: what the `most` largest of ReLU(W_enc x + b_enc) reconstruct."""
+    pre_NB = F.linear(x_ND, W_enc_BD, b_enc_B)
+    values, indices = pre_NB.topk(min(most, pre_NB.shape[1]), dim=1, sorted=False)
+    return torch.zeros_like(pre_NB).scatter(1, indices, values.relu()) @ W_dec_BD

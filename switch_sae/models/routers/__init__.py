@@ -5,8 +5,10 @@ from switch_sae.models.routers.base import LinearRouter, Rivals, Router, RouterK
 from switch_sae.models.routers.bias_balanced import BiasBalancedRouter
 from switch_sae.models.routers.competition import CompetitionRouter
 from switch_sae.models.routers.cosine_kmeans import CosineKMeansRouter
+from switch_sae.models.routers.renormalised import RenormalisedRouter
 from switch_sae.models.routers.sigmoid import SigmoidRouter
 from switch_sae.models.routers.softmax import Gate, SoftmaxRouter
+from switch_sae.models.routers.two_level import TwoLevelRouter
 
 ROUTERS: Choice[Router] = Choice(
     "router",
@@ -17,6 +19,8 @@ ROUTERS: Choice[Router] = Choice(
         "bias_balanced": BiasBalancedRouter,
         "competition": CompetitionRouter,
         "cosine_kmeans": CosineKMeansRouter,
+        "renormalised": RenormalisedRouter,
+        "two_level": TwoLevelRouter,
     },
 )
 
