@@ -57,7 +57,7 @@ def register() -> type[Any]:
 
         @property
         def W_enc(self) -> Tensor:
-            return self.ours.W_enc_MD.T
+            return self.ours.W_enc
 
         @property
         def b_dec(self) -> Tensor:

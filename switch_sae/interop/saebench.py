@@ -176,7 +176,7 @@ def wrap(
     if sae.is_transcoder:
         raise ValueError(
             f"{type(sae).__name__} writes to another hook than it reads. SAEBench and SAELens' evals put decode(encode(x)) where x was: they are "
-            "for autoencoders alone; python -m experiments.evaluate scores transcoders."
+            "for autoencoders alone; score it with: python -m experiments.evaluate runs/SOME"
         )
     if isinstance(sae, TokenNormSAE):
         raise ValueError(

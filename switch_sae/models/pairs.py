@@ -22,7 +22,7 @@ _SAMPLE_STRIDE = 67
 
 @dataclass(frozen=True, repr=False)
 class Pairs(Shapes):
-    """The active latents of a batch, token by token and by rising latent within each: values > 0."""
+    """The active latents of a batch, token by token and by rising latent within each: values that are not 0, of which encoders give none below it."""
 
     values_P: Tensor
     token_P: Tensor
@@ -30,7 +30,7 @@ class Pairs(Shapes):
 
     @classmethod
     def from_dense(cls, dense_TM: Tensor) -> "Pairs":
-        token_P, latent_P = (dense_TM > 0).nonzero(as_tuple=True)
+        token_P, latent_P = (dense_TM != 0).nonzero(as_tuple=True)
         return cls(dense_TM[token_P, latent_P], token_P, latent_P)
 
     def to_latents(self, tokens: int, num_latents: int) -> DenseLatents:
