@@ -120,6 +120,14 @@ def test_dense_latents_times_decoder_is_the_reconstruction(name, training):
     torch.testing.assert_close(dense / sae.target_scale, sae(x).recon_TD, rtol=1e-10, atol=1e-10)
 
 
+def test_latents_that_somebody_made_negative_are_decoded_too(name):
+    """An intervention may turn a latent round: decoding is linear in dense latents of either sign."""
+    sae = build(CONTRACTS[name], torch.float64).eval()
+    dense = sae.encode(activations().double()).to_dense()
+    nothing = sae.decode(torch.zeros_like(dense))
+    torch.testing.assert_close(sae.decode(-dense) - nothing, nothing - sae.decode(dense), rtol=1e-10, atol=1e-10)
+
+
 def test_at_most_k_latents_fire_and_only_positive_ones_count(name):
     latents = build(CONTRACTS[name]).encode(activations())
     dense = latents.to_dense()
