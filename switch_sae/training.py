@@ -179,6 +179,7 @@ class Trainer:
             sae.search = execution
             self.choice += "" if sae.inference is Inference.encoder else f"; {search_plan(sae)}"
         elif sae.inference is Inference.pursuit:
+            sae.search = sae.search if sae.search.is_triton else execution  # for its reason
             self.choice = search_plan(sae)
         self.steps_done = 0
         self._seconds = 0.0

@@ -242,8 +242,12 @@ def test_a_run_whose_checkpoints_were_removed_is_not_started_over(typed, tmp_pat
         resume_training(run.path)
     assert run.metrics() == before
     run.write_json("config.json", config | {"checkpoint_every": 0})  # nothing was to be saved: all of it can be made again
+    environment = run.read_json("environment.json")
+    run.write_json("environment.json", environment | {"versions": environment["versions"] | {"numba": "0.1"}})
     said: list[str] = []
     resume_training(run.path, said.append)
+    now = environment["versions"]["numba"]
+    assert f"note: numba was 0.1 and is {now}: what pursuit finds can differ in the last bits." in said
     assert f"resuming {run.path} from step 0 of 10: it has no checkpoint, so it starts over" in said and run.metrics() == before
 
 

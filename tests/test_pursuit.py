@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from switch_kernels import pursuit
+from switch_kernels import pursuit, resolve
 from switch_kernels.pursuit import (
     NUMBA_SWITCH,
     Problem,
@@ -20,6 +20,8 @@ from switch_kernels.pursuit import (
     why_not_in_rows,
 )
 from switch_kernels.threads import even_parts, over_parts
+from switch_sae.models import SwitchPursuitSAE
+from switch_sae.training import Trainer, TrainerConfig
 
 D, N = 12, 48
 CPU = torch.device("cpu")
@@ -363,3 +365,11 @@ def test_where_numba_is_missing_or_broken_pytorch_searches_and_the_reason_says_s
     assert why_not_in_rows(CPU, torch.float32) == reason
     for found, expected in zip(matching_pursuit(c_NC, gram_GCP, group_N, 6, 2, 1e-3), by_pytorch, strict=True):
         assert torch.equal(found, expected)
+
+
+@both_ways
+def test_the_plan_of_a_training_says_who_searches(by):
+    sae = SwitchPursuitSAE(SwitchPursuitSAE.Config(num_latents=64, k=4, num_experts=2), 8, torch.Generator().manual_seed(0))
+    trainer = Trainer(sae, TrainerConfig(), total_steps=10, batch_size=32, execution=resolve("auto", "auto", "cpu"))
+    why = "the backend is torch (the device is a CPU)"
+    assert trainer.choice == (f"pursuit row by row in numba ({why})" if by == "numba" else f"pursuit in PyTorch ({why}; {NUMBA_SWITCH}=0)")

@@ -1,8 +1,8 @@
 """`switch_kernels.pursuit.matching_pursuit` on a CPU, row by row, compiled by numba (`pip install 'switch_sae[fast]'`).
 
-The state of one row, its correlations and its factor, stays in the L1 cache, where PyTorch passes over that of all rows for every latent that joins.
-Every row is computed by itself and in one order: the same bits on any number of threads. Loops are written so that LLVM makes vector instructions of
-them without reordering sums; that is what `_largest` and the fours of `_add` are about.
+One row's correlations and factor stay in a core's caches; PyTorch passes over those of all rows for every latent that joins. Every row is computed by
+itself and in one order: the same bits on any number of threads. Loops are written so that LLVM makes vector instructions of them without reordering
+sums; that is what `_largest` and the fours of `_add` are about.
 
 Shapes as in `switch_kernels.pursuit`, for one row, which has m latents so far.
 """
