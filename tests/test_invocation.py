@@ -121,6 +121,12 @@ def test_benchmarks_need_a_clone_and_keep_their_names(way):
     )
 
 
+def test_what_a_wheel_holds_of_the_commands_imports_nothing_by_its_name_in_the_clone():
+    files = [*(ROOT / "experiments").glob("*.py"), *(ROOT / "experiments/real").glob("*.py"), *(ROOT / "experiments/notebooks").glob("*.py")]
+    clone_only = re.compile(r"^\s*(?:from|import) (?:experiments|tests)\b", re.MULTILINE)
+    assert [path.name for path in files if clone_only.search(path.read_text())] == [] and clone_only.search("from experiments.errors import x")
+
+
 def messages(path: Path) -> list[tuple[int, str]]:
     """(line, text) of every string of a module that is no docstring."""
     tree = ast.parse(path.read_text())
