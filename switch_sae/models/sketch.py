@@ -112,7 +112,7 @@ class SketchSAE(TopKSAE):
         config, row, k, rank, M = self.config, 2 * self.d_in, self.config.k, self.config.rank, self.num_latents
         by_encoder = self.inference is not Inference.refit
         encode = rank * (row + 2 * M) + row * config.candidates + (0 if by_encoder else refit_flops(self.d_in, k, from_gram=False))
-        ranking = rank * row + 2 * 2 * rank * config.candidates + round(config.sample * M * (row + 3 * 2 * rank))
+        ranking = 2 * rank * row + 2 * 2 * rank * config.candidates + round(config.sample * M * (row + 3 * 2 * rank))
         return Flops(router=0, encode=encode, decode=row * k, backward=(1 + by_encoder + config.train_decoder) * row * k + ranking)
 
     @torch.no_grad()
