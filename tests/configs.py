@@ -65,7 +65,7 @@ CONTRACTS = (
     | {f"{name}, {way}": replace(ARCHITECTURES[name], inference=way) for name in ("topk", "switch") for way in ("refit", "pursuit")}
     | {"batch_topk, refit": replace(ARCHITECTURES["batch_topk"], inference="refit")}
     | {"switch_pursuit, stop, shared": replace(ARCHITECTURES["switch_pursuit"], stop=True, shared=8, coherence=0.1)}
-    | {"shared_pool, two lists": replace(ARCHITECTURES["shared_pool"], lists_per_token=2, distill=0.1, router=replace(ROUTED["softmax"]))}
+    | {"shared_pool, two lists": replace(ARCHITECTURES["shared_pool"], lists_per_token=2, router=replace(ROUTED["softmax"]))}
     | {f"shared_pool, {lists} lists": replace(ARCHITECTURES["shared_pool"], lists=lists) for lists in ("energy", "random")}
     | {f"shared_pool, {way}": replace(ARCHITECTURES["shared_pool"], inference=way) for way in ("refit", "pursuit")}
     | {"sketch, refit": replace(ARCHITECTURES["sketch"], inference="refit")}

@@ -65,7 +65,7 @@ def of_case_inputs(golden):
 def test_the_golden_outputs_come_from_every_library_and_are_not_trivial():
     golden = load_file(GOLDEN)
     assert {case.library for case in CASES} == PEERS.keys()
-    own = {"switch", "switch_refit", "switch_pursuit", "pursuit", "transcoder", "switch_transcoder"}
+    own = {"shared_pool", "sketch", "switch", "switch_refit", "switch_pursuit", "pursuit", "transcoder", "switch_transcoder"}
     assert {case.ours for case in CASES} == SAES.keys() - own
     for case in CASES:
         latents = of_case(case, golden)["latents"]
@@ -200,6 +200,7 @@ def test_recipes_reach_the_trainer_and_the_config_overrides_them():
 def test_training_lowers_the_loss_of_every_baseline():
     for name in (key for key, cls in SAES.items() if not cls.is_routed):
         settings = {"k": 3} if hasattr(SAES[name].Config, "k") else {"l1": 0.1} if name != "jumprelu" else {}
+        settings |= {"shared_pool": {"num_lists": 4}, "sketch": {"candidates": 12}}.get(name, {})
         sae = build(SAES[name], torch.float32, **settings)
         trainer = Trainer(sae, TrainerConfig(lr=3e-3, warmup_steps=0, dead_after_tokens=10**9), total_steps=300, batch_size=400)
         x = activations(rows=400).float()

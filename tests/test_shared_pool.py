@@ -320,7 +320,7 @@ def test_flops_are_counted_by_hand():
         ({"multiplicity": 65}, "multiplicity=65.0 must lie between 1"),
         ({"num_latents": 32, "k": 1}, "num_latents=32 must be at least 64. Every list needs a latent of its own"),
         ({"lists_per_token": 65}, "lists_per_token=65 is more than num_lists=64. Use at most 64"),
-        ({"k": 200}, "k=200 is more than the 192 latents of one list"),
+        ({"k": 200}, "k=200 is more than the 192 latents of a list"),
         ({"sample": 2.0}, "sample=2.0 and settle=0.2 are shares: at most 1"),
         ({"sample": 0.0}, "sample=0 leaves nothing by which lists could change.*Use lists=random with distill=0"),
         ({"distill": 0.1, "router": ROUTED["cosine_kmeans"]}, "distill=0.1 teaches a router that is not trained"),

@@ -13,7 +13,7 @@ from switch_kernels.pursuit import gram_matrices, matching_pursuit
 from switch_sae.checks import all_at_least, at_least
 from switch_sae.models.base import Flops, SAEOutput
 from switch_sae.models.candidates import Sample, known_products, sampled, tell_offered
-from switch_sae.models.gram import REFRESH_TOKENS, local_products, precise
+from switch_sae.models.gram import local_products, precise, refresh_tokens
 from switch_sae.models.inference import Inference, equal_blocks, gram_flops, match_loss, pursuit_flops, refit, refit_flops, ridge_of, searched_by
 from switch_sae.models.latents import Latents, SparseLatents
 from switch_sae.models.lists import assigned, best_lists, credits, half_life_decay, membership, random_lists
@@ -88,7 +88,8 @@ class SharedPoolSAE(TopKSAE):
                 raise ValueError(f"lists_per_token={self.lists_per_token} is more than num_lists={self.num_lists}. Use at most {self.num_lists}.")
             if self.k > self.list_latents:
                 raise ValueError(
-                    f"k={self.k} is more than the {self.list_latents} latents of one list. Use a smaller k, fewer lists or multiplicity."
+                    f"k={self.k} is more than the {self.list_latents} latents of a list (num_latents={self.num_latents} * multiplicity / num_lists). "
+                    f"Use k <= {self.list_latents}, or num_latents >= {self.least_latents}."
                 )
             if self.sample > 1 or self.settle > 1:
                 raise ValueError(f"sample={self.sample} and settle={self.settle} are shares: at most 1.")
@@ -199,7 +200,7 @@ class SharedPoolSAE(TopKSAE):
         member_EM = membership(self.list_EF, self.num_latents)
         used_E = torch.zeros(len(member_EM), dtype=torch.bool, device=member_EM.device).index_fill_(0, output.lists.expert_TS.flatten(), True)
         tell_offered(self.tokens_since_offered_M, (member_EM & used_E[:, None]).any(dim=0), len(rows), self.group)
-        if self.config.lists is not Lists.random:
+        if self.config.lists is Lists.gain or (output.sample is not None and self.config.lists is Lists.energy):
             measured = self._gains(rows, output, member_EM) if self.config.lists is Lists.gain else self._energies(output, member_EM)
             self._change(measured, member_EM, len(rows) * self.group.size)
 
@@ -211,7 +212,7 @@ class SharedPoolSAE(TopKSAE):
         backward += round(config.sample * row * self.num_latents) * (config.encodes_all + (config.lists is Lists.gain))
         backward += round(getattr(config.router, "rivals", 0.0) * row * (latents + k)) if config.num_lists > 1 else 0
         if self.inference is Inference.pursuit:
-            backward += encode + gram_flops(self.d_in, config.num_lists, latents, REFRESH_TOKENS)
+            backward += encode + gram_flops(self.d_in, config.num_lists, latents, refresh_tokens(config))
             encode = pursuit_flops(self.d_in, latents, k, equal_blocks(k))
         elif self.inference is Inference.refit:
             encode += refit_flops(self.d_in, k, from_gram=False)
@@ -255,7 +256,7 @@ class SharedPoolSAE(TopKSAE):
             dispatch = Dispatch.from_experts(expert_TS, self.config.num_lists)
             pre_RF = dispatch.scatter(self._listed_products(dispatch.gather(x_TD - self.b_in_D), self.W_enc_MD, dispatch, self.b_enc_M))
             if slots > 1:
-                pre_RF.view(tokens, slots, -1).masked_fill_(self._repeated(expert_TS), -torch.inf)
+                pre_RF.view(tokens, slots, pre_RF.shape[1]).masked_fill_(self._repeated(expert_TS), -torch.inf)
             pre_RK, local_RK = pre_RF.topk(k, dim=1, sorted=False)
             indices_RK = self.list_EF[expert_TS.flatten()[:, None], local_RK]
             pre_TC, indices_TC = pre_RK.view(tokens, slots * k), indices_RK.view(tokens, slots * k)
@@ -318,7 +319,7 @@ class SharedPoolSAE(TopKSAE):
     def _change(self, measured_EM: Tensor, member_EM: Tensor, tokens: int) -> None:
         """Adds what was measured, and changes the lists where it is time."""
         (measured_EM,) = self.group.mean([measured_EM])
-        self.energy_EM.mul_(half_life_decay(tokens, self.config.memory_tokens)).add_(measured_EM)
+        self.energy_EM.mul_(half_life_decay(tokens, self.config.memory_tokens)).add_(measured_EM * self.group.size)
         every = math.ceil(self.config.list_tokens / tokens)
         if (self.step + 1) % every == 0 and self.step < (1 - self.config.settle) * self.total_steps:
             # The smallest of differences keeps a latent without energy where it is.
@@ -340,7 +341,7 @@ class SharedPoolSAE(TopKSAE):
         """[E, F, P] of the lists' decoder rows; in a training step perhaps slightly older ones, never those of other lists."""
         listed_LD = self.W_dec_MD.detach().index_select(0, self.list_EF.flatten())
         if self.training and torch.is_grad_enabled():
-            return self.grams.for_step(listed_LD, len(self.list_EF), 0, tokens * self.group.size, REFRESH_TOKENS)
+            return self.grams.for_step(listed_LD, len(self.list_EF), 0, tokens * self.group.size, refresh_tokens(self.config))
         if listed_LD.is_inference():  # has no version
             return gram_matrices(listed_LD.view(*self.list_EF.shape, -1))
         version = tuple((each._version, each.data_ptr(), each.dtype) for each in (self.W_dec_MD, self.list_EF))
