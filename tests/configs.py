@@ -44,7 +44,7 @@ ARCHITECTURES: dict[str, Any] = {
     "relu": ReLUSAE.Config(num_latents=48),
     "gated": GatedSAE.Config(num_latents=48),
     "jumprelu": JumpReLUSAE.Config(num_latents=48),
-    "shared_pool": SharedPoolSAE.Config(num_latents=48, k=4, num_lists=4, multiplicity=2, sample=1 / 8, list_tokens=192, settle=0, distill=0.1),
+    "shared_pool": SharedPoolSAE.Config(num_latents=48, k=4, num_lists=4, multiplicity=2, sample=1 / 8, list_tokens=192, settle=0),
     "sketch": SketchSAE.Config(num_latents=48, k=4, rank=3, candidates=12),
     "transcoder": TranscoderSAE.Config(num_latents=48, k=4),
     "switch_transcoder": SwitchTranscoderSAE.Config(num_latents=48, k=4, num_experts=4),
@@ -85,7 +85,7 @@ CONTRACTS = (
     | {"batch_topk, refit": replace(ARCHITECTURES["batch_topk"], inference="refit")}
     | {"switch_pursuit, stop, shared": replace(ARCHITECTURES["switch_pursuit"], stop=True, shared=8, coherence=0.1)}
     | {"shared_pool, two lists": replace(ARCHITECTURES["shared_pool"], lists_per_token=2, router=replace(ROUTED["softmax"]))}
-    | {"shared_pool, random lists": replace(ARCHITECTURES["shared_pool"], lists="random", distill=0)}
+    | {f"shared_pool, {lists} lists": replace(ARCHITECTURES["shared_pool"], lists=lists) for lists in ("energy", "random")}
     | {f"shared_pool, {way}": replace(ARCHITECTURES["shared_pool"], inference=way) for way in ("refit", "pursuit")}
     | {"sketch, refit": replace(ARCHITECTURES["sketch"], inference="refit")}
     | {"switch, two experts, gates after selection": switch("softmax", 2, gate_in_selection=False)}

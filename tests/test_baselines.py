@@ -203,6 +203,7 @@ def test_training_lowers_the_loss_of_every_baseline():
     for name in (key for key, cls in SAES.items() if not cls.is_routed):
         settings = {"k": 3} if hasattr(SAES[name].Config, "k") else {"l1": 0.1} if name != "jumprelu" else {}
         settings |= {"keys": 4} if hasattr(SAES[name].Config, "keys") else {}
+        settings |= {"shared_pool": {"num_lists": 4}, "sketch": {"candidates": 12}}.get(name, {})
         sae = build(SAES[name], torch.float32, **settings)
         trainer = Trainer(sae, TrainerConfig(lr=3e-3, warmup_steps=0, dead_after_tokens=10**9), total_steps=300, batch_size=400)
         x = activations(rows=400).float()

@@ -1,8 +1,8 @@
 """Several processes that share a batch: two with half of it each train what one trains with the whole, to 1e-9 in float64.
 
 Sums are taken in another order, and nothing else differs: at every step the same latents are selected and counted, and the same statistics kept.
-What only the first tokens of a batch go through (rivals, the search for missed latents) are the first of each process's part, so the same tokens only
-where all go through it, as here.
+What only the first tokens of a batch go through (rivals, samples, the search for missed latents) are the first of each process's part, so the same
+tokens only where all go through it, as here.
 """
 
 import multiprocessing
@@ -33,7 +33,7 @@ def trained(name: str, group: Group) -> tuple[Trainer, list[dict[str, torch.Tens
     config = CONTRACTS[name]
     if hasattr(getattr(config, "router", None), "rivals"):
         config = replace(config, router=replace(config.router, rivals=1.0))
-    changes = {key: value for key, value in {"auxk_latents": 6, "missed_share": 1.0}.items() if hasattr(config, key)}
+    changes = {key: value for key, value in {"auxk_latents": 6, "missed_share": 1.0, "sample": 1.0}.items() if hasattr(config, key)}
     sae = SAES.build(replace(config, **changes), D, torch.Generator().manual_seed(1)).double()
     prepare(sae, Rows.of(activations(99, 256)), True)
     if sae.has_encoder:
@@ -119,6 +119,7 @@ def test_what_training_counts_over_a_batch_had_something_to_count(ranks):
     for name, buffer in (
         ("batch_topk", "threshold"),
         ("matryoshka", "threshold"),
+        ("shared_pool", "energy_EM"),
         ("switch, bias_balanced", "router.balance_E"),
         ("switch, cosine_kmeans", "router.mean_ED"),
         ("switch_refit", "threshold"),

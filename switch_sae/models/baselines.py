@@ -53,5 +53,6 @@ def baseline_config(config: Any, baseline: Baseline, d_in: int) -> Any:
     if not is_frozen and (why := why_no_baseline(config, baseline)):
         raise ValueError(f"there is no {baseline.name} for this SAE: {why}.")
     if baseline is Baseline.frozen_router:
-        return replace(config, router=replace(config.router, train=False))
+        untaught = {"distill": 0.0} if hasattr(config, "distill") else {}
+        return replace(config, router=replace(config.router, train=False), **untaught)
     return matched(dense_reference(config), config, _MATCHES[baseline], d_in)

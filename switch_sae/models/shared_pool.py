@@ -13,7 +13,7 @@ from switch_kernels.pursuit import gram_matrices, matching_pursuit
 from switch_sae.checks import all_at_least, at_least
 from switch_sae.models.base import Flops, SAEOutput
 from switch_sae.models.candidates import Sample, known_products, sampled, tell_offered
-from switch_sae.models.gram import REFRESH_TOKENS, local_products, precise
+from switch_sae.models.gram import local_products, precise, refresh_tokens
 from switch_sae.models.inference import Inference, equal_blocks, gram_flops, match_loss, pursuit_flops, refit, refit_flops, ridge_of, searched_by
 from switch_sae.models.latents import Latents, SparseLatents
 from switch_sae.models.lists import assigned, best_lists, credits, half_life_decay, membership, random_lists
@@ -26,8 +26,12 @@ from switch_sae.rows import Rows
 class Lists(Enum):
     """Which latents are on which lists."""
 
+    gain = "gain"
+    """Those that lower the error most on the tokens that the router sends there: z_j^2 where a latent is active, and elsewhere the square of its
+    decoder row's product with what is left, if that is above 0 and among the k largest of a token of the sample."""
     energy = "energy"
-    """Those that have most energy on the tokens that the router sends there, measured on a sample."""
+    """Those with most energy z_j^2 on the tokens that the router sends there if all latents were offered to the tokens of the sample. Latents fire on
+    tokens for which they were never trained, so this does not find what would help (experiments/LOG.md)."""
     random = "random"
     """Random ones, which stay: the control that shows what chosen lists are worth."""
 
@@ -39,9 +43,9 @@ class SharedPoolSAE(TopKSAE):
     E lists of F latents each into one dictionary of M: a latent is on mu = E F / M lists on average. With mu = 1 this is a Switch SAE, with mu = E a
     TopK SAE. The gate g of a latent is that of the best of a token's lists that hold it. Every `list_tokens` tokens each latent first gets a place on
     the list where its energy sum_{x -> e} z_j^2 is largest (as long as there is room), and the rest of each list goes to those with most energy
-    there; what is on a list already counts `1 + hysteresis` times. The energy is a running sum over a sample of the tokens, for which all M latents
-    are encoded. With S > 1 a list earns nothing by latents that a better list of the same token holds. Lists that are learned to screen a softmax
-    over a vocabulary are its relatives (Chen et al., arXiv 1810.12406).
+    there; what is on a list already counts `1 + hysteresis` times. The energy (`Lists` says of what) is a running sum, over a sample of the tokens
+    where latents were not offered. With S > 1 a list earns nothing by latents that a better list of the same token holds. Lists that are learned to
+    screen a softmax over a vocabulary are its relatives (Chen et al., arXiv 1810.12406).
 
     It has one dictionary and so, for all who ask, one expert: which lists a token had does not follow from its latents.
     """
@@ -54,20 +58,21 @@ class SharedPoolSAE(TopKSAE):
         """mu = E F / M, the lists that a latent is on, on average; F is rounded up."""
         lists_per_token: int = 1
         """S: the lists whose latents compute each token."""
-        lists: Lists = Lists.energy
+        lists: Lists = Lists.gain
         router: Any = ROUTERS.field("competition")
         """The `Config` of one of `ROUTERS`; its experts are lists."""
         distill: float = 0.0
         """Coefficient of the cross-entropy between the router's probabilities and the lists that would hold most of the energy of all M latents, on
         the sample: distill * D * H. 0 switches it off."""
         sample: float = 1 / 128
-        """Share of a batch's tokens for which all M latents are encoded in training: it costs M * sample products with a row per token."""
+        """Share of a batch's tokens that all M latents are compared with in training: it costs M * sample products with a row per token."""
         list_tokens: int = 131_072
         """Lists change after so many tokens of training."""
         memory_tokens: int = 524_288
         """Half of the measured energy is forgotten after so many tokens."""
-        hysteresis: float = 0.25
-        """How much more energy than what is on a list a latent must have to take its place."""
+        hysteresis: float = 3.0
+        """A latent must have 1 + hysteresis times the energy of one on a list to take its place: few tokens say what those that are not listed are
+        worth, and of many such estimates the largest are too large."""
         settle: float = 0.2
         """The last part of training, in which lists stay."""
 
@@ -83,12 +88,13 @@ class SharedPoolSAE(TopKSAE):
                 raise ValueError(f"lists_per_token={self.lists_per_token} is more than num_lists={self.num_lists}. Use at most {self.num_lists}.")
             if self.k > self.list_latents:
                 raise ValueError(
-                    f"k={self.k} is more than the {self.list_latents} latents of one list. Use a smaller k, fewer lists or multiplicity."
+                    f"k={self.k} is more than the {self.list_latents} latents of a list (num_latents={self.num_latents} * multiplicity / num_lists). "
+                    f"Use k <= {self.list_latents}, or num_latents >= {self.least_latents}."
                 )
             if self.sample > 1 or self.settle > 1:
                 raise ValueError(f"sample={self.sample} and settle={self.settle} are shares: at most 1.")
-            if self.sample == 0 and (self.lists is Lists.energy or self.distill):
-                raise ValueError("sample=0 measures no energy, by which lists change and the router is taught. Use lists=random with distill=0.")
+            if self.sample == 0 and (self.lists is not Lists.random or self.distill):
+                raise ValueError("sample=0 leaves nothing by which lists could change or the router be taught. Use lists=random with distill=0.")
             if self.distill and not getattr(self.router, "train", False):
                 raise ValueError(f"distill={self.distill} teaches a router that is not trained. Use distill=0, or a router with train=true.")
 
@@ -98,8 +104,8 @@ class SharedPoolSAE(TopKSAE):
             return min(self.num_latents, math.ceil(self.multiplicity * self.num_latents / self.num_lists))
 
         @property
-        def samples(self) -> bool:
-            """Whether training encodes all latents of some tokens."""
+        def encodes_all(self) -> bool:
+            """Whether training encodes all latents of the sample."""
             return self.lists is Lists.energy or self.distill > 0
 
         @property
@@ -164,7 +170,7 @@ class SharedPoolSAE(TopKSAE):
         x_TD = self._scaled(x_TD)
         latents, routing, by_latent, match = self._infer(x_TD)
         sample = None
-        if self.training and torch.is_grad_enabled() and self.config.samples:
+        if self.training and torch.is_grad_enabled() and self.config.encodes_all:
             centred_nD = x_TD[: math.ceil(self.config.sample * len(x_TD))] - self.b_in_D
             sample = sampled(centred_nD, self.W_enc_MD, self.b_enc_M, self.config.k)
         return PoolOutput(self._decode(latents, by_latent), latents, match=match, lists=routing, sample=sample)
@@ -194,18 +200,19 @@ class SharedPoolSAE(TopKSAE):
         member_EM = membership(self.list_EF, self.num_latents)
         used_E = torch.zeros(len(member_EM), dtype=torch.bool, device=member_EM.device).index_fill_(0, output.lists.expert_TS.flatten(), True)
         tell_offered(self.tokens_since_offered_M, (member_EM & used_E[:, None]).any(dim=0), len(rows), self.group)
-        if self.config.lists is Lists.energy and output.sample is not None:
-            self._measure(member_EM, output.lists, output.sample, len(rows) * self.group.size)
+        if self.config.lists is Lists.gain or (output.sample is not None and self.config.lists is Lists.energy):
+            measured = self._gains(rows, output, member_EM) if self.config.lists is Lists.gain else self._energies(output, member_EM)
+            self._change(measured, member_EM, len(rows) * self.group.size)
 
     def flops(self) -> Flops:
-        """In training all M latents of `sample` of the tokens come on top, and the rivals of a router that learns by competition."""
+        """In training all M latents for `sample` of the tokens come on top, and the rivals of a router that learns by competition."""
         config, row, k, (router, learned) = self.config, 2 * self.d_in, self.config.k, self.router.flops()
         encode, latents, by_encoder = row * config.lists_per_token * config.list_latents, config.list_latents, self.inference is Inference.encoder
         backward = (1 + by_encoder + config.train_decoder) * row * k + learned
-        backward += round(config.sample * row * self.num_latents) if config.samples else 0
+        backward += round(config.sample * row * self.num_latents) * (config.encodes_all + (config.lists is Lists.gain))
         backward += round(getattr(config.router, "rivals", 0.0) * row * (latents + k)) if config.num_lists > 1 else 0
         if self.inference is Inference.pursuit:
-            backward += encode + gram_flops(self.d_in, config.num_lists, latents, REFRESH_TOKENS)
+            backward += encode + gram_flops(self.d_in, config.num_lists, latents, refresh_tokens(config))
             encode = pursuit_flops(self.d_in, latents, k, equal_blocks(k))
         elif self.inference is Inference.refit:
             encode += refit_flops(self.d_in, k, from_gram=False)
@@ -249,7 +256,7 @@ class SharedPoolSAE(TopKSAE):
             dispatch = Dispatch.from_experts(expert_TS, self.config.num_lists)
             pre_RF = dispatch.scatter(self._listed_products(dispatch.gather(x_TD - self.b_in_D), self.W_enc_MD, dispatch, self.b_enc_M))
             if slots > 1:
-                pre_RF.view(tokens, slots, -1).masked_fill_(self._repeated(expert_TS), -torch.inf)
+                pre_RF.view(tokens, slots, pre_RF.shape[1]).masked_fill_(self._repeated(expert_TS), -torch.inf)
             pre_RK, local_RK = pre_RF.topk(k, dim=1, sorted=False)
             indices_RK = self.list_EF[expert_TS.flatten()[:, None], local_RK]
             pre_TC, indices_TC = pre_RK.view(tokens, slots * k), indices_RK.view(tokens, slots * k)
@@ -288,13 +295,31 @@ class SharedPoolSAE(TopKSAE):
         log_nS = routing.probs_TE[: len(lists_nS)].gather(1, lists_nS).clamp_min(torch.finfo(gain_nS.dtype).tiny).log()
         return -(wanted_nS * log_nS).sum(dim=1).mean()
 
-    def _measure(self, member_EM: Tensor, routing: Routing, sample: Sample, tokens: int) -> None:
-        """Adds the sample's energy, and changes the lists where it is time."""
-        expert_nS, energy_nK = routing.expert_TS[: len(sample.values_nK)], sample.values_nK.square()
-        credit_nSK = credits(member_EM, expert_nS, sample.indices_nK) * energy_nK[:, None, :]
-        places = expert_nS[:, :, None].expand_as(credit_nSK), sample.indices_nK[:, None, :].expand_as(credit_nSK)
-        (sum_EM,) = self.group.mean([torch.zeros_like(self.energy_EM).index_put_(places, credit_nSK.to(self.energy_EM.dtype), accumulate=True)])
-        self.energy_EM.mul_(half_life_decay(tokens, self.config.memory_tokens)).add_(sum_EM)
+    def _energies(self, output: "PoolOutput", member_EM: Tensor) -> Tensor:
+        """[E, M] of the sample, whose latents were all encoded."""
+        assert output.sample is not None
+        expert_nS = output.lists.expert_TS[: len(output.sample.values_nK)]
+        return self._credited(member_EM, expert_nS, output.sample.indices_nK, output.sample.values_nK.square())
+
+    def _gains(self, rows: Rows, output: "PoolOutput", member_EM: Tensor) -> Tensor:
+        """[E, M]: by how much latents lowered the squared error of all tokens, counted as often as the sample, and would lower that of the sample."""
+        latents, expert_TS, count = output.latents, output.lists.expert_TS, math.ceil(self.config.sample * len(rows))
+        assert isinstance(latents, SparseLatents)
+        lowered_EM = self._credited(member_EM, expert_TS, latents.indices_TK, latents.values_TK.square())
+        left_nD = (self._target(rows[:count]) - output.recon_TD[:count]) * self.target_scale
+        product_nK, indices_nK = (left_nD @ self.W_dec_MD.T).topk(self.config.k, dim=1, sorted=False)
+        return lowered_EM * (count / len(rows)) + self._credited(member_EM, expert_TS[:count], indices_nK, product_nK.relu().square())
+
+    def _credited(self, member_EM: Tensor, expert_nS: Tensor, indices_nK: Tensor, worth_nK: Tensor) -> Tensor:
+        """[E, M]: what pairs of a token and a latent are worth, to the lists that deserve it (`credits`)."""
+        worth_nSK = (credits(member_EM, expert_nS, indices_nK) * worth_nK[:, None, :]).to(self.energy_EM.dtype)
+        places = expert_nS[:, :, None].expand_as(worth_nSK), indices_nK[:, None, :].expand_as(worth_nSK)
+        return torch.zeros_like(self.energy_EM).index_put_(places, worth_nSK, accumulate=True)
+
+    def _change(self, measured_EM: Tensor, member_EM: Tensor, tokens: int) -> None:
+        """Adds what was measured, and changes the lists where it is time."""
+        (measured_EM,) = self.group.mean([measured_EM])
+        self.energy_EM.mul_(half_life_decay(tokens, self.config.memory_tokens)).add_(measured_EM * self.group.size)
         every = math.ceil(self.config.list_tokens / tokens)
         if (self.step + 1) % every == 0 and self.step < (1 - self.config.settle) * self.total_steps:
             # The smallest of differences keeps a latent without energy where it is.
@@ -316,7 +341,7 @@ class SharedPoolSAE(TopKSAE):
         """[E, F, P] of the lists' decoder rows; in a training step perhaps slightly older ones, never those of other lists."""
         listed_LD = self.W_dec_MD.detach().index_select(0, self.list_EF.flatten())
         if self.training and torch.is_grad_enabled():
-            return self.grams.for_step(listed_LD, len(self.list_EF), 0, tokens * self.group.size, REFRESH_TOKENS)
+            return self.grams.for_step(listed_LD, len(self.list_EF), 0, tokens * self.group.size, refresh_tokens(self.config))
         if listed_LD.is_inference():  # has no version
             return gram_matrices(listed_LD.view(*self.list_EF.shape, -1))
         version = tuple((each._version, each.data_ptr(), each.dtype) for each in (self.W_dec_MD, self.list_EF))

@@ -13,6 +13,7 @@ from switch_kernels.decode import row_products
 from switch_sae.checks import all_at_least
 from switch_sae.models.base import Flops, SAEOutput
 from switch_sae.models.candidates import Sample, energy_shares, known_products, sampled, tell_offered
+from switch_sae.models.entrances import outside_autocast
 from switch_sae.models.inference import Inference, match_loss, refit, refit_flops
 from switch_sae.models.latents import SparseLatents
 from switch_sae.models.topk import TopKSAE
@@ -72,7 +73,8 @@ class SketchSAE(TopKSAE):
         if config.rank > d_in:
             raise ValueError(f"rank={config.rank} is more than d_in={d_in}: a sketch has fewer dimensions than activations. Use rank <= {d_in}.")
         self.U_RD = nn.Parameter(F.normalize(torch.randn(config.rank, d_in, generator=generator), dim=1))
-        self.V_MR = nn.Parameter(self.W_enc_MD.detach() @ self.U_RD.detach().T)
+        with outside_autocast(self.U_RD.device):
+            self.V_MR = nn.Parameter(self.W_enc_MD.detach() @ self.U_RD.detach().T)
         self.c_M = nn.Parameter(torch.zeros(config.num_latents))
         self.register_buffer("tokens_since_offered_M", torch.zeros(config.num_latents, dtype=torch.int64))
 
@@ -103,7 +105,9 @@ class SketchSAE(TopKSAE):
         return terms
 
     def end_step(self, rows: Rows, output: SAEOutput) -> None:
-        assert isinstance(output, SketchOutput) and output.sketched is not None
+        assert isinstance(output, SketchOutput)
+        if output.sketched is None:
+            return
         offered_M = torch.zeros_like(self.tokens_since_offered_M, dtype=torch.bool).index_fill_(0, output.sketched.indices_TC.flatten(), True)
         tell_offered(self.tokens_since_offered_M, offered_M, len(rows), self.group)
 
@@ -112,7 +116,7 @@ class SketchSAE(TopKSAE):
         config, row, k, rank, M = self.config, 2 * self.d_in, self.config.k, self.config.rank, self.num_latents
         by_encoder = self.inference is not Inference.refit
         encode = rank * (row + 2 * M) + row * config.candidates + (0 if by_encoder else refit_flops(self.d_in, k, from_gram=False))
-        ranking = rank * row + 2 * 2 * rank * config.candidates + round(config.sample * M * (row + 3 * 2 * rank))
+        ranking = 2 * rank * row + 2 * 2 * rank * config.candidates + round(config.sample * M * (row + 3 * 2 * rank))
         return Flops(router=0, encode=encode, decode=row * k, backward=(1 + by_encoder + config.train_decoder) * row * k + ranking)
 
     @torch.no_grad()
