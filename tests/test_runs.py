@@ -18,14 +18,18 @@ from switch_sae.models import (
     MatryoshkaSAE,
     PursuitSAE,
     ReLUSAE,
+    SwitchBatchTopKSAE,
     SwitchPursuitSAE,
     SwitchRefitSAE,
     SwitchSAE,
+    SwitchScaleSAE,
+    SwitchSharedSAE,
     SwitchTranscoderSAE,
     TopKSAE,
     TranscoderSAE,
 )
 from switch_sae.models.jumprelu import Sparsity
+from switch_sae.models.routers.renormalised import RenormalisedRouter, Scores
 from switch_sae.models.topk import EncoderInit
 from switch_sae.models.transcoder import Skip
 from switch_sae.runs import Checkpoint, RunDir, RunError
@@ -43,6 +47,9 @@ CONFIGS = {
     "transcoder": TranscoderSAE.Config(num_latents=12, k=3, d_out=7, skip=Skip.full),
     "switch_transcoder": SwitchTranscoderSAE.Config(num_latents=12, k=3, num_experts=4, skip=Skip.low_rank, skip_rank=2),
     "switch_refit": SwitchRefitSAE.Config(num_latents=14, k=3, num_experts=2, shared=2, missed=0.5),
+    "switch_shared": SwitchSharedSAE.Config(num_latents=14, k=3, num_experts=3, path_rank=2, path_first=True),
+    "switch_batch_topk": SwitchBatchTopKSAE.Config(num_latents=14, k=3, num_experts=3, shared=2, gate_in_selection=False, threshold_beta=0.5),
+    "switch_scale": SwitchScaleSAE.Config(num_latents=12, k=3, num_experts=3, router=RenormalisedRouter.Config(scores=Scores.relu), omega=0.5),
 }
 
 
