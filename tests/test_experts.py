@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from masked import above, best_of_each_token, best_of_the_batch, by_formula
+from configs import ROUTED
+from masked import above, best_of_each_token, best_of_the_batch, by_formula, gates, scaled_encoder
 
 from switch_sae.models import SAES, Inference, SwitchBatchTopKSAE, SwitchSAE, SwitchScaleSAE, SwitchSharedSAE, why_no_inference, with_inference
+from switch_sae.models.attribution import attribute
 from switch_sae.models.inference import RIDGE
 from switch_sae.models.routers import ROUTERS, SoftmaxRouter
 from switch_sae.models.routers.renormalised import RenormalisedRouter, Scores
@@ -162,6 +164,30 @@ def test_what_a_path_gave_travels_with_the_latents_and_nothing_is_decoded_withou
             sae.decode(latents.to_dense())
         for inference in ("refit", "pursuit"):
             assert "linear path, which least squares would have to take off first" in why_no_inference(sae, inference)
+
+
+@pytest.mark.parametrize("name", ["shared, two experts", "path first", "scale", "batch, two experts, shared, path first"])
+def test_attribution_knows_what_latents_read_and_what_gates_them(name):
+    sae, x = build(ALL[name]).eval(), activations()
+    found = attribute(sae, Rows.of(x), torch.linspace(-1, 1, D, dtype=torch.float64))
+    torch.testing.assert_close(found.total_T, x @ torch.linspace(-1, 1, D, dtype=torch.float64))
+    path_weight = sae.path.weight() if getattr(sae, "path", None) is not None and sae.config.path_first else torch.zeros(D, D, dtype=torch.float64)
+    rows_MD = (scaled_encoder(sae) @ (torch.eye(D, dtype=torch.float64) - path_weight)) * sae.activation_scale
+    gate_TK = gates(sae, sae(x).routing).gather(1, found.latents.indices_TK)
+    fired_TK1 = (found.latents.values_TK > 0)[..., None]
+    torch.testing.assert_close(found.readers_TKD, torch.where(fired_TK1, gate_TK[..., None] * rows_MD[found.latents.indices_TK], 0.0))
+
+
+@pytest.mark.parametrize("name", list(ROUTED))
+@pytest.mark.parametrize("config", [replace(SHARED, experts_per_token=2), replace(BATCH, shared=8), SCALE], ids=["shared", "batch", "scale"])
+def test_every_router_and_gate_serves_every_kind_of_expert(name, config):
+    sae, x = build(replace(config, router=replace(ROUTED[name]))), activations()
+    latents_TM, recon_TD, _ = by_formula(sae, x, selection(sae, True))
+    output = sae(x)
+    torch.testing.assert_close(output.latents.to_dense(), latents_TM, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(output.recon_TD, recon_TD, rtol=1e-10, atol=1e-10)
+    trainer = Trainer(sae.float(), TrainerConfig(lr=1e-2), total_steps=3, batch_size=T)
+    assert all(trainer.step(Rows.of(activations(step).float())).terms["mse"] > 0 for step in range(3))
 
 
 def test_training_keeps_k_latents_per_token_on_average_and_evaluation_looks_at_no_other_token():

@@ -21,14 +21,18 @@ from switch_sae.models import (
     ProductKeysSAE,
     PursuitSAE,
     ReLUSAE,
+    SwitchBatchTopKSAE,
     SwitchPursuitSAE,
     SwitchRefitSAE,
     SwitchSAE,
+    SwitchScaleSAE,
+    SwitchSharedSAE,
     SwitchTranscoderSAE,
     TopKSAE,
     TranscoderSAE,
 )
 from switch_sae.models.jumprelu import Sparsity
+from switch_sae.models.routers.renormalised import RenormalisedRouter, Scores
 from switch_sae.models.topk import EncoderInit
 from switch_sae.models.transcoder import Skip
 from switch_sae.runs import Checkpoint, RunDir, RunError
@@ -49,6 +53,9 @@ CONFIGS = {
     "kron": KronSAE.Config(num_latents=12, k=3, m=2, n=3),
     "product_keys": ProductKeysSAE.Config(num_latents=16, k=3, encoder_bias=False),
     "product_keys_exact": ProductKeysExactSAE.Config(num_latents=12, k=3, keys=2, candidates=5),
+    "switch_shared": SwitchSharedSAE.Config(num_latents=14, k=3, num_experts=3, path_rank=2, path_first=True),
+    "switch_batch_topk": SwitchBatchTopKSAE.Config(num_latents=14, k=3, num_experts=3, shared=2, gate_in_selection=False, threshold_beta=0.5),
+    "switch_scale": SwitchScaleSAE.Config(num_latents=12, k=3, num_experts=3, router=RenormalisedRouter.Config(scores=Scores.relu), omega=0.5),
 }
 
 

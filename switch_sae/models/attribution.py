@@ -63,9 +63,10 @@ def attribute(sae: TopKSAE, rows: Rows, direction_D: Tensor) -> Attribution:
     shares_TK = latents.values_TK * (weight @ direction_D)[latents.indices_TK]
     gate_TK = fired_TK
     if routing is not None:
-        slot_TKS = latents.indices_TK[:, :, None] // sae.latents_per_expert == routing.expert_TS[:, None, :]
-        gate_TK = fired_TK * (slot_TKS * routing.gate_TS[:, None, :]).sum(dim=2)
-    readers_TKD = gate_TK[:, :, None] * sae.W_enc_MD[latents.indices_TK] * sae.activation_scale
+        own_TK = latents.indices_TK - sae.num_shared
+        slot_TKS = torch.div(own_TK, sae.latents_per_expert, rounding_mode="floor")[:, :, None] == routing.expert_TS[:, None, :]
+        gate_TK = fired_TK * torch.where(own_TK < 0, 1.0, (slot_TKS * routing.gate_TS[:, None, :]).sum(dim=2))
+    readers_TKD = gate_TK[:, :, None] * sae.reading_rows(latents.indices_TK) * sae.activation_scale
     offsets_TK = latents.values_TK - torch.einsum("tkd,td->tk", readers_TKD, rows.x_TD.to(weight.dtype))
     error_T = (rows.target_TD.to(weight.dtype) - output.recon_TD) @ (direction_D * sae.target_scale)
     bias = sae.b_out_D @ direction_D

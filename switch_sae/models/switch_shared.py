@@ -122,6 +122,10 @@ class SwitchSharedSAE(SwitchSAE):
         to_the_path = 2 * self.d_in * self.config.k if self.config.path_first else 0  # the gradient of what latents read
         return replace(flops, encode=flops.encode + forward, backward=flops.backward + backward + to_the_centre + to_the_path)
 
+    def reading_rows(self, latent_TK: Tensor) -> Tensor:
+        rows_TKD = super().reading_rows(latent_TK)
+        return rows_TKD if self.path is None or not self.config.path_first else rows_TKD - rows_TKD @ self.path.weight()
+
     def base(self, latents: SparseLatents) -> Tensor:
         return self.b_out_D + latents.skip_TD if isinstance(latents, SkippedLatents) else self.b_out_D
 

@@ -148,6 +148,10 @@ class TopKSAE(FusedTraining):
         """W_enc_MD as it multiplies activations, with its gradient."""
         return self.W_enc_MD
 
+    def reading_rows(self, latent_TK: Tensor) -> Tensor:
+        """[T, K, D]: what the pre-activations of some latents are the products of scaled activations with."""
+        return self.encoder_weight()[latent_TK]
+
     def encoder_rows(self, latent_L: Tensor) -> Tensor:
         """Some rows of it, for AuxK: their gradients reach those rows of W_enc_MD and nothing else."""
         return self.W_enc_MD.index_select(0, latent_L)
