@@ -175,8 +175,8 @@ def wrap(
         raise ValueError(f"wrap takes an SAE, not a {type(sae).__name__}. Use wrap(load_sae(PATH)).")
     if sae.is_transcoder:
         raise ValueError(
-            f"{type(sae).__name__} writes to another hook than it reads. SAEBench and SAELens' evals put decode(encode(x)) where x was: they are "
-            "for autoencoders alone; score it with: python -m experiments.evaluate runs/SOME"
+            f"{type(sae).__name__} writes to another hook than it reads, and SAEBench and SAELens' evals put decode(encode(x)) where x was. "
+            "Give an autoencoder; this library's own scores know transcoders."
         )
     if isinstance(sae, TokenNormSAE):
         raise ValueError(
