@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -539,8 +540,9 @@ def shrunk(member: RunConfig) -> RunConfig:
     latents = 32 * getattr(member.sae, "num_experts", 1) + smaller.get("shared", 0)
     sae = replace(member.sae, num_latents=latents, **{name: value for name, value in smaller.items() if hasattr(member.sae, name)})
     tiny = config(steps=4).base
-    if getattr(member.source, "target_hook", None) is not None:  # synthetic activations have no targets
-        tiny = replace(tiny, source=replace(member.source, buffer_rows=1024))
+    if getattr(member.source, "target_hook", None) is not None:  # synthetic activations have no targets, and the bundled model few layers
+        hooks = {name: re.sub(r"^blocks\.\d+", "blocks.1", getattr(member.source, name)) for name in ("hook", "target_hook")}
+        tiny = replace(tiny, source=replace(member.source, buffer_rows=1024, cache=None, **hooks))
     return replace(tiny, sae=sae, trainer=replace(member.trainer, lr=1e-3), normalize_activations=member.normalize_activations)
 
 

@@ -30,7 +30,7 @@ _UNKNOWN = "not known under this name: W_dec transposed stands for it"
 
 
 @dataclass
-class PeerConfig:
+class PeerCfg:
     """`cfg`: what SAEBench reads of it, and SAELens at `cfg.metadata`, which is the same object. SAEBench's results hold all of it but that."""
 
     model_name: str
@@ -78,7 +78,7 @@ class PeerSAE(nn.Module):
     hook_z_reshaping_mode = False
     """An SAE of attention heads takes them side by side, [..., heads * d_head], as their evals give them once they have asked for it."""
 
-    def __init__(self, sae: SparseAutoencoder, cfg: PeerConfig) -> None:
+    def __init__(self, sae: SparseAutoencoder, cfg: PeerCfg) -> None:
         super().__init__()
         self.ours = sae
         self.cfg = cfg
@@ -193,7 +193,7 @@ def wrap(
     if layer is None:
         raise ValueError(f"hook_name={hook_name!r} names no layer, without which SAEBench runs nothing. Use one such as blocks.8.hook_resid_pre.")
     bos = known.get("prepend_bos") if prepend_bos is None else prepend_bos
-    cfg = PeerConfig(
+    cfg = PeerCfg(
         model_name,
         hook_name,
         int(layer[0]),
