@@ -538,7 +538,9 @@ def shrunk(member: RunConfig) -> RunConfig:
     """The same member, small enough for a test: what is particular to it stays."""
     smaller = {"k": 2} | ({"shared": 4} if getattr(member.sae, "shared", 0) else {})
     latents = 32 * getattr(member.sae, "num_experts", 1) + smaller.get("shared", 0)
-    sae = replace(member.sae, num_latents=latents, **{name: value for name, value in smaller.items() if hasattr(member.sae, name)})
+    settings = {f.name for f in fields(member.sae)}
+    smaller |= {"num_lists": 8, "candidates": 8}
+    sae = replace(member.sae, num_latents=latents, **{name: value for name, value in smaller.items() if name in settings})
     tiny = config(steps=4).base
     if getattr(member.source, "target_hook", None) is not None:  # synthetic activations have no targets, and the bundled model few layers
         hooks = {name: re.sub(r"^blocks\.\d+", "blocks.1", getattr(member.source, name)) for name in ("hook", "target_hook")}
