@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switch_kernels import ALONE, Dispatch, Group, sparse_decode
+from switch_kernels import ALONE, Dispatch, Group
 from switch_sae.models.latents import Latents, SparseLatents
 from switch_sae.models.routers.base import Rivals
 
@@ -61,23 +61,15 @@ def local_auxk_loss(
 
 
 def competition_loss(
-    rivals: Rivals,
-    target_TD: Tensor,
-    recon_TD: Tensor,
-    own: Latents,
-    theirs: SparseLatents,
-    W_dec_MD: Tensor,
-    b_D: Tensor,
-    price: Tensor | float = 0.0,
+    rivals: Rivals, target_TD: Tensor, recon_TD: Tensor, own: Latents, theirs: SparseLatents, rival_nD: Tensor, price: Tensor | float = 0.0
 ) -> Tensor:
     """`Rivals.loss` of the first n tokens' costs, ||x - recon||^2 + price * L0, with the chosen expert's latents and with the rival's.
 
-    Target and reconstruction are scaled; no gradient reaches them. `b_D`, [D] or [n, D], is what the decoder adds to the rival's latents.
+    Target and reconstructions, `rival_nD` that of the rival's latents, are scaled; no gradient reaches them.
     """
     with torch.no_grad():
         count = len(theirs.values_TK)
         target_nD = target_TD[:count]
-        rival_nD = sparse_decode(theirs.values_TK, theirs.indices_TK, W_dec_MD) + b_D
         cost_n = (target_nD - recon_TD[:count]).square().sum(dim=1) + price * (own.values[:count] > 0).sum(dim=1)
         rival_cost_n = (target_nD - rival_nD).square().sum(dim=1) + price * (theirs.values_TK > 0).sum(dim=1)
     return rivals.loss(cost_n, rival_cost_n)

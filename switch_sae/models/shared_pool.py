@@ -186,7 +186,7 @@ class SharedPoolSAE(TopKSAE):
             with torch.no_grad():
                 theirs = self._select(self._scaled(first.x_TD), rivals.expert_n1, None)[0]
             target_nD, recon_TD = self._target(first) * self.target_scale, output.recon_TD * self.target_scale
-            terms["competition"] = competition_loss(rivals, target_nD, recon_TD, output.latents, theirs, self.W_dec_MD, self.base(theirs))
+            terms["competition"] = competition_loss(rivals, target_nD, recon_TD, output.latents, theirs, self._rival(theirs))
         return terms
 
     def begin_step(self, step: int, total_steps: int) -> None:

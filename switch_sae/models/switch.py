@@ -135,9 +135,12 @@ class SwitchSAE(RoutedSAE, TopKSAE):
         target_nD = self._target(first) * self.target_scale
         with torch.no_grad():
             theirs = self._encode_by(self._scaled(first.x_TD), Dispatch.from_experts(rivals.expert_n1, self.num_experts), None)[0]
-        base = self.base(theirs)
-        return terms | {"competition": competition_loss(rivals, target_nD, recon_TD, output.latents, theirs, self.W_dec_MD, base)}
+        return terms | {"competition": competition_loss(rivals, target_nD, recon_TD, output.latents, theirs, self._rival(theirs))}
 
     def flops(self) -> Flops:
+        """With the router, and with what rivals cost in training: encoding and decoding by one more expert for a share of the tokens."""
         dense, (router, backward) = super().flops(), self.router.flops()
-        return replace(dense, router=router, backward=dense.backward + backward)
+        share = getattr(self.config.router, "rivals", 0.0) if self.num_experts > 1 and self.config.router.train else 0.0
+        candidates = self.num_shared + self.latents_per_expert
+        rivals = round(share * 2 * (self.d_in * candidates + self.d_out * self.config.k))
+        return replace(dense, router=router, backward=dense.backward + backward + rivals)

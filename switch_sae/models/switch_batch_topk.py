@@ -109,6 +109,10 @@ class SwitchBatchTopKSAE(SwitchSharedSAE, BatchTopKSAE):
         recon_TD = decode_pairs(values_P, latent_P, token_P, len(latents.values_TK), self.W_dec_MD)
         return (recon_TD + self.base(latents)) / self.target_scale
 
+    @torch.no_grad()
+    def _rival(self, theirs: SparseLatents) -> Tensor:
+        return self._decode(theirs, None) * self.target_scale  # most of their columns hold nothing
+
     def _smallest_kept(self, output: SAEOutput) -> Tensor:
         assert isinstance(output, ThresholdOutput)
         return output.smallest

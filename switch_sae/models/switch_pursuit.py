@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_kernels import Dispatch
+from switch_kernels import Dispatch, sparse_decode
 from switch_sae.checks import at_least
 from switch_sae.models.base import Flops, SAEOutput
 from switch_sae.models.inference import gram_now
@@ -90,7 +90,9 @@ class SwitchPursuitSAE(RoutedSAE, PursuitSAE):
             return terms
         rivals, theirs, price = output.rivals, output.theirs, self._theta().square()
         x_nD, recon_TD = self._scaled(rows.x_TD[: len(rivals.expert_n1)]), output.recon_TD * self.target_scale
-        return terms | {"competition": competition_loss(rivals, x_nD, recon_TD, output.latents, theirs, self.W_dec_MD, self.b_out_D, price)}
+        with torch.no_grad():
+            rival_nD = sparse_decode(theirs.values_TK, theirs.indices_TK, self.W_dec_MD) + self.b_out_D
+        return terms | {"competition": competition_loss(rivals, x_nD, recon_TD, output.latents, theirs, rival_nD, price)}
 
     def flops(self) -> Flops:
         return self._with_router(super().flops())

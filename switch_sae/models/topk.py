@@ -144,6 +144,11 @@ class TopKSAE(FusedTraining):
     def decoder_weight(self) -> nn.Parameter:
         return self.W_dec_MD
 
+    @torch.no_grad()
+    def _rival(self, theirs: SparseLatents) -> Tensor:
+        """The scaled reconstruction from a rival expert's latents."""
+        return sparse_decode(theirs.values_TK, theirs.indices_TK, self.W_dec_MD) + self.base(theirs)
+
     def encoder_weight(self) -> Tensor:
         """W_enc_MD as it multiplies activations, with its gradient."""
         return self.W_enc_MD
