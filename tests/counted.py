@@ -50,6 +50,13 @@ class Counted(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+def executed_flops(call) -> int:
+    """FLOPs of whatever a call computes."""
+    with Counted() as counted:
+        call()
+    return counted.flops
+
+
 def executed(sae, rows) -> tuple[float, float]:
     """(FLOPs of a forward pass, of forward, losses and backward) per token of training, without AuxK."""
     sae.train()

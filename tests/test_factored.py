@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from configs import CONTRACTS
-from executed import executed_flops
+from counted import executed_flops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switch_sae.models import SAES, Inference, KronSAE, ProductKeysExactSAE, ProductKeysSAE, TopKSAE, why_no_inference, with_inference
