@@ -147,8 +147,6 @@ class SparseAutoencoder(PeerNames, nn.Module, ABC):
     """Whether its target is another hook than its input: it trains on a source with targets, and on no other."""
     own_inference: Inference = Inference.encoder
     """What `inference=None` stands for."""
-    why_no_pursuit: str = ""
-    """What speaks against pursuit, where something does: it goes on after the class's name."""
     has_encoder: bool = True
     """Whether it can propose latents without a search (`Inference.encoder`)."""
     num_shared: int = 0
@@ -234,8 +232,8 @@ class SparseAutoencoder(PeerNames, nn.Module, ABC):
             return why_no_inference(self, self.inference)
         return f"{type(self).__name__} trains by inference={' or '.join(way.name for way in self.trains_by)}; others are for scoring what was trained"
 
-    def why_no_search(self) -> str | None:
-        """Why least squares cannot give its values, whatever chose them; None where it can."""
+    def why_no_search(self, inference: Inference) -> str | None:
+        """Why refit or pursuit cannot find its latents, for reasons of this architecture's own; None where they can."""
         return None
 
     @property

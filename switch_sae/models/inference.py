@@ -66,9 +66,7 @@ def why_no_inference(sae: "SparseAutoencoder", inference: Inference | str) -> st
         return f"{name} has no encoder whose choice could be refitted"
     if sae.is_transcoder or sae.d_in != sae.d_out:
         return f"{name} does not reconstruct its input, and the target is not known at inference"
-    if inference is Inference.pursuit and sae.why_no_pursuit:
-        return f"{name} {sae.why_no_pursuit}"
-    if why := sae.why_no_search():
+    if why := sae.why_no_search(Inference(inference)):
         return why
     if inference is Inference.pursuit and getattr(sae, "experts_per_token", 1) > 1:
         return f"pursuit knows the Gram matrix of one expert, and this {name} has experts_per_token={sae.experts_per_token}"

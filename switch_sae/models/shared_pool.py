@@ -30,8 +30,8 @@ class Lists(Enum):
     """Those that lower the error most on the tokens that the router sends there: z_j^2 where a latent is active, and elsewhere the square of its
     decoder row's product with what is left, if that is above 0 and among the k largest of a token of the sample."""
     energy = "energy"
-    """Those with most energy z_j^2 on the tokens that the router sends there if all latents were offered to the tokens of the sample. Latents fire on
-    tokens for which they were never trained, so this does not find what would help (experiments/LOG.md)."""
+    """Those with most energy z_j^2 on the tokens that the router sends there if all latents were offered to the tokens of the sample. It did worst
+    (experiments/LOG.md), perhaps since latents also fire on tokens for which they were never trained."""
     random = "random"
     """Random ones, which stay: the control that shows what chosen lists are worth."""
 

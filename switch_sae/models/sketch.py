@@ -64,7 +64,6 @@ class SketchSAE(TopKSAE):
     config: "SketchSAE.Config"
     label, colour, marker = "Sketch", "#B15928", "p"
     trains_by = (Inference.encoder, Inference.refit)
-    why_no_pursuit = "has candidates that differ from token to token, and pursuit needs the Gram matrix of a dictionary that many tokens share"
     tokens_since_offered_M: Tensor
     """Tokens of training since a latent was last a candidate of one; a buffer."""
 
@@ -77,6 +76,11 @@ class SketchSAE(TopKSAE):
             self.V_MR = nn.Parameter(self.W_enc_MD.detach() @ self.U_RD.detach().T)
         self.c_M = nn.Parameter(torch.zeros(config.num_latents))
         self.register_buffer("tokens_since_offered_M", torch.zeros(config.num_latents, dtype=torch.int64))
+
+    def why_no_search(self, inference: Inference) -> str | None:
+        if inference is Inference.pursuit:
+            return "SketchSAE has candidates that differ from token to token, and pursuit needs the Gram matrix of a dictionary that many share"
+        return None
 
     @torch.no_grad()
     def initialize(self, rows: Rows) -> None:

@@ -109,7 +109,7 @@ class SwitchSharedSAE(SwitchSAE):
                 "Decode what encode gave, changed by dataclasses.replace(latents, values_TK=...)."
             )
 
-    def why_no_search(self) -> str | None:
+    def why_no_search(self, inference: Inference) -> str | None:
         return None if self.path is None else f"this {type(self).__name__} has a linear path, which least squares would have to take off first"
 
     def flops(self) -> Flops:
