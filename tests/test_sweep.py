@@ -538,6 +538,9 @@ def shrunk(member: RunConfig) -> RunConfig:
     """The same member, small enough for a test: what is particular to it stays."""
     smaller = {"k": 2} | ({"shared": 4} if getattr(member.sae, "shared", 0) else {})
     latents = 32 * getattr(member.sae, "num_experts", 1) + smaller.get("shared", 0)
+    if "candidates" in {f.name for f in fields(member.sae)}:  # as a setting
+        latents = max(latents, member.sae.candidates or 0)
+    latents = member.sae.fitting(latents) if hasattr(member.sae, "fitting") else latents
     settings = {f.name for f in fields(member.sae)}
     smaller |= {"num_lists": 8, "candidates": 8}
     sae = replace(member.sae, num_latents=latents, **{name: value for name, value in smaller.items() if name in settings})
