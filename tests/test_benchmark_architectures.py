@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from experiments.benchmarks import architectures
-from experiments.benchmarks.architectures import TINY_SIZES, batches_of, configs, look, waits_of
+from experiments.benchmarks.architectures import BATCHES, TINY_SIZES, configs, look, waits_of
+from experiments.benchmarks.contenders import activations
 from experiments.benchmarks.gpu import Benchmark
 from experiments.benchmarks.suite import Budget
 from switch_kernels import Backend
@@ -24,7 +25,7 @@ def test_every_architecture_and_router_is_looked_at():
 
 @pytest.mark.parametrize("name", ["switch", "switch_pursuit, stop", "transcoder"])
 def test_a_step_is_that_of_the_cpu(name):
-    seen = look(name, configs(TINY_SIZES)[name], CPU, TINY_SIZES, batches_of(TINY_SIZES, CPU), steps=2)
+    seen = look(name, configs(TINY_SIZES)[name], CPU, TINY_SIZES, activations(TINY_SIZES, BATCHES, CPU), steps=2)
     assert (seen.loss_error, seen.gradient_error, seen.holds) == (0, 0, True) and seen.step_us > 0 and seen.inference_us > 0
 
 
@@ -39,7 +40,7 @@ def test_another_gradient_is_named(monkeypatch):
 
     calls = []
     monkeypatch.setattr(architectures, "_first_step", changed)
-    seen = look("topk", configs(TINY_SIZES)["topk"], CPU, TINY_SIZES, batches_of(TINY_SIZES, CPU), steps=1)
+    seen = look("topk", configs(TINY_SIZES)["topk"], CPU, TINY_SIZES, activations(TINY_SIZES, BATCHES, CPU), steps=1)
     assert seen.gradient_error == pytest.approx(0.02, rel=0.01) and "W_dec_MD" in seen.worst and not seen.holds
 
 
@@ -64,7 +65,7 @@ def test_the_section_goes_on_after_a_failure_and_says_which_are_wrong(monkeypatc
     suite = Benchmark(CPU, Backend.torch, True, Budget(5), rows.extend, {})
     wanted = {name: configs(TINY_SIZES)[name] for name in ("topk", "relu", "gated")}
     monkeypatch.setattr(architectures, "configs", lambda sizes: wanted)
-    seen = look("topk", wanted["topk"], CPU, TINY_SIZES, batches_of(TINY_SIZES, CPU), steps=1)
+    seen = look("topk", wanted["topk"], CPU, TINY_SIZES, activations(TINY_SIZES, BATCHES, CPU), steps=1)
 
     def looked(name, *rest):
         if name == "relu":

@@ -1,7 +1,6 @@
 """The benchmark of tiles: candidates change what is launched, and nothing stays changed; a recording's constants are as the compiler took them."""
 
 import pytest
-import triton
 
 from experiments.benchmarks import recording, tiles
 from experiments.benchmarks.nodes import step_on_meta
@@ -32,7 +31,7 @@ def test_a_candidate_is_taken_back_after_an_error():
     candidate, before = candidates()[0], gemm_tiles.choose_tile
     with pytest.raises(RuntimeError, match="does not fit"), candidate.set():
         raise RuntimeError("does not fit")
-    assert gemm_tiles.choose_tile is before and triton.__version__
+    assert gemm_tiles.choose_tile is before
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

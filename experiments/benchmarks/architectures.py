@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.contenders import activations
 from experiments.benchmarks.roofline import times_and_host_us
 from switch_kernels import Backend, Precision, Shape, resolve
 from switch_sae.models import ROUTERS, SAES, Inference, SparseAutoencoder
@@ -24,7 +23,7 @@ from switch_sae.rows import Rows
 from switch_sae.training import Trainer, TrainerConfig, prepare
 
 SIZES, TINY_SIZES = Shape(T=4096, D=512, M=4096, E=16, K=32), Shape(T=64, D=32, M=256, E=4, K=4)
-STEPS, WARM = 20, 4
+STEPS, WARM, BATCHES = 20, 4, 2
 GRADIENT_LIMIT, LOSS_LIMIT = 1e-2, 1e-4
 """Relative: of a gradient's norm, which one latent chosen otherwise at a tie may change a little, and of the loss."""
 
@@ -77,9 +76,9 @@ def look(name: str, config: Any, device: torch.device, s: Shape, x_BTD: Tensor, 
     """Trains the same SAE for a step on both devices, then times more of them on this one."""
     sae = SAES[SAES.key_of(config)](config, s.D, torch.Generator().manual_seed(0))
     prepare(sae, rows_of(name, x_BTD[0][:2048]).to("cpu"), normalize_activations=True)
-    first, there = _first_step(name, copy.deepcopy(sae), torch.device("cpu"), x_BTD[0])[:2], _first_step(name, sae.to(device), device, x_BTD[0])
-    loss, moments, trainer = there
-    errors = {key: _distance(moments[key].cpu(), expected) for key, expected in first[1].items()}
+    expected_loss, expected, _ = _first_step(name, copy.deepcopy(sae), torch.device("cpu"), x_BTD[0])
+    loss, moments, trainer = _first_step(name, sae.to(device), device, x_BTD[0])
+    errors = {key: _distance(moments[key].cpu(), moment) for key, moment in expected.items()}
     worst = max(errors, key=lambda key: errors[key])
     batches = [rows_of(name, x_TD) for x_TD in x_BTD]
 
@@ -99,7 +98,7 @@ def look(name: str, config: Any, device: torch.device, s: Shape, x_BTD: Tensor, 
         infer(number)
     inference_us, _ = times_and_host_us(infer, steps, device)
     return Seen(
-        abs(loss / first[0] - 1), errors[worst], worst, median(step_us), host_us, waits,
+        abs(loss / expected_loss - 1), errors[worst], worst, median(step_us), host_us, waits,
         median(inference_us), waits_of(lambda: infer(0), device), trainer.choice or str(trainer.execution),
     )  # fmt: skip
 
@@ -133,7 +132,3 @@ def waits_of(call: Callable[[], object], device: torch.device) -> int:
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     return sum("synchroniz" in str(warning.message) for warning in caught)
-
-
-def batches_of(s: Shape, device: torch.device) -> Tensor:
-    return activations(s, 2, device)

@@ -225,7 +225,7 @@ class Benchmark(Suite):
     def run_architectures(self, sections: list[str]) -> None:
         """What every other architecture costs on this device, and whether it computes there what it does on a CPU."""
         sizes = architectures.TINY_SIZES if self.tiny else architectures.SIZES
-        x_BTD = architectures.batches_of(sizes, self.device)
+        x_BTD = activations(sizes, architectures.BATCHES, self.device)
         say(f"   {sizes}\n   {'':<32}{'step us':>9}{'host us':>9}{'waits':>6}{'encode + decode us':>20}{'waits':>6}{'loss':>9}{'gradients':>10}")
         several = architectures.configs(sizes)
         for name in self.each(list(several)):

@@ -9,6 +9,7 @@ Each candidate is compiled ahead in all processes, then timed alone with an empt
 import argparse
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +28,6 @@ from switch_kernels import Backend
 from switch_kernels.gpu import encode, gemm_tiles, gemm_weights, route, update
 from switch_kernels.gpu.gemm_tiles import Tile, compiling_for
 from switch_kernels.gpu.launch import Launch, launches_to
-from switch_kernels.gpu.update import ROW_SUMS
 
 CASES = {"MAIN": Case(MAIN), "E=8": Case(replace(MAIN, E=8)), "E=1": Case(replace(MAIN, E=1)), "M=2^20": Case(replace(MAIN, M=2**20, E=64))}
 TILES = [
@@ -88,9 +88,16 @@ def candidates() -> list[Candidate]:
                     label = f"{tuple(cut)} {products}"
                     changes = ((route, "GRADIENTS", cut), (route, "THREE_PRODUCTS", products))
                     found.append(Candidate("router_gradients", "MAIN", ("_router_gradients", "_sum_parts"), label, changes))
-    for sums in ((16, 256, 512, 4, 2), (32, 256, 512, 4, 2), (64, 256, 512, 4, 2), (32, 256, 1024, 4, 2), (16, 512, 512, 4, 2), (32, 256, 512, 4, 1)):
-        found.append(Candidate("row_sums", "MAIN", ("_row_sum_parts", "_sum_parts"), str(sums), ((update, "ROW_SUMS", sums),)))
-    assert ROW_SUMS is update.ROW_SUMS
+    for sizes in (
+        (16, 256, 512, 4, 2),
+        (32, 256, 512, 4, 2),
+        (64, 256, 512, 4, 2),
+        (32, 256, 1024, 4, 2),
+        (16, 512, 512, 4, 2),
+        (32, 256, 512, 4, 1),
+    ):
+        sums = update.SumCut(*sizes)
+        found.append(Candidate("row_sums", "MAIN", ("_row_sum_parts", "_sum_parts"), str(tuple(sums)), ((update, "ROW_SUMS", sums),)))
     for group in (2, 4, 8, 16):
         kernels = ("_encode_kernel", "_select_rows")
         found.append(Candidate("group", "MAIN", kernels, f"groups of {group}", ((encode, "group_of", lambda F, k, group=group: group),)))
@@ -98,7 +105,7 @@ def candidates() -> list[Candidate]:
 
 
 def _always(product: str, tile: Tile) -> Callable[..., Tile]:
-    """`choose_tile` that chooses this tile for this product, cut to what the matrix fills."""
+    """`choose_tile` that chooses this tile for this product, as it is."""
     others = gemm_tiles.choose_tile
 
     def choose(asked: Any, rows: int, F: int, D: int, precision: str, capability: tuple[int, int] = (9, 0)) -> Tile:
@@ -132,8 +139,8 @@ def time_all(several: list[Candidate], device: torch.device) -> None:
         engine.EAGER_STEPS = 2**62
         mine = [candidate for candidate in several if candidate.case == case]
         for family in dict.fromkeys(candidate.family for candidate in mine):
-            rows = []
-            for candidate in (c for c in mine if c.family == family):
+            rows, of_family = [], [candidate for candidate in mine if candidate.family == family]
+            for candidate in of_family:
                 launches: list[Launch] = []
 
                 def keep(launch: Launch, launches: list[Launch] = launches, kernels: tuple[str, ...] = candidate.kernels) -> None:
@@ -151,27 +158,26 @@ def time_all(several: list[Candidate], device: torch.device) -> None:
                     print(f"   {family}, {case}: {candidate.label}: {type(error).__name__}: {str(error)[:120]}", flush=True)
                     continue
                 rows.append((sum(cold), cold, warm, candidate.label))
-            print(f"== {family}, {case} ({', '.join(mine[0].kernels)})")
+            print(f"== {family}, {case} ({', '.join(of_family[0].kernels)})")
             for total, cold, warm, label in sorted(rows):
                 print(f"   {total:8.1f} us cold {[round(c, 1) for c in cold]}, {sum(warm):8.1f} warm  {label}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="experiments.benchmarks.tiles", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", help="families of candidates")
+    families = list(dict.fromkeys(candidate.family for candidate in candidates()))
+    parser.add_argument("--kernels", nargs="+", choices=families, default=families, metavar="FAMILY", help=", ".join(families))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--compile-only", action="store_true", help="without a GPU: into Triton's cache, for capability 9.0")
     options = parser.parse_args()
-    several = [c for c in candidates() if options.kernels is None or c.family in options.kernels]
+    several = [candidate for candidate in candidates() if candidate.family in options.kernels]
     if options.compile_only:
         compile_all(several, (9, 0), options.jobs)
         return
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device; --compile-only needs none")
-    command = [sys.executable, "-m", "experiments.benchmarks.tiles", "--compile-only", "--jobs", str(options.jobs)]
-    import subprocess
-
-    subprocess.run(command + (["--kernels", *options.kernels] if options.kernels else []), check=False)
+    command = [sys.executable, "-m", "experiments.benchmarks.tiles", "--compile-only", "--jobs", str(options.jobs), "--kernels", *options.kernels]
+    subprocess.run(command, check=False)  # what failed to compile is said there, and again where it is timed
     time_all(several, torch.device("cuda", 0))
 
 

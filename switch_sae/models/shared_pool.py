@@ -210,7 +210,7 @@ class SharedPoolSAE(TopKSAE):
         encode, latents, by_encoder = row * config.lists_per_token * config.list_latents, config.list_latents, self.inference is Inference.encoder
         backward = (1 + by_encoder + config.train_decoder) * row * k + learned
         backward += round(config.sample * row * self.num_latents) * (config.encodes_all + (config.lists is Lists.gain))
-        backward += round(getattr(config.router, "rivals", 0.0) * row * (latents + k)) if config.num_lists > 1 else 0
+        backward += round(self.router.rival_share * row * (latents + k))
         if self.inference is Inference.pursuit:
             backward += encode + gram_flops(self.d_in, config.num_lists, latents, refresh_tokens(config))
             encode = pursuit_flops(self.d_in, latents, k, equal_blocks(k))

@@ -140,8 +140,6 @@ class SwitchSAE(RoutedSAE, TopKSAE):
     def flops(self) -> Flops:
         """With the router, and with what rivals cost in training: encoding and decoding by one more expert for a share of the tokens."""
         dense, (router, backward) = super().flops(), self.router.flops()
-        config = self.config.router
-        share = getattr(config, "rivals", 0.0) if self.num_experts > 1 and getattr(config, "train", False) else 0.0
         candidates = self.num_shared + self.latents_per_expert
-        rivals = round(share * 2 * (self.d_in * candidates + self.d_out * self.config.k))
+        rivals = round(self.router.rival_share * 2 * (self.d_in * candidates + self.d_out * self.config.k))
         return replace(dense, router=router, backward=dense.backward + backward + rivals)

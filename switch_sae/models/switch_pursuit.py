@@ -100,8 +100,7 @@ class SwitchPursuitSAE(RoutedSAE, PursuitSAE):
     def _with_router(self, one: Flops) -> Flops:
         """With the router, and with what rivals cost in training: the inference and the reconstruction of a share of the tokens."""
         router, backward = self.router.flops()
-        share = getattr(self.config.router, "rivals", 0.0) if self.num_experts > 1 else 0.0
-        return replace(one, router=router, backward=one.backward + backward + round(share * (one.encode + one.decode)))
+        return replace(one, router=router, backward=one.backward + backward + round(self.router.rival_share * (one.encode + one.decode)))
 
     def route(self, x_TD: Tensor) -> tuple[Routing, Dispatch]:
         """Which expert takes each raw activation: what `forward` gives as its `routing`. Raises ValueError as `encode`."""

@@ -6,6 +6,7 @@ power of two in number: at D = 768 six chunks of 128 waste nothing where one blo
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,8 +23,18 @@ MIN_SQUARE: tl.constexpr = tl.constexpr(1e-30)
 """Least squared norm that a row is divided by: a row of zeros stays a row of zeros."""
 
 
-ROW_SUMS = (16, 512, 512, 4, 2)
-"""Of `row_sum_parts`: rows and columns of a tile, most partial sums, warps, stages."""
+class SumCut(NamedTuple):
+    """How `row_sum_parts` is cut into programs."""
+
+    rows: int
+    columns: int
+    parts: int
+    """Partial sums, at most."""
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+ROW_SUMS = SumCut(16, 512, 512)
 
 
 @dataclass(frozen=True)
@@ -270,7 +281,7 @@ def _row_sum_parts(weights, W, out, M, factor, D, DP, SPAN, ROWS: tl.constexpr, 
 def row_sum_parts(W_MD: Tensor, D: int, weights_M: Tensor | None = None, factor: float = 1.0) -> Tensor:
     """float32 [P, D], whose sum over P is factor * sum over rows j of weights[j] * W[j, :D]; no weights: all 1. Rows of weight zero are not read.
 
-    W is [M, Dp], float32 or bfloat16; P is at most 512.
+    W is [M, Dp], float32 or bfloat16; P is at most `ROW_SUMS.parts`.
     """
     M = W_MD.shape[0]
     rows, width, parts_at_most, warps, stages = ROW_SUMS

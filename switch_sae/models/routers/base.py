@@ -87,6 +87,11 @@ class Router(nn.Module, ABC):
         """Which other experts should compute some of the tokens in training, for a router that learns by competition; None for all others."""
         return None
 
+    @property
+    def rival_share(self) -> float:
+        """Share of a batch's tokens that a rival expert computes too, in training."""
+        return 0.0
+
     def begin_step(self, step: int, total_steps: int) -> None:
         """Called before training step `step` (from 0)."""
 

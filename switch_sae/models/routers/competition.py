@@ -47,8 +47,12 @@ class CompetitionRouter(LinearRouter):
         expert_TS = largest(probs_TE, self.experts_per_token)[1]
         return Routing(expert_TS, torch.ones_like(probs_TE[:, : self.experts_per_token]), probs_TE)
 
+    @property
+    def rival_share(self) -> float:
+        return self.config.rivals if self.num_experts > 1 and self.config.train else 0.0
+
     def rivals(self, routing: Routing) -> Rivals | None:
-        count = math.ceil(self.config.rivals * len(routing.probs_TE)) if self.num_experts > 1 and self.config.train else 0
+        count = math.ceil(self.rival_share * len(routing.probs_TE))
         if count == 0:
             return None
         probs_nE, chosen_n1 = routing.probs_TE[:count], routing.expert_TS[:count, :1]
