@@ -168,7 +168,7 @@ def test_the_routers_cost_is_counted_by_hand(name, slots):
     assert router_of(ROUTED[name], slots).flops() == (2 * D * rows, learned)
     sae, dense = build(switch(name, slots)), build(replace(switch(name, slots), num_experts=1, experts_per_token=1))
     assert sae.flops().router == 2 * D * rows and sae.flops().encode == 2 * D * 12 * slots
-    rivals = 2 * D * (12 + 4) // 4 if name == "competition" else 0  # a quarter of the tokens are encoded and decoded by one more expert
+    rivals = 2 * D * (12 * slots + 4) // 4 if name == "competition" else 0  # a quarter of the tokens are encoded and decoded once more
     assert sae.flops().backward - learned - rivals == dense.flops().backward - dense.router.flops()[1]
 
 
