@@ -28,8 +28,9 @@ class SwitchPursuitSAE(RoutedSAE, PursuitSAE):
 
     Several routes, S = `experts_per_token`: one pursuit over the union, A = [W_shared; W_dec of experts e_1 .. e_S], those of largest p. Its Gram
     matrix has the products of each expert with the others, so it is read out of that of all M latents: M^2 numbers, 66 MB in float32 for 4,096 and
-    1 GB for 16,384, computed anew after `gram_tokens`; counted, 0.3 of dense TopK's encoder with M = 4,096 and 8,192 tokens, so give it more. The
-    rival r ~ p of none of the S takes the place of the weakest: loss mean(g L(e_1 .. e_S) + (1 - g) L(e_1 .. e_S-1, r)), g = p_S / (p_S + p_r).
+    1 GB for 16,384, computed anew after `gram_tokens`. With 4,096 latents and 8,192 tokens that costs as much as a third of a dense encoder, and half
+    as often is too seldom: at a rate of 8e-3 values and directions drift apart (experiments/LOG.md). The rival r ~ p of none of the S takes the place
+    of the weakest: loss mean(g L(e_1 .. e_S) + (1 - g) L(e_1 .. e_S-1, r)), g = p_S / (p_S + p_r).
     The penalty `coherence` is of pairs within an expert.
     """
 
