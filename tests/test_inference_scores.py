@@ -17,7 +17,7 @@ from switch_sae.activations import SyntheticSource
 from switch_sae.analysis.recovery import normalized_mutual_information
 from switch_sae.config import EvaluationConfig, config_from_plain
 from switch_sae.evaluation import evaluate
-from switch_sae.models import BatchTopKSAE, SwitchSAE, TopKSAE
+from switch_sae.models import BatchTopKSAE, SwitchPursuitSAE, SwitchSAE, TopKSAE
 from switch_sae.models.baselines import Baseline
 from switch_sae.models.inference import with_inference
 from switch_sae.orchestrator import resume_training
@@ -114,13 +114,14 @@ def test_scoring_again_asks_for_its_own_inferences(run):
 
 
 def test_an_inference_that_an_sae_lacks_is_left_out_and_told_once():
-    sae = SwitchSAE(SwitchSAE.Config(num_latents=32, k=4, num_experts=4, experts_per_token=2), 16)
+    sae = SwitchPursuitSAE(SwitchPursuitSAE.Config(num_latents=32, k=4, num_experts=4, experts_per_token=2), 16)
     said: list[str] = []
     scorer = Scorer(asked(), SyntheticSource(SyntheticSource.Config(d_in=16), 64), said.append)
     for name in ("a", "b"):
-        assert [each.name for each in scorer.under_inferences(trained(name, sae, "main"))] == [f"{name}+refit"]
-    assert len(said) == 1 and said[0].startswith("no scores of switch under pursuit: ") and "experts_per_token=2" in said[0]
-    assert scorer.under_inferences(trained("c", with_inference(sae, "refit"), "main")) == []  # refit is its own
+        assert scorer.under_inferences(trained(name, sae, "main")) == []  # pursuit is its own
+    assert len(said) == 1 and said[0].startswith("no scores of switch_pursuit under refit: ") and "no encoder whose choice" in said[0]
+    two = SwitchSAE(SwitchSAE.Config(num_latents=32, k=4, num_experts=4, experts_per_token=2), 16)
+    assert [each.name for each in scorer.under_inferences(trained("c", two, "main"))] == ["c+refit", "c+pursuit"]
 
 
 def test_one_half_sets_thresholds_and_the_other_is_reported(tmp_path):

@@ -16,7 +16,7 @@ from switch_sae.evaluation import Probes, evaluate, evaluate_group
 from switch_sae.metrics import PROBES, Meaning, Stability
 from switch_sae.metrics.clusters import spherical_kmeans
 from switch_sae.metrics.stability import compare
-from switch_sae.models import SAES, BatchTopKSAE, DenseLatents, Routing, SAEOutput, SparseLatents, SwitchSAE, TopKSAE
+from switch_sae.models import SAES, BatchTopKSAE, DenseLatents, Routing, SAEOutput, SparseLatents, SwitchSAE, SwitchSharedSAE, TopKSAE
 from switch_sae.models.inference import Inference, why_no_inference, with_inference
 from switch_sae.models.threshold import calibrate
 from switch_sae.scoring import Asked, Scorer, trained
@@ -264,9 +264,11 @@ def test_the_amortisation_gap_is_that_of_the_same_weights_by_other_inference():
 
 
 def test_inference_that_an_sae_has_not_is_left_out():
+    with_path = SwitchSharedSAE(SwitchSharedSAE.Config(num_latents=24, k=3, num_experts=4, shared=4, path_rank=1), 6)
+    assert why_no_inference(with_path, Inference.pursuit) and why_no_inference(with_path, Inference.refit)
+    assert measured("amortisation", with_path, grid()).keys() == {"fvu_encoder"}
     two = SwitchSAE(SwitchSAE.Config(num_latents=24, k=3, num_experts=4, experts_per_token=2), 6)
-    assert why_no_inference(two, Inference.pursuit)
-    assert measured("amortisation", two, grid()).keys() == {"fvu_encoder", "fvu_refit"}
+    assert measured("amortisation", two, grid()).keys() == {"fvu_encoder", "fvu_refit", "fvu_pursuit", "amortisation_gap"}
 
 
 def test_the_gap_is_taken_at_equal_l0_and_thresholds_stay_what_they_were():
