@@ -84,6 +84,12 @@ CONTRACTS = (
     | {"product_keys_exact, refit": replace(ARCHITECTURES["product_keys_exact"], inference="refit")}
     | {"batch_topk, refit": replace(ARCHITECTURES["batch_topk"], inference="refit")}
     | {"switch_pursuit, stop, shared": replace(ARCHITECTURES["switch_pursuit"], stop=True, shared=8, coherence=0.1)}
+    | {"switch_pursuit, two experts, stop, shared": replace(ARCHITECTURES["switch_pursuit"], experts_per_token=2, stop=True, shared=8, coherence=0.1)}
+    | {
+        "switch, two experts, pursuit": replace(
+            ARCHITECTURES["switch"], router=replace(ROUTED["competition"]), experts_per_token=2, inference="pursuit"
+        )
+    }
     | {"shared_pool, two lists": replace(ARCHITECTURES["shared_pool"], lists_per_token=2, router=replace(ROUTED["softmax"]))}
     | {f"shared_pool, {lists} lists": replace(ARCHITECTURES["shared_pool"], lists=lists) for lists in ("energy", "random")}
     | {f"shared_pool, {way}": replace(ARCHITECTURES["shared_pool"], inference=way) for way in ("refit", "pursuit")}

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from configs import CONTRACTS
+from configs import ARCHITECTURES, CONTRACTS
 from counted import executed_flops
+from test_pursuit import pursued as by_pursuit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switch_sae.models import SAES, Inference, KronSAE, ProductKeysExactSAE, ProductKeysSAE, TopKSAE, why_no_inference, with_inference
@@ -179,13 +180,26 @@ def test_pursuit_is_for_scoring_alone(config):
     sae, x_TD = build(config).eval(), activations()
     for way in Inference:
         assert why_no_inference(sae, way) is None
+    with pytest.raises(ValueError, match=rf"inference=pursuit cannot be trained: {type(sae).__name__} trains by inference=encoder or refit"):
+        Trainer(build(replace(config, inference="pursuit")), TrainerConfig(), 1, T)
     pursued = with_inference(sae, "pursuit")
+    if pursued.searches_lists:
+        return
     dense = TopKSAE(TopKSAE.Config(num_latents=sae.num_latents, k=config.k, inference="pursuit"), D).double().eval()
     dense.load_state_dict({name: tensor for name, tensor in sae.state_dict().items() if name in dense.state_dict()}, strict=False)
     assert torch.equal(pursued.encode(x_TD).to_dense(), dense.encode(x_TD).to_dense())
     assert pursued.flops().encode == dense.flops().encode
-    with pytest.raises(ValueError, match=rf"inference=pursuit cannot be trained: {type(sae).__name__} trains by inference=encoder or refit"):
-        Trainer(build(replace(config, inference="pursuit")), TrainerConfig(), 1, T)
+
+
+def test_pursuit_searches_what_product_keys_retrieve():
+    sae, x_TD = build(ARCHITECTURES["product_keys_exact"]).eval(), activations()
+    found = with_inference(sae, "pursuit").encode(x_TD).to_dense()
+    centred = (x_TD * sae.activation_scale - sae.b_pre_D).detach()
+    u_TGL, v_TGR = sae._keys(x_TD * sae.activation_scale)
+    scores = (u_TGL[..., :, None] + v_TGR[..., None, :]).flatten(1)
+    for t, latents in enumerate(scores.topk(sae.config.retrieved, dim=1).indices):
+        z = torch.tensor(by_pursuit(centred[t].numpy(), sae.W_dec_MD.detach().numpy()[latents], 4, 4, 1e-3)[0])
+        assert (found[t, latents] - z).abs().max() <= 1e-9 and (found[t] > 0).sum() == (z > 0).sum() > 0
 
 
 def test_no_latent_is_chosen_twice(config):

@@ -95,15 +95,15 @@ def two_levels_by_formula(router, x_TD, slots):
 
 
 def competition_by_formula(sae, scaled, output, recon, share_TE):
-    """mean(g L + (1 - g) L') over the first quarter, g = p / (p + p'), costs by computing every expert and masking."""
+    """mean(g L + (1 - g) L') over the first quarter, g = p / (p + p') of the weakest, costs by computing every expert and masking."""
     count = len(scaled) // 4
-    chosen, rival = output.routing.expert_TS[:count, :1], sae.router.rivals(output.routing).expert_n1
-    assert rival.shape == chosen.shape and (rival != chosen).all()
+    chosen, rival = output.routing.expert_TS[:count], sae.router.rivals(output.routing).expert_nS
+    assert rival.shape == chosen.shape and torch.equal(rival[:, :-1], chosen[:, :-1]) and (rival[:, -1:] != chosen).all()
     dispatch = Dispatch.from_experts(rival, E)
-    theirs = encode_topk_reference(scaled[:count], sae.b_pre_D, torch.ones(count, 1), sae.W_enc_MD, sae.b_enc_M, dispatch, 4, True)
+    theirs = encode_topk_reference(scaled[:count], sae.b_pre_D, torch.ones(rival.shape), sae.W_enc_MD, sae.b_enc_M, dispatch, 4, True)
     rivals_recon = sparse_decode_reference(theirs.values_TK, theirs.indices_TK, sae.W_dec_MD) + sae.b_pre_D
     costs = [(scaled[:count] - made[:count]).pow(2).sum(1).detach() for made in (recon, rivals_recon)]
-    p, other = share_TE[:count].gather(1, chosen)[:, 0], share_TE[:count].gather(1, rival)[:, 0]
+    p, other = share_TE[:count].gather(1, chosen)[:, -1], share_TE[:count].gather(1, rival)[:, -1]
     return (p * costs[0] + other * costs[1]).div(p + other).mean()
 
 
@@ -168,7 +168,7 @@ def test_the_routers_cost_is_counted_by_hand(name, slots):
     assert router_of(ROUTED[name], slots).flops() == (2 * D * rows, learned)
     sae, dense = build(switch(name, slots)), build(replace(switch(name, slots), num_experts=1, experts_per_token=1))
     assert sae.flops().router == 2 * D * rows and sae.flops().encode == 2 * D * 12 * slots
-    rivals = 2 * D * (12 + 4) // 4 if name == "competition" else 0  # a quarter of the tokens are encoded and decoded by one more expert
+    rivals = 2 * D * (12 * slots + 4) // 4 if name == "competition" else 0  # a quarter of the tokens are encoded and decoded once more
     assert sae.flops().backward - learned - rivals == dense.flops().backward - dense.router.flops()[1]
 
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from configs import ARCHITECTURES, ROUTED
+from test_pursuit import pursued
 from torch.nn.functional import normalize
 
-from switch_sae.models import SAES, SharedPoolSAE, SwitchSAE, TopKSAE, why_no_inference, with_inference
+from switch_sae.models import SAES, SharedPoolSAE, SwitchSAE, TopKSAE, with_inference
 from switch_sae.models.lists import assigned, best_lists, credits, membership, random_lists
 from switch_sae.models.losses import reconstruction_loss
 from switch_sae.models.routers.base import load_balance_loss
@@ -72,8 +73,8 @@ def test_outputs_and_gradients_equal_the_masked_dense_formulation(router, slots)
             left[held[sums.argmax()]] = 0
         loss = loss - 0.3 * D / n * ((gains / gains.sum()) * probs[t].log()).sum()
     if (rivals := sae.router.rivals(sae.choose(x))) is not None:
-        first = scaled[: len(rivals.expert_n1)]
-        theirs = masked_dense(sae, first, rivals.expert_n1, torch.ones_like(first[:, :1]))[0] @ sae.W_dec_MD + sae.b_pre_D
+        first = scaled[: len(rivals.expert_nS)]
+        theirs = masked_dense(sae, first, rivals.expert_nS, torch.ones_like(first[:, :slots]))[0] @ sae.W_dec_MD + sae.b_pre_D
         costs = [(first - each).square().sum(1).detach() for each in (recon[: len(first)], theirs)]
         loss = loss + rivals.loss(*costs)
     expected = torch.autograd.grad(loss, list(sae.parameters()))
@@ -296,8 +297,17 @@ def test_pursuit_searches_the_list_of_each_token():
         fresh = SharedPoolSAE(replace(POOL, inference="pursuit"), D).double().eval()
         fresh.load_state_dict(sae.state_dict())
         assert torch.equal(again, fresh.encode(x).to_dense()) and not torch.allclose(again, found)
-    two = build(replace(POOL, lists_per_token=2))
-    assert "pursuit knows the Gram matrix of one expert" in why_no_inference(two, "pursuit") and why_no_inference(two, "refit") is None
+
+
+def test_pursuit_searches_the_union_of_several_lists_of_each_token():
+    sae, x = build(replace(POOL, lists_per_token=2)).eval(), activations().double()
+    found, held = with_inference(sae, "pursuit").encode(x).to_dense(), membership(sae.list_EF, M)
+    residual = (x * sae.activation_scale - sae.b_pre_D).detach().numpy()
+    for t, lists in enumerate(sae.choose(x).expert_TS):
+        latents = held[lists].any(dim=0).nonzero()[:, 0]
+        assert 24 < len(latents) < 48
+        z = torch.tensor(pursued(residual[t], sae.W_dec_MD.detach().numpy()[latents], 4, 4, 1e-3)[0])
+        assert (found[t, latents] - z).abs().max() <= 1e-6 and (found[t] > 0).sum() == (z > 0).sum()
 
 
 def test_lists_are_shown():

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from configs import ARCHITECTURES
+from test_pursuit import pursued
 
-from switch_sae.models import SAES, SketchSAE, TopKSAE, why_no_inference, with_inference
+from switch_sae.models import SAES, SketchSAE, TopKSAE, with_inference
 from switch_sae.models.losses import reconstruction_loss
 from switch_sae.rows import Rows
 from switch_sae.training import Trainer, TrainerConfig, prepare
@@ -126,11 +127,16 @@ def test_what_the_sketch_never_offers_is_told_apart_from_what_never_wins():
     assert (trainer.tokens_since_fired_M[:21] == T).all()
 
 
-def test_pursuit_is_refused_with_its_reason():
-    sae = build(SKETCH)
-    assert "SketchSAE has candidates that differ from token to token" in why_no_inference(sae, "pursuit")
-    with pytest.raises(ValueError, match="inference=pursuit is not possible: SketchSAE has candidates that differ"):
-        with_inference(sae, "pursuit")
+def test_pursuit_searches_the_candidates_of_each_token_and_is_for_scoring_alone():
+    sae, x = build(SKETCH).eval(), activations().double()
+    other = with_inference(sae, "pursuit")
+    found = other.encode(x).to_dense()
+    centred = (x * sae.activation_scale - sae.b_pre_D).detach()
+    candidates = (centred @ sae.U_RD.T @ sae.V_MR.T + sae.c_M).topk(sae.config.candidates, dim=1).indices
+    for t, latents in enumerate(candidates):
+        z = torch.tensor(pursued(centred[t].numpy(), sae.W_dec_MD.detach().numpy()[latents], 4, 4, 1e-3)[0])
+        assert (found[t, latents] - z).abs().max() <= 1e-9 and (found[t] > 0).sum() == (z > 0).sum() > 0
+    assert not torch.equal(found > 0, sae.encode(x).to_dense() > 0)
     with pytest.raises(ValueError, match="cannot be trained"):
         Trainer(build(replace(SKETCH, inference="pursuit")), TrainerConfig(), 4, T)
 

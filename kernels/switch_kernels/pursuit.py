@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switch_kernels.backend import PYTORCH, Execution
+from switch_kernels.gram_rows import GramRows, ListedGrams, OwnGrams, gram_at
 from switch_kernels.threads import even_parts, over_parts
 
 COLUMNS = 32
@@ -156,22 +157,7 @@ def problem_of_rows(residual_ND: Tensor, indices_NK: Tensor, W_MD: Tensor) -> Pr
 @torch.no_grad()
 def problem_of_gram(products_NK: Tensor, gram_GCP: Tensor, group_N: Tensor, local_NK: Tensor) -> Problem:
     """From products and Gram matrices that are there already; `local_NK` are candidates of each row's dictionary."""
-    return Problem(_gram_at(gram_GCP, group_N, local_NK, local_NK, lower=True), products_NK)
-
-
-def _gram_at(gram_GCP: Tensor, group_N: Tensor, rows_NK: Tensor, columns_NL: Tensor, lower: bool = False) -> Tensor:
-    """[N, K, L]: gram[group, rows, columns]. With `lower` what stands above the diagonal is anything: reading half takes half of the time, as hardly
-    any two numbers share a line of the cache.
-    """
-    candidates, columns = gram_GCP.shape[1:]
-    small = torch.int32 if gram_GCP.numel() < 2**31 else torch.int64
-    start_NK1, column_N1L = ((group_N[:, None] * candidates + rows_NK) * columns).to(small)[:, :, None], columns_NL.to(small)[:, None, :]
-    if lower:
-        below_KL = torch.ones(rows_NK.shape[1], columns_NL.shape[1], dtype=small, device=rows_NK.device).tril()
-        place_NKL = torch.addcmul(start_NK1, below_KL, column_N1L)
-    else:
-        place_NKL = start_NK1 + column_N1L
-    return gram_GCP.reshape(-1).index_select(0, place_NKL.flatten()).view(place_NKL.shape)
+    return Problem(gram_at(gram_GCP, group_N, local_NK, local_NK, lower=True), products_NK)
 
 
 @torch.no_grad()
@@ -200,10 +186,7 @@ def matching_pursuit(
     is greedy descent of ||r||^2 + theta^2 L0. The Cholesky factor grows with the blocks. `gram_GCP` is padded (`gram_matrices`). With Triton a kernel
     computes it, unless `why_not_in_kernels` finds a reason; on a CPU numba, unless `why_not_in_rows` does.
     """
-    if k % blocks:
-        raise ValueError(f"k={k} latents cannot join in blocks={blocks} equal blocks. Use a number of blocks that divides k.")
-    if k > gram_GCP.shape[1]:
-        raise ValueError(f"k={k} latents cannot join from a dictionary of {gram_GCP.shape[1]}. Use a smaller k, or wider experts.")
+    _check(k, blocks, gram_GCP.shape[1])
     if why_not_in_kernels(execution, correlations_NC.dtype, k, gram_GCP.shape[2]) is None:
         from switch_kernels.gpu import pursuit as kernels
 
@@ -213,27 +196,62 @@ def matching_pursuit(
         from switch_kernels import pursuit_rows
 
         return Support(*pursuit_rows.matching_pursuit(correlations_NC, gram_GCP, group_N, k, blocks, ridge, float(threshold), limit_N))
-    size = max(1, _CHUNK_ELEMENTS // max(gram_GCP.shape[2], k * k // 4))  # few rows ever need the whole of a factor of k latents
+    return _in_parts(correlations_NC, OwnGrams(gram_GCP, group_N), k, blocks, ridge, threshold, limit_N)
+
+
+@torch.no_grad()
+def matching_pursuit_in_lists(
+    correlations_NC: Tensor,
+    candidate_NC: Tensor,
+    gram_MQ: Tensor,
+    k: int,
+    blocks: int,
+    ridge: float,
+    threshold: Tensor | float = 0.0,
+    limit_N: Tensor | None = None,
+) -> Support:
+    """`matching_pursuit` of rows that each have a list of C latents of their own, `candidate_NC`, out of M whose Gram matrix is there.
+
+    G[i, j] = gram[candidate[i], candidate[j]], and what is found are latents in [0, M). Latents of a list differ, but for those whose correlation is
+    -inf: they never join. `gram_MQ` is `gram_matrices(rows_MD[None])[0]`, M^2 numbers: 66 MB in float32 for 4,096 latents, 1 GB for 16,384. There is
+    no Triton kernel.
+    """
+    _check(k, blocks, candidate_NC.shape[1])
+    if why_not_in_rows(correlations_NC.device, correlations_NC.dtype) is None and float(threshold) >= 0:
+        from switch_kernels import pursuit_rows
+
+        group_N = torch.zeros_like(candidate_NC[:, 0])
+        values_NK, place_NK = pursuit_rows.matching_pursuit(
+            correlations_NC, gram_MQ[None], group_N, k, blocks, ridge, float(threshold), limit_N, candidate_NC
+        )
+    else:
+        candidate_NP = F.pad(candidate_NC, (0, padded_columns(candidate_NC.shape[1]) - candidate_NC.shape[1]))
+        values_NK, place_NK = _in_parts(correlations_NC, ListedGrams(gram_MQ, candidate_NP), k, blocks, ridge, threshold, limit_N)
+    return Support(values_NK, candidate_NC.gather(1, place_NK))
+
+
+def _check(k: int, blocks: int, candidates: int) -> None:
+    if k % blocks:
+        raise ValueError(f"k={k} latents cannot join in blocks={blocks} equal blocks. Use a number of blocks that divides k.")
+    if k > candidates:
+        raise ValueError(f"k={k} latents cannot join from a dictionary of {candidates}. Use a smaller k, or wider experts.")
+
+
+def _in_parts(c0_NC: Tensor, grams: GramRows, k: int, blocks: int, ridge: float, threshold: Tensor | float, limit_N: Tensor | None) -> Support:
+    size = max(1, _CHUNK_ELEMENTS // max(grams.columns, k * k // 4))  # few rows ever need the whole of a factor of k latents
 
     def pursue(rows: slice) -> Support:
-        limit_n = None if limit_N is None else limit_N[rows]
-        return _pursue(correlations_NC[rows], gram_GCP, group_N[rows], k, blocks, ridge, threshold, limit_n)
+        return _pursue(c0_NC[rows], grams.of(rows), k, blocks, ridge, threshold, None if limit_N is None else limit_N[rows])
 
-    device = correlations_NC.device
-    found = over_parts(pursue, even_parts(len(correlations_NC), size, device), device)
+    found = over_parts(pursue, even_parts(len(c0_NC), size, c0_NC.device), c0_NC.device)
     return Support(*(torch.cat(tensors) for tensors in zip(*found, strict=True)))
 
 
-def _pursue(
-    c0_NC: Tensor, gram_GCP: Tensor, group_N: Tensor, k: int, blocks: int, ridge: float, threshold: Tensor | float, limit_N: Tensor | None
-) -> Support:
-    candidates, columns = gram_GCP.shape[1:]
-    gram_RP = gram_GCP.view(-1, columns)
-    step = k // blocks
+def _pursue(c0_NC: Tensor, grams_N: GramRows, k: int, blocks: int, ridge: float, threshold: Tensor | float, limit_N: Tensor | None) -> Support:
+    step, grams = k // blocks, grams_N
     values_NK, indices_NK = c0_NC.new_zeros(len(c0_NC), k), torch.zeros(len(c0_NC), k, dtype=torch.int64, device=c0_NC.device)
-    row_n = torch.arange(len(c0_NC), device=c0_NC.device)  # of those that are not done
-    c0_nP = F.pad(c0_NC, (0, columns - candidates), value=-torch.inf)
-    first_n = group_N * candidates  # row of the dictionary's first candidate in gram_RP
+    row_n = torch.arange(len(c0_NC), device=c0_NC.device)  # of those that are not done, as `grams`
+    c0_nP = F.pad(c0_NC, (0, grams.columns - c0_NC.shape[1]), value=-torch.inf)
     buffer_NP = torch.empty_like(c0_nP)
     c_nP, grown = c0_nP.clone(), _Factor.empty(c0_NC, ridge)
     for block in range(blocks):
@@ -248,15 +266,13 @@ def _pursue(
             joins.append(joins_n)
             if left:
                 taken_n1 = torch.where(joins_n, value_n, 0.0)[:, None]
-                rows_nP = torch.index_select(gram_RP, 0, first_n + index_n, out=buffer_NP[: len(row_n)])
-                c_nP.addcmul_(rows_nP, taken_n1, value=-1)
+                c_nP.addcmul_(grams.of_latent(index_n, buffer_NP[: len(row_n)]), taken_n1, value=-1)
                 c_nP.scatter_(1, index_n[:, None], -torch.inf)
         new_nk, is_new_nk = torch.stack(joined, dim=1), torch.stack(joins, dim=1)
         before = slice(0, block * step)
         index_nk = torch.cat([indices_NK[row_n, before], new_nk], dim=1)
-        cross_nkm = _gram_at(gram_GCP, first_n // candidates, new_nk, index_nk)
         rhs_nk = torch.where(is_new_nk, c0_nP.gather(1, new_nk), 0.0)
-        z_nk = grown.add(cross_nkm, rhs_nk, is_new_nk)
+        z_nk = grown.add(grams.between(new_nk, index_nk), rhs_nk, is_new_nk)
         indices_NK[row_n, : index_nk.shape[1]] = index_nk
         values_NK[row_n, : index_nk.shape[1]] = z_nk
         if block == blocks - 1:
@@ -265,15 +281,15 @@ def _pursue(
         if len(full) == 0:
             break
         if len(full) < len(row_n):
-            row_n, c0_nP, first_n, index_nk, z_nk = (tensor[full] for tensor in (row_n, c0_nP, first_n, index_nk, z_nk))
-            grown = grown.of(full)
-        explained_nP = F.embedding_bag(first_n[:, None] + index_nk, gram_RP, mode="sum", per_sample_weights=z_nk.clamp_min(0))
+            row_n, c0_nP, index_nk, z_nk = (tensor[full] for tensor in (row_n, c0_nP, index_nk, z_nk))
+            grown, grams = grown.of(full), grams.of(full)
+        explained_nP = grams.sums(index_nk, z_nk.clamp_min(0))
         c_nP = torch.sub(c0_nP, explained_nP, out=explained_nP).scatter_(1, index_nk, -torch.inf)
     wrong = (values_NK < 0).any(dim=1).nonzero()[:, 0]
     if len(wrong):
         index_nK, active_nK = indices_NK[wrong], values_NK[wrong] > 0
-        problem = problem_of_gram(c0_NC[wrong].gather(1, index_nK), gram_GCP, group_N[wrong], index_nK)
-        values_NK[wrong] = least_squares(problem, active_nK, ridge)
+        gram_nKK = grams_N.of(wrong).between(index_nK, index_nK, lower=True)
+        values_NK[wrong] = least_squares(Problem(gram_nKK, c0_NC[wrong].gather(1, index_nK)), active_nK, ridge)
     return Support(values_NK, indices_NK)
 
 

@@ -226,6 +226,11 @@ class SparseAutoencoder(PeerNames, nn.Module, ABC):
         cache: GramCache = self.__dict__.setdefault("_grams", GramCache())
         return cache
 
+    @property
+    def searches_lists(self) -> bool:
+        """Whether pursuit searches a list of latents of each token's own, by the Gram matrix of all M, and not the dictionary of one expert."""
+        return int(getattr(self, "experts_per_token", 1)) > 1
+
     def why_not_trained(self) -> str | None:
         """Why it cannot be trained with the inference that it has; None if it can."""
         if self.inference in self.trains_by:

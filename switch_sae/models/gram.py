@@ -44,6 +44,13 @@ def local_products(
     return products_NC
 
 
+def union_products(x_TD: Tensor, W_MD: Tensor, dispatch: Dispatch, shared: int, execution: Execution = PYTORCH) -> Tensor:
+    """[T, C]: the products of activations with the rows of `candidate_indices`, C = shared + S F, those of several experts. No gradients."""
+    own_RF = dispatch.scatter(local_products(dispatch.gather(x_TD), W_MD[shared:], dispatch, 0, execution=execution))
+    own_TC = own_RF.view(len(x_TD), dispatch.slots * own_RF.shape[1])
+    return torch.cat([x_TD @ W_MD[:shared].T, own_TC], dim=1) if shared else own_TC
+
+
 def to_global(local_NK: Tensor, expert_N: Tensor, shared: int, latents: int) -> Tensor:
     """Latents' numbers from candidates' numbers in the dictionaries of experts of F = `latents` each."""
     return torch.where(local_NK < shared, local_NK, local_NK + (expert_N * latents)[:, None])
@@ -84,7 +91,7 @@ class GramCache:
         """Of these very weights."""
         if W_MD.is_inference():  # has no version
             return _gram(W_MD, experts, shared)
-        version = (W_MD._version, W_MD.data_ptr(), W_MD.dtype, W_MD.device)
+        version = (W_MD._version, W_MD.data_ptr(), W_MD.dtype, W_MD.device, experts, shared)
         if self._of_version is None or self._version != version:
             self._of_version, self._version = _gram(W_MD, experts, shared), version
         return self._of_version

@@ -7,6 +7,7 @@ theorem; up to the ridge), and the encoder learns to predict them (`SAEOutput.ma
 
 import copy
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 
 from switch_kernels import Dispatch, Execution
-from switch_kernels.decode import pair_products
+from switch_kernels.decode import pair_products, row_products
 from switch_kernels.pursuit import (
     GRAM_SHARE,
     gram_matrices,
     least_squares,
     matching_pursuit,
+    matching_pursuit_in_lists,
     padded_columns,
     problem_of_gram,
     problem_of_rows,
@@ -32,7 +34,8 @@ from switch_kernels.pursuit import (
 )
 from switch_kernels.threads import over_parts, threads_for
 from switch_sae.checks import typed
-from switch_sae.models.gram import local_products, precise, refresh_tokens, to_global, to_local
+from switch_sae.models.expert_candidates import candidate_indices
+from switch_sae.models.gram import local_products, precise, refresh_tokens, to_global, to_local, union_products
 from switch_sae.models.latents import DenseLatents, Latents, SparseLatents
 
 if TYPE_CHECKING:
@@ -66,11 +69,7 @@ def why_no_inference(sae: "SparseAutoencoder", inference: Inference | str) -> st
         return f"{name} has no encoder whose choice could be refitted"
     if sae.is_transcoder or sae.d_in != sae.d_out:
         return f"{name} does not reconstruct its input, and the target is not known at inference"
-    if why := sae.why_no_search(Inference(inference)):
-        return why
-    if inference is Inference.pursuit and getattr(sae, "experts_per_token", 1) > 1:
-        return f"pursuit knows the Gram matrix of one expert, and this {name} has experts_per_token={sae.experts_per_token}"
-    return None
+    return sae.why_no_search(Inference(inference))
 
 
 def with_inference(sae: "SparseAutoencoder", inference: Inference | str) -> "SparseAutoencoder":
@@ -98,6 +97,8 @@ def why_not_searched_in_kernels(sae: "SparseAutoencoder") -> str | None:
         most = sae.k * (2 if sae.by_threshold else 1)
     if refits and not (sae.is_routed and getattr(sae, "refits_by_gram", lambda: True)()):
         return "the kernels refit from the Gram matrix of a token's one expert"
+    if not refits and sae.searches_lists:
+        return "the kernels search dictionaries that many tokens share, and here each has a list of latents of its own"
     columns = 0 if refits else padded_columns(sae.num_shared + sae.latents_per_expert)
     return why_not_in_kernels(searched_by(sae), sae.decoder_weight().dtype, most, columns)
 
@@ -234,8 +235,15 @@ def pursue(
 ) -> SparseLatents:
     """At most k latents of each token's dictionary, and at most limit_T, joining while their correlation exceeds the threshold.
 
-    `dispatch` is to one expert for a dictionary that every token may use whole.
+    `dispatch` is to one expert for a dictionary that every token may use whole. With S experts for each, over the union of theirs.
     """
+    if dispatch.slots > 1:
+        candidate_TC = candidate_indices(dispatch, sae.num_shared, sae.latents_per_expert)
+
+        def expert_by_expert(residual_TD: Tensor, W_MD: Tensor) -> Tensor:
+            return union_products(residual_TD, W_MD, dispatch, sae.num_shared, searched_by(sae))
+
+        return pursue_in_lists(sae, x_TD, candidate_TC, k, blocks, threshold, expert_by_expert, gram_ECP)
     W_MD, norm_M = _unit_rows(sae)
     shared = sae.num_shared
     if gram_ECP is None:
@@ -249,6 +257,32 @@ def pursue(
         indices_NK = to_global(found.indices_NK, expert_N, shared, sae.latents_per_expert)
         values_NK = found.values_NK if norm_M is None else found.values_NK / norm_M[indices_NK]
         return SparseLatents(dispatch.scatter(values_NK.to(x_TD.dtype)), dispatch.scatter(indices_NK), sae.num_latents)
+
+
+def pursue_in_lists(
+    sae: "SparseAutoencoder",
+    x_TD: Tensor,
+    candidate_TC: Tensor,
+    k: int,
+    blocks: int = BLOCKS,
+    threshold: Tensor | float = 0.0,
+    products: Callable[[Tensor, Tensor], Tensor] | None = None,
+    gram_1MP: Tensor | None = None,
+) -> SparseLatents:
+    """At most k latents of each token's own list, by the Gram matrix of all M, which holds the products across experts.
+
+    `products(residual_TD, W_MD)` gives those with the rows on the lists, [T, C], where they can be had for less than row by row; what a list holds a
+    second time has -inf there.
+    """
+    W_MD, norm_M = _unit_rows(sae)
+    if gram_1MP is None:
+        gram_1MP = gram_now(sae, len(x_TD)) if norm_M is None else gram_matrices(W_MD[None])
+    with torch.no_grad():
+        residual_TD = precise(x_TD - sae.b_out_D).contiguous()
+        products_TC = row_products(residual_TD, candidate_TC, W_MD) if products is None else products(residual_TD, W_MD)
+        found = matching_pursuit_in_lists(products_TC, candidate_TC, gram_1MP[0], k, blocks, ridge_of(sae), threshold)
+        values_TK = found.values_NK if norm_M is None else found.values_NK / norm_M[found.indices_NK]
+        return SparseLatents(values_TK.to(x_TD.dtype), found.indices_NK, sae.num_latents)
 
 
 def ridge_of(sae: "SparseAutoencoder") -> float:
@@ -266,7 +300,7 @@ def pursue_with_threshold(
 ) -> SparseLatents:
     """By the stop rule: mean L0 is whatever the threshold makes it, at most 2 k for a token that has as many to choose from, in blocks as for k."""
     step = k // equal_blocks(k)
-    blocks = min(2 * k, sae.num_shared + sae.latents_per_expert) // step
+    blocks = min(2 * k, sae.num_shared + dispatch.slots * sae.latents_per_expert) // step
     return pursue(sae, x_TD, dispatch, blocks * step, blocks, threshold, gram_ECP=gram_ECP)
 
 
@@ -304,13 +338,15 @@ def pursuit_flops(d_in: int, candidates: int, k: int, blocks: int, by_threshold:
 
 
 def gram_flops(d_in: int, experts: int, candidates: int, every_tokens: int) -> int:
-    """Per token of training: E Gram matrices of C candidates after so many tokens."""
+    """Per token of training: E Gram matrices of C candidates after so many tokens; of lists one, E = 1, of all M."""
     return round(2 * GRAM_SHARE * experts * candidates**2 * d_in / every_tokens)
 
 
 def gram_now(sae: "SparseAutoencoder", tokens: int) -> Tensor:
-    """The Gram matrices of an SAE's dictionaries, [E, C, P]: in a training step, on so many tokens of this process, perhaps slightly older ones."""
-    W_MD = sae.decoder_weight()
+    """The Gram matrices of an SAE's dictionaries, [E, C, P], or [1, M, P] where it `searches_lists`: in a training step, on so many tokens of this
+    process, perhaps slightly older ones.
+    """
+    W_MD, (experts, shared) = sae.decoder_weight(), (1, 0) if sae.searches_lists else (sae.num_experts, sae.num_shared)
     if sae.training and torch.is_grad_enabled():
-        return sae.grams.for_step(W_MD, sae.num_experts, sae.num_shared, tokens * sae.group.size, refresh_tokens(sae.config))
-    return sae.grams.current(W_MD, sae.num_experts, sae.num_shared)
+        return sae.grams.for_step(W_MD, experts, shared, tokens * sae.group.size, refresh_tokens(sae.config))
+    return sae.grams.current(W_MD, experts, shared)

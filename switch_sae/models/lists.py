@@ -27,6 +27,16 @@ def membership(list_EF: Tensor, num_latents: int) -> Tensor:
     return torch.zeros(len(list_EF), num_latents, dtype=torch.bool, device=list_EF.device).scatter_(1, list_EF, True)
 
 
+def repeated(list_EF: Tensor, expert_TS: Tensor) -> Tensor:
+    """[T, S, F] bool: which latents of a token's lists are on an earlier one of its lists already."""
+    on_EEF = membership(list_EF, int(list_EF.max()) + 1)[:, list_EF]
+    found_TSF = torch.zeros(*expert_TS.shape, list_EF.shape[1], dtype=torch.bool, device=expert_TS.device)
+    for slot in range(1, expert_TS.shape[1]):
+        for earlier in range(slot):
+            found_TSF[:, slot] |= on_EEF[expert_TS[:, earlier], expert_TS[:, slot]]
+    return found_TSF
+
+
 def assigned(score_EM: Tensor, size: int) -> Tensor:
     """[E, F]: every latent first to the list that scores it highest and has room, then each list filled with those that score highest on it.
 

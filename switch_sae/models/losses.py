@@ -39,25 +39,35 @@ def local_auxk_loss(
     """AuxK over dictionaries: the residual of each token from the dead ones, at most D / 2, of its shared latents and its expert's.
 
     Codes are ReLU(W_enc x + b_enc) of an `encoder` (x_TD, W_enc_MD, b_enc_M), or of the residual's products with W_dec itself, held fixed. Gradients
-    reach dead rows alone; the residual is fixed.
+    reach dead rows alone; the residual is fixed. With S experts per token (and no `encoder`) the parts of each and of the shared latents add up, each
+    from at most D / 2 / S.
     """
+    slots, most = dispatch.slots, max(1, max(1, residual_TD.shape[1] // 2) // dispatch.slots)
     latents = (len(dead_M) - shared) // dispatch.num_experts
     dead_shared, residual_ND = dead_M[:shared].nonzero()[:, 0], dispatch.gather(residual_TD)
-    dead = [torch.cat([dead_shared, own_F.nonzero()[:, 0] + shared + e * latents]) for e, own_F in enumerate(dead_M[shared:].split(latents))]
+    own = [own_F.nonzero()[:, 0] + shared + e * latents for e, own_F in enumerate(dead_M[shared:].split(latents))]
+    dead = own if slots > 1 else [torch.cat([dead_shared, own_B]) for own_B in own]
     all_B, counts = torch.cat(dead), [len(dead_B) for dead_B in dead]
     W_dec = W_dec_MD.index_select(0, all_B).split(counts)  # once: each selection has a gradient of M rows
     if encoder is None:
         x_ND, W_in, b_in = residual_ND, W_dec_MD.detach().index_select(0, all_B).split(counts), None
     else:
         x_ND, (W_in, b_in) = dispatch.gather(encoder[0]), (weight.index_select(0, all_B).split(counts) for weight in encoder[1:])
-    recon = []
-    for e in range(dispatch.num_experts):
-        pre_NB = F.linear(x_ND[dispatch.offsets[e] : dispatch.offsets[e + 1]], W_in[e], None if b_in is None else b_in[e])
-        values, indices = pre_NB.topk(min(max(1, residual_TD.shape[1] // 2), counts[e]), dim=1, sorted=False)
-        recon.append(torch.zeros_like(pre_NB).scatter(1, indices, values.relu()) @ W_dec[e])
-    in_order_ND = torch.cat(recon)
+    parts = [(x_ND[dispatch.offsets[e] : dispatch.offsets[e + 1]], W_in[e], None if b_in is None else b_in[e]) for e in range(dispatch.num_experts)]
+    in_order_ND = torch.cat([_from_best(*part, W_dec[e], most) for e, part in enumerate(parts)])
     recon_TD = in_order_ND if dispatch.is_identity else torch.empty_like(in_order_ND).index_copy(0, dispatch.order_N, in_order_ND)
+    if slots > 1:
+        recon_TD = recon_TD.view(len(residual_TD), slots, -1).sum(dim=1)
+        shared_BD = W_dec_MD.index_select(0, dead_shared)
+        recon_TD = recon_TD + _from_best(residual_TD, shared_BD.detach(), None, shared_BD, most)
     return normalized_auxk_loss(residual_TD, recon_TD, group)
+
+
+def _from_best(x_ND: Tensor, W_in_BD: Tensor, b_in_B: Tensor | None, W_dec_BD: Tensor, most: int) -> Tensor:
+    """[N, D]: what the `most` largest of ReLU(W_in x + b_in) reconstruct."""
+    pre_NB = F.linear(x_ND, W_in_BD, b_in_B)
+    values, indices = pre_NB.topk(min(most, pre_NB.shape[1]), dim=1, sorted=False)
+    return torch.zeros_like(pre_NB).scatter(1, indices, values.relu()) @ W_dec_BD
 
 
 def competition_loss(

@@ -1,6 +1,6 @@
 """`ProductKeysExactSAE`: product keys choose candidates, whose own encoder rows decide, as in PEER one neuron each (He, arXiv 2407.04153)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switch_kernels import LatentOrder
+from switch_kernels import Dispatch, LatentOrder
 from switch_kernels.decode import row_products
 from switch_sae.checks import all_at_least
+from switch_sae.models.base import Flops
 from switch_sae.models.factored import geometric_mean, staircase
+from switch_sae.models.inference import Inference, equal_blocks, pursue_in_lists, pursuit_flops
+from switch_sae.models.latents import SparseLatents
 from switch_sae.models.product_keys import ProductKeysSAE
 
 
@@ -58,6 +61,7 @@ class ProductKeysExactSAE(ProductKeysSAE):
 
     config: "ProductKeysExactSAE.Config"
     label, colour, marker = "Product keys, exact", "#1D6F65", "H"
+    searches_lists = True
 
     def __init__(self, config: "ProductKeysExactSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
         super().__init__(config, d_in, generator)
@@ -68,6 +72,19 @@ class ProductKeysExactSAE(ProductKeysSAE):
     def W_enc(self) -> Tensor:
         """[D, M]: whole rows as columns, computed anew where keys are a part of them."""
         return self.W_enc_MD.T + self.sums_of_keys().T if self.config.gate is KeyGate.none else self.W_enc_MD.T
+
+    def flops(self) -> Flops:
+        """Pursuit, which is for scoring, searches what keys retrieve; the Gram matrix of all latents is computed once for given weights."""
+        own, (config, row) = super().flops(), (self.config, 2 * self.d_in)
+        if self.inference is not Inference.pursuit:
+            return own
+        return replace(own, encode=row * len(self.W_key_PD) + pursuit_flops(self.d_in, config.retrieved, config.k, equal_blocks(config.k)))
+
+    def _pursue(self, x_TD: Tensor, dispatch: Dispatch) -> SparseLatents:
+        """Among what keys retrieve."""
+        with torch.no_grad():
+            latent_TC, _ = self._retrieved(*self._keys(x_TD))
+        return pursue_in_lists(self, x_TD, latent_TC, self.config.k, equal_blocks(self.config.k))
 
     def _own_rows(self) -> tuple[int, int]:
         return self.config.retrieved, self.config.k

@@ -152,7 +152,8 @@ class PursuitSAE(SparseAutoencoder):
         """Encoding counts the pursuit's products; backward: the gradient of W_dec (2DK) on selected rows, and Gram matrices."""
         config, decode = self.config, 2 * self.d_in * self.config.k
         encode = pursuit_flops(self.d_in, config.candidates, config.k, config.k // config.step, config.stop)
-        gram = gram_flops(self.d_in, self.num_experts, config.candidates, refresh_tokens(self.config))
+        experts, latents = (1, self.num_latents) if self.searches_lists else (self.num_experts, config.candidates)
+        gram = gram_flops(self.d_in, experts, latents, refresh_tokens(self.config))
         return Flops(router=0, encode=encode, decode=decode, backward=decode + gram)
 
     def decoder_weight(self) -> nn.Parameter:

@@ -14,9 +14,20 @@ from switch_sae.checks import all_at_least, at_least
 from switch_sae.models.base import Flops, SAEOutput
 from switch_sae.models.candidates import Sample, known_products, sampled, tell_offered
 from switch_sae.models.gram import local_products, precise, refresh_tokens
-from switch_sae.models.inference import Inference, equal_blocks, gram_flops, match_loss, pursuit_flops, refit, refit_flops, ridge_of, searched_by
+from switch_sae.models.inference import (
+    Inference,
+    equal_blocks,
+    gram_flops,
+    match_loss,
+    pursue_in_lists,
+    pursuit_flops,
+    refit,
+    refit_flops,
+    ridge_of,
+    searched_by,
+)
 from switch_sae.models.latents import Latents, SparseLatents
-from switch_sae.models.lists import assigned, best_lists, credits, half_life_decay, membership, random_lists
+from switch_sae.models.lists import assigned, best_lists, credits, half_life_decay, membership, random_lists, repeated
 from switch_sae.models.losses import competition_loss, geometric_median, normalized_auxk_loss
 from switch_sae.models.routers import ROUTERS, Router, Routing
 from switch_sae.models.topk import TopKSAE
@@ -182,9 +193,9 @@ class SharedPoolSAE(TopKSAE):
         if self.config.distill and output.sample is not None:
             terms["distill"] = self.config.distill * self.d_out * self._distilled(output.lists, output.sample)
         if (rivals := self.router.rivals(output.lists)) is not None:
-            first = rows[: len(rivals.expert_n1)]
+            first = rows[: len(rivals.expert_nS)]
             with torch.no_grad():
-                theirs = self._select(self._scaled(first.x_TD), rivals.expert_n1, None)[0]
+                theirs = self._select(self._scaled(first.x_TD), rivals.expert_nS, None)[0]
             target_nD, recon_TD = self._target(first) * self.target_scale, output.recon_TD * self.target_scale
             terms["competition"] = competition_loss(rivals, target_nD, recon_TD, output.latents, theirs, self._rival(theirs))
         return terms
@@ -210,10 +221,11 @@ class SharedPoolSAE(TopKSAE):
         encode, latents, by_encoder = row * config.lists_per_token * config.list_latents, config.list_latents, self.inference is Inference.encoder
         backward = (1 + by_encoder + config.train_decoder) * row * k + learned
         backward += round(config.sample * row * self.num_latents) * (config.encodes_all + (config.lists is Lists.gain))
-        backward += round(self.router.rival_share * row * (latents + k))
+        backward += round(self.router.rival_share * (encode + row * k))
         if self.inference is Inference.pursuit:
-            backward += encode + gram_flops(self.d_in, config.num_lists, latents, refresh_tokens(config))
-            encode = pursuit_flops(self.d_in, latents, k, equal_blocks(k))
+            grams = (1, self.num_latents) if self.searches_lists else (config.num_lists, latents)
+            backward += encode + gram_flops(self.d_in, *grams, refresh_tokens(config))
+            encode = pursuit_flops(self.d_in, config.lists_per_token * latents, k, equal_blocks(k))
         elif self.inference is Inference.refit:
             encode += refit_flops(self.d_in, k, from_gram=False)
         return Flops(router=router, encode=encode, decode=row * k, backward=backward)
@@ -256,7 +268,7 @@ class SharedPoolSAE(TopKSAE):
             dispatch = Dispatch.from_experts(expert_TS, self.config.num_lists)
             pre_RF = dispatch.scatter(self._listed_products(dispatch.gather(x_TD - self.b_in_D), self.W_enc_MD, dispatch, self.b_enc_M))
             if slots > 1:
-                pre_RF.view(tokens, slots, pre_RF.shape[1]).masked_fill_(self._repeated(expert_TS), -torch.inf)
+                pre_RF.view(tokens, slots, pre_RF.shape[1]).masked_fill_(repeated(self.list_EF, expert_TS), -torch.inf)
             pre_RK, local_RK = pre_RF.topk(k, dim=1, sorted=False)
             indices_RK = self.list_EF[expert_TS.flatten()[:, None], local_RK]
             pre_TC, indices_TC = pre_RK.view(tokens, slots * k), indices_RK.view(tokens, slots * k)
@@ -278,15 +290,6 @@ class SharedPoolSAE(TopKSAE):
         """[N, F] in the order of lists: products with the rows on each one's list."""
         all_L = self.list_EF.flatten()
         return local_products(x_ND, W_MD.detach().index_select(0, all_L), dispatch, 0, None if b_M is None else b_M.detach().index_select(0, all_L))
-
-    def _repeated(self, expert_TS: Tensor) -> Tensor:
-        """[T, S, F] bool: which latents of a token's lists are on a better one of its lists already."""
-        on_EEF = membership(self.list_EF, self.num_latents)[:, self.list_EF]
-        found_TSF = torch.zeros(*expert_TS.shape, self.list_EF.shape[1], dtype=torch.bool, device=expert_TS.device)
-        for slot in range(1, expert_TS.shape[1]):
-            for earlier in range(slot):
-                found_TSF[:, slot] |= on_EEF[expert_TS[:, earlier], expert_TS[:, slot]]
-        return found_TSF
 
     def _distilled(self, routing: Routing, sample: Sample) -> Tensor:
         """-mean_t sum_e q_e log p_e over the sample, q the shares of energy that the best lists add."""
@@ -328,8 +331,16 @@ class SharedPoolSAE(TopKSAE):
             self.grams.forget()
 
     def _pursue(self, x_TD: Tensor, dispatch: Dispatch) -> SparseLatents:
-        """Over the one list of each token."""
+        """Over the one list of each token, or the union of several."""
         k, expert_N = self.config.k, dispatch.expert_N
+        if self.experts_per_token > 1:
+            repeated_TC = repeated(self.list_EF, dispatch.expert_TS).flatten(1)
+
+            def list_by_list(residual_TD: Tensor, W_MD: Tensor) -> Tensor:
+                products_RF = dispatch.scatter(self._listed_products(dispatch.gather(residual_TD), W_MD, dispatch))
+                return products_RF.view(repeated_TC.shape).masked_fill_(repeated_TC, -torch.inf)
+
+            return pursue_in_lists(self, x_TD, self.list_EF[dispatch.expert_TS].flatten(1), k, equal_blocks(k), products=list_by_list)
         with torch.no_grad():
             products_NF = self._listed_products(dispatch.gather(precise(x_TD - self.b_out_D)), precise(self.W_dec_MD), dispatch)
             gram_EFP = self._gram(len(x_TD))
@@ -364,7 +375,7 @@ class SharedPoolSAE(TopKSAE):
         b_enc = None if self.b_enc_M is None else self.b_enc_M.index_select(0, latent_B).split(counts)
         repeated_NF = None
         if self.experts_per_token > 1:
-            repeated_NF = dispatch.gather_pairs(self._repeated(routing.expert_TS).flatten(0, 1))
+            repeated_NF = dispatch.gather_pairs(repeated(self.list_EF, routing.expert_TS).flatten(0, 1))
         x_ND, gate_N = dispatch.gather(x_TD - self.b_in_D.detach()), dispatch.gather_pairs(routing.gate_TS.detach().flatten())
         recon = []
         for e, dead in enumerate(counts):

@@ -14,7 +14,7 @@ from switch_sae.checks import all_at_least
 from switch_sae.models.base import Flops, SAEOutput
 from switch_sae.models.candidates import Sample, energy_shares, known_products, sampled, tell_offered
 from switch_sae.models.entrances import outside_autocast
-from switch_sae.models.inference import Inference, match_loss, refit, refit_flops
+from switch_sae.models.inference import Inference, equal_blocks, match_loss, pursue_in_lists, pursuit_flops, refit, refit_flops
 from switch_sae.models.latents import SparseLatents
 from switch_sae.models.topk import TopKSAE
 from switch_sae.rows import Rows, Shapes
@@ -64,6 +64,7 @@ class SketchSAE(TopKSAE):
     config: "SketchSAE.Config"
     label, colour, marker = "Sketch", "#B15928", "p"
     trains_by = (Inference.encoder, Inference.refit)
+    searches_lists = True
     tokens_since_offered_M: Tensor
     """Tokens of training since a latent was last a candidate of one; a buffer."""
 
@@ -76,11 +77,6 @@ class SketchSAE(TopKSAE):
             self.V_MR = nn.Parameter(self.W_enc_MD.detach() @ self.U_RD.detach().T)
         self.c_M = nn.Parameter(torch.zeros(config.num_latents))
         self.register_buffer("tokens_since_offered_M", torch.zeros(config.num_latents, dtype=torch.int64))
-
-    def why_no_search(self, inference: Inference) -> str | None:
-        if inference is Inference.pursuit:
-            return "SketchSAE has candidates that differ from token to token, and pursuit needs the Gram matrix of a dictionary that many share"
-        return None
 
     @torch.no_grad()
     def initialize(self, rows: Rows) -> None:
@@ -116,10 +112,13 @@ class SketchSAE(TopKSAE):
         tell_offered(self.tokens_since_offered_M, offered_M, len(rows), self.group)
 
     def flops(self) -> Flops:
-        """In training the ranking of the candidates, and of all latents of the sample, come on top."""
+        """In training the ranking of the candidates, and of all latents of the sample, come on top. Pursuit, which is for scoring, searches the
+        candidates; the Gram matrix of all latents is computed once for given weights and not counted."""
         config, row, k, rank, M = self.config, 2 * self.d_in, self.config.k, self.config.rank, self.num_latents
         by_encoder = self.inference is not Inference.refit
         encode = rank * (row + 2 * M) + row * config.candidates + (0 if by_encoder else refit_flops(self.d_in, k, from_gram=False))
+        if self.inference is Inference.pursuit:
+            encode = rank * (row + 2 * M) + pursuit_flops(self.d_in, config.candidates, k, equal_blocks(k))
         ranking = 2 * rank * row + 2 * 2 * rank * config.candidates + round(config.sample * M * (row + 3 * 2 * rank))
         return Flops(router=0, encode=encode, decode=row * k, backward=(1 + by_encoder + config.train_decoder) * row * k + ranking)
 
@@ -133,6 +132,8 @@ class SketchSAE(TopKSAE):
         with torch.no_grad():
             centred_TD = x_TD - self.b_in_D
             chosen_TC, score_TC = self._candidates(centred_TD)
+            if self.inference is Inference.pursuit:
+                return pursue_in_lists(self, x_TD, chosen_TC, k, equal_blocks(k)), None, None, None
             pre_TC = row_products(centred_TD.contiguous(), chosen_TC, self.W_enc_MD)
             if self.b_enc_M is not None:
                 pre_TC += self.b_enc_M[chosen_TC]

@@ -131,15 +131,14 @@ class SwitchSAE(RoutedSAE, TopKSAE):
         terms |= self.router.loss_terms(output.routing, self.d_out)
         if (rivals := self.router.rivals(output.routing)) is None:
             return terms
-        first, recon_TD = rows[: len(rivals.expert_n1)], output.recon_TD * self.target_scale
+        first, recon_TD = rows[: len(rivals.expert_nS)], output.recon_TD * self.target_scale
         target_nD = self._target(first) * self.target_scale
         with torch.no_grad():
-            theirs = self._encode_by(self._scaled(first.x_TD), Dispatch.from_experts(rivals.expert_n1, self.num_experts), None)[0]
+            theirs = self._encode_by(self._scaled(first.x_TD), Dispatch.from_experts(rivals.expert_nS, self.num_experts), None)[0]
         return terms | {"competition": competition_loss(rivals, target_nD, recon_TD, output.latents, theirs, self._rival(theirs))}
 
     def flops(self) -> Flops:
-        """With the router, and with what rivals cost in training: encoding and decoding by one more expert for a share of the tokens."""
+        """With the router, and with what rivals cost in training: encoding and decoding once more for a share of the tokens."""
         dense, (router, backward) = super().flops(), self.router.flops()
-        candidates = self.num_shared + self.latents_per_expert
-        rivals = round(self.router.rival_share * 2 * (self.d_in * candidates + self.d_out * self.config.k))
+        rivals = round(self.router.rival_share * 2 * (self.d_in * self.candidates + self.d_out * self.config.k))
         return replace(dense, router=router, backward=dense.backward + backward + rivals)

@@ -128,7 +128,7 @@ class TopKSAE(FusedTraining):
         encode = per_row * latents
         if self.inference is Inference.encoder:
             return Flops(router=0, encode=encode, decode=out_row * k, backward=((1 + trained) * out_row + per_row) * k)
-        backward, gram = (1 + trained) * per_row * k, gram_flops(self.d_in, self.num_experts, latents, REFRESH_TOKENS)
+        backward, gram = (1 + trained) * per_row * k, gram_flops(self.d_in, *self.searched_grams(), REFRESH_TOKENS)
         if self.inference is Inference.refit:
             is_routed = self.refits_by_gram()
             better = refit_flops(self.d_in, k, is_routed)
@@ -140,6 +140,10 @@ class TopKSAE(FusedTraining):
     def candidates(self) -> int:
         """Latents that one token may use."""
         return self.num_shared + self.experts_per_token * self.latents_per_expert
+
+    def searched_grams(self) -> tuple[int, int]:
+        """(how many Gram matrices refits and pursuit need, of how many latents each)."""
+        return (1, self.num_latents) if self.searches_lists else (self.num_experts, self.candidates)
 
     def decoder_weight(self) -> nn.Parameter:
         return self.W_dec_MD

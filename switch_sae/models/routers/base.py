@@ -47,10 +47,15 @@ class RouterKernel:
 class Rivals(Shapes):
     """Experts that compute the first n tokens of a batch beside the chosen ones, so that a router can learn which are better."""
 
-    expert_n1: Tensor
-    """Another expert for each, int64."""
+    expert_nS: Tensor
+    """Experts of each, int64: the chosen ones, but another in the place of the weakest."""
     share_n: Tensor
-    """The chosen expert's part of both probabilities, with the router's gradient."""
+    """The weakest chosen expert's part of its and the other's probability, with the router's gradient."""
+
+    @property
+    def expert_n1(self) -> Tensor:
+        """The other expert of each."""
+        return self.expert_nS[:, -1:]
 
     def loss(self, cost_n: Tensor, rival_cost_n: Tensor) -> Tensor:
         """mean(g * cost + (1 - g) * rival cost) of fixed costs."""

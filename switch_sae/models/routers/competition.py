@@ -13,9 +13,10 @@ from switch_sae.models.routers.base import LinearRouter, Rivals, Routing, larges
 class CompetitionRouter(LinearRouter):
     """p = softmax(W (x - b)); experts: the S largest p; gates 1: nothing multiplies the latents, so nothing shrinks them.
 
-    On the first `rivals` of each batch (of each process's part of it) another expert e' ~ p without e computes the token as well. Their costs L
-    (squared error of scaled activations, and what the SAE counts for its latents) are fixed numbers, and the loss is mean(g L_e + (1 - g) L_e'),
-    g = p_e / (p_e + p_e'): the router moves towards the cheaper of the two. Balance: load_balance * D * E * sum_i f_i P_i, as with `softmax`.
+    On the first `rivals` of each batch (of each process's part of it) another expert e' ~ p without those chosen takes the place of e, the last of
+    them, and the token is computed so as well. The costs L of both (squared error of scaled activations, and what the SAE counts for its latents) are
+    fixed numbers, and the loss is mean(g L_e + (1 - g) L_e'), g = p_e / (p_e + p_e'): the router moves towards the cheaper. With S = 1 that is one
+    expert against another; with S > 1 the S - 1 likelier ones stand in both. Balance: load_balance * D * E * sum_i f_i P_i, as with `softmax`.
     """
 
     @dataclass
@@ -49,22 +50,22 @@ class CompetitionRouter(LinearRouter):
 
     @property
     def rival_share(self) -> float:
-        return self.config.rivals if self.num_experts > 1 and self.config.train else 0.0
+        return self.config.rivals if self.num_experts > self.experts_per_token and self.config.train else 0.0
 
     def rivals(self, routing: Routing) -> Rivals | None:
         count = math.ceil(self.rival_share * len(routing.probs_TE))
         if count == 0:
             return None
-        probs_nE, chosen_n1 = routing.probs_TE[:count], routing.expert_TS[:count, :1]
+        probs_nE, expert_nS = routing.probs_TE[:count], routing.expert_TS[:count]
         # Drawn by the step's number alone (Gumbel's trick), for all processes at once: the same in every company, and after a resume.
         generator = torch.Generator().manual_seed(self.step)
         shape = (self.group.size, *probs_nE.shape)
         uniform_nE = torch.rand(shape, generator=generator, dtype=torch.float64)[self.group.rank].to(probs_nE.dtype).to(probs_nE.device)
         tiny = torch.finfo(probs_nE.dtype).tiny
         keys_nE = probs_nE.detach().clamp_min(tiny).log() - (-uniform_nE.clamp_min(tiny).log()).clamp_min(tiny).log()
-        rival_n1 = keys_nE.scatter(1, chosen_n1, -torch.inf).argmax(dim=1, keepdim=True)
-        log_odds_n = (probs_nE.gather(1, chosen_n1).clamp_min(tiny).log() - probs_nE.gather(1, rival_n1).clamp_min(tiny).log())[:, 0]
-        return Rivals(rival_n1, torch.sigmoid(log_odds_n))
+        rival_n1 = keys_nE.scatter(1, expert_nS, -torch.inf).argmax(dim=1, keepdim=True)
+        log_odds_n = (probs_nE.gather(1, expert_nS[:, -1:]).clamp_min(tiny).log() - probs_nE.gather(1, rival_n1).clamp_min(tiny).log())[:, 0]
+        return Rivals(torch.cat([expert_nS[:, :-1], rival_n1], dim=1), torch.sigmoid(log_odds_n))
 
     def loss_terms(self, routing: Routing, unit: float) -> dict[str, Tensor]:
         if self.config.load_balance == 0:
