@@ -228,7 +228,7 @@ def frontier(material: Material) -> Frontier:
     if not any(group.mean(name) is not None for group in chosen for name in PRICES):
         raise NotEnough(
             "neither stability (jaccard_3pct) nor meaning (judge_hard) of these SAEs was measured, and less error says little without its price. "
-            f"Score them again: {invocation('evaluate', run='...')}, or train with evaluation.probes=true."
+            f"Score them again: {invocation('evaluate', '--probes', run='...')}, or train with evaluation.probes=true."
         )
     best: list[tuple[Contender, Summary]] = []
     notes = []
