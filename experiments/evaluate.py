@@ -9,8 +9,9 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
+from switch_sae.cohort import Streams
 from switch_sae.config import config_from_plain
-from switch_sae.files import user_path
+from switch_sae.files import tell, user_path
 from switch_sae.invocation import invocation
 from switch_sae.models.inference import Inference
 from switch_sae.orchestrator import score_again
@@ -22,15 +23,15 @@ from .arguments import parser_of
 from .errors import clear_errors
 
 
-def evaluate_again(run: RunDir, **asked: Any) -> str:
+def evaluate_again(run: RunDir, streams: Streams | None = None, **asked: Any) -> str:
     """Scores all SAEs and controls of the run and returns the name of the file, in its folder, that holds the results.
 
-    `asked` are settings of its evaluation; None is as in training.
+    `streams` may be those of other runs; `asked` are settings of its evaluation; None is as in training.
     """
     config = config_from_plain(run.read_json("config.json"))
     evaluation = replace(config.evaluation, **{name: value for name, value in asked.items() if value is not None})
     file = f"results-{evaluation.rows}{'-calibrated' * evaluation.calibrate}.json" if (run.path / RESULTS).is_file() else RESULTS
-    score_again(run, replace(config, evaluation=evaluation), file)
+    score_again(run, replace(config, evaluation=evaluation), file, streams=streams)
     return file
 
 
@@ -43,8 +44,10 @@ def main() -> None:
     parser.add_argument("--inferences", nargs="*", choices=names, help="further ways of inference for the same weights; default: as in training")
     calibrate = "set thresholds on one half of the held-out documents and report the other; default: as in training"
     parser.add_argument("--calibrate", action=argparse.BooleanOptionalAction, help=calibrate)
+    probes = "measure stability and meaning too; default: as in training"
+    parser.add_argument("--probes", action=argparse.BooleanOptionalAction, help=probes)
     arguments = parser.parse_args()
-    asked = {name: getattr(arguments, name) for name in ("rows", "inferences", "calibrate")} | {"downstream_contexts": arguments.contexts}
+    asked = {name: getattr(arguments, name) for name in ("rows", "inferences", "calibrate", "probes")} | {"downstream_contexts": arguments.contexts}
     with clear_errors():
         is_sweep = (arguments.run / "sweep.json").is_file()
         runs = finished_runs(arguments.run / "members") if is_sweep else [RunDir.open(arguments.run)]
@@ -52,9 +55,10 @@ def main() -> None:
             raise FileNotFoundError(
                 f"{arguments.run} is a sweep without a finished run of this library. Give one that {invocation('sweep')} printed."
             )
-        for run in runs:
-            file = evaluate_again(run, **asked)
-            print("\n" + table([run], file), margins(run, file), f"\nwritten: {run.path / file}", sep="\n")
+        with Streams(tell) as streams:
+            for run in sorted(runs, key=lambda run: str(run.read_json("config.json")["source"])):  # those on one source follow each other
+                file = evaluate_again(run, streams, **asked)
+                print("\n" + table([run], file), margins(run, file), f"\nwritten: {run.path / file}", sep="\n")
         if len(runs) > 1:
             print("\n" + summary_table(collect(runs[0].path.parents[1:2], inferences=True, file=file)))
 

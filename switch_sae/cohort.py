@@ -106,8 +106,8 @@ class Streams:
         return self.stream
 
     def score(self, config: RunConfig) -> Scorer:
-        if self.scorer is None:
-            stream = self.get(config)
+        stream = self.get(config)
+        if self.scorer is None or self.scorer.config != config.evaluation:
             self.scorer = Scorer(config.evaluation, stream.source, self.say, stream.execution)
         return self.scorer
 

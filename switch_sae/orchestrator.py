@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,8 +115,10 @@ def main_member(run: RunDir, config: RunConfig) -> Member:
     return Member(key, key, MAIN, run, config, config.sae)
 
 
-def score_again(run: RunDir, config: RunConfig, file: str, say: Say = tell) -> None:
+def score_again(run: RunDir, config: RunConfig, file: str, say: Say = tell, streams: Streams | None = None) -> None:
     """Scores all SAEs of a trained run and its controls by `config` and writes `file`, results.json or one beside it; what training cost is kept.
+
+    With `streams` runs on one source share its held-out rows, and what was prepared to score them. A sweep's member has no controls of its own.
 
     Says so where the activations are others than those of training. Raises FileNotFoundError for a run whose training is not finished.
     """
@@ -125,7 +128,7 @@ def score_again(run: RunDir, config: RunConfig, file: str, say: Say = tell) -> N
     else:
         before = run.read_json(TRAINING_FILE)
         then = before["source"]
-    with Streams(say) as streams:
+    with nullcontext(streams) if streams is not None else Streams(say) as streams:
         stream = streams.get(config)
         score = streams.score(config)
         now, then = both_known(to_plain(stream.source.describe()), then)
@@ -137,7 +140,8 @@ def score_again(run: RunDir, config: RunConfig, file: str, say: Say = tell) -> N
         saes = {key: load_sae((run if role == MAIN else run.member(key)).path).to(stream.device) for key, role in roles.items()}
         asked = [trained(key, saes[key], role) for key, role in roles.items()]
         further = [each for trained_sae in asked for each in score.under_inferences(trained_sae)]
-        scored = score.group([*asked, *further, *untrained_controls(score, main, saes[main.key], stream, " ")])
+        controls = [] if before.get("controls") == {} else untrained_controls(score, main, saes[main.key], stream, " ")
+        scored = score.group([*asked, *further, *controls])
         kept = ("mixing", "outliers", "seconds") if file == "results.json" else ("outliers",)
         more = {key: before[key] for key in kept if key in before}
         score.write(run, file, **scored.of_folder({key: key for key in saes}, before["members"], " "), **more)

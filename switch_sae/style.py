@@ -93,7 +93,8 @@ def family_style(architecture: str, variant: int = 0) -> dict[str, Any]:
     place = plain.index(architecture) if architecture in plain else 0
     colour = COLOURS[place % len(COLOURS)] if family.colour == SparseAutoencoder.colour else family.colour
     first = family.marker or MARKERS[place % len(MARKERS)]
-    marker = [first, *(other for other in (*VARIANT_MARKERS, *MARKERS) if other != first)][variant]
+    markers = [first, *(other for other in (*VARIANT_MARKERS, *MARKERS) if other != first)]
+    marker = markers[variant % len(markers)]
     shade = SHADES[variant % len(SHADES)]
     red, green, blue = (part + abs(shade) * (float(shade > 0) - part) for part in to_rgb(colour))
     return {"color": to_hex((red, green, blue)), "marker": marker}

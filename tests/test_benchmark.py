@@ -143,6 +143,14 @@ def test_ways_of_inference_are_timed_at_one_l0_against_switch_and_topk():
     assert all(abs(t.l0 - 4) < 0.4 and len(t.step) == 2 and min(t.step + t.encode) > 0 for t in timings)
 
 
+def test_cheap_encoders_that_are_timed_cost_a_sixteenth():
+    shape, shares = inference.SIZES, {}
+    for name, contender in inference.cheap(shape.E).items():
+        flops = inference.sae_of(contender, shape).flops()
+        shares[name] = shape.M * 2 * shape.D / (flops.router + flops.encode)
+    assert shares.pop("TopK") == 1 and all(15 <= share <= 17.1 for share in shares.values()), shares
+
+
 def test_ratios_of_inference_are_medians_over_rounds():
     timings = [
         inference.Timing("Switch", 2, 4.0, [0.1, 0.2, 0.4], [1.0]),

@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 from test_results import FakeSweep, switch, topk
 
 from switch_sae.models import BatchTopKSAE
+from switch_sae.models.kron import KronSAE
 from switch_sae.report import FIGURES, draw_figures, headline_markdown, summary_table
 from switch_sae.results import collect
 from switch_sae.results.contenders import Contender, encode_shares, frontier, share_of
@@ -136,8 +137,21 @@ def test_contenders_are_told_apart_by_what_makes_them_cheap_or_dear(sweep):
     assert label(shared=8) == "Switch, shared" and label(stop=True, shared=8) == "Switch, stop rule, shared"
     assert label(inference="refit") == "Switch, trained with refit"
     assert Contender.of(replace(row, of="switch", role="inference", inference="pursuit")).label == "Switch + pursuit"
+    assert label(**{"router.kind": "competition"}) == label(**{"router.kind": "competition", "router.rivals": 0.5}) == "Switch, router=competition"
+    assert label(**{"router.kind": "sigmoid", "router.train": False}) == "Switch, router=sigmoid, router.train=False"
+    assert label(experts_per_token=2, **{"router.gate": "hard"}) == "Switch, experts_per_token=2, router.gate=hard"
+    assert label(load_balance=3.0, auxk=0.0, train_decoder=False) == "Switch, train_decoder=False"
+    pca = replace(row, architecture="pca", config=row.config | {"sae.router.kind": "competition"})
+    assert Contender.of(pca).label == "pca"
     styles = {tuple(family_style("switch", variant).items()) for variant in range(4)}
-    assert len(styles) == 4
+    assert len(styles) == 4 and family_style("switch", 40)["marker"]
+
+
+def test_without_experts_each_cost_is_a_point(sweep):
+    for halves, fvu in ((2, 0.12), (4, 0.15)):
+        sweep.add(KronSAE.Config(num_latents=32, k=4, m=halves, n=halves), fvu=fvu, **PRICES)
+    kron = [each for each in found_in(sweep).standings if each.contender.architecture == "kron"]
+    assert [each.group.mean("fvu") for each in kron] == pytest.approx([0.12, 0.15]) and kron[0].compute > kron[1].compute
 
 
 def test_shares_of_compute():
@@ -184,6 +198,10 @@ def test_leverage_is_the_dense_width_of_equal_error_per_dot_product(sweep, tmp_p
     cells = {tuple(line[:2]): line for line in (re.split(r" \| ", text.strip("| ")) for text in measures.splitlines())}
     assert cells["recipe", "latents"][4] == "leverage" and cells["TopK", "32"][4] == "1.00" and cells["TopK + refit", "32"][4].endswith(" *")
     assert "through 8, 16, 32" in legend
+    figure = FIGURES["frontier_compute"](Material.of(rows_of(sweep))).figure
+    (dotted,) = [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert list(dotted.get_xdata()) == [0.25, 0.5, 1] and list(dotted.get_ydata()) == pytest.approx([0.4, 0.2, 0.105])
+    assert not [line for line in figure.axes[1].lines if line.get_linestyle() == ":"]
 
 
 def test_a_dense_curve_gives_no_width_where_wider_was_not_better():

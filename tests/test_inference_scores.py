@@ -17,7 +17,7 @@ from switch_sae.activations import SyntheticSource
 from switch_sae.analysis.recovery import normalized_mutual_information
 from switch_sae.config import EvaluationConfig, config_from_plain
 from switch_sae.evaluation import evaluate
-from switch_sae.models import BatchTopKSAE, SwitchPursuitSAE, SwitchSAE, TopKSAE
+from switch_sae.models import BatchTopKSAE, PursuitSAE, SwitchSAE, TopKSAE
 from switch_sae.models.baselines import Baseline
 from switch_sae.models.inference import with_inference
 from switch_sae.orchestrator import resume_training
@@ -114,14 +114,15 @@ def test_scoring_again_asks_for_its_own_inferences(run):
 
 
 def test_an_inference_that_an_sae_lacks_is_left_out_and_told_once():
-    sae = SwitchPursuitSAE(SwitchPursuitSAE.Config(num_latents=32, k=4, num_experts=4, experts_per_token=2), 16)
+    pursuit = PursuitSAE(PursuitSAE.Config(num_latents=32, k=4), 16)
     said: list[str] = []
     scorer = Scorer(asked(), SyntheticSource(SyntheticSource.Config(d_in=16), 64), said.append)
     for name in ("a", "b"):
-        assert scorer.under_inferences(trained(name, sae, "main")) == []  # pursuit is its own
-    assert len(said) == 1 and said[0].startswith("no scores of switch_pursuit under refit: ") and "no encoder whose choice" in said[0]
-    two = SwitchSAE(SwitchSAE.Config(num_latents=32, k=4, num_experts=4, experts_per_token=2), 16)
-    assert [each.name for each in scorer.under_inferences(trained("c", two, "main"))] == ["c+refit", "c+pursuit"]
+        assert scorer.under_inferences(trained(name, pursuit, "main")) == []  # pursuit is its own
+    assert len(said) == 1 and said[0].startswith("no scores of pursuit under refit: ")
+    switch = SwitchSAE(SwitchSAE.Config(num_latents=32, k=4, num_experts=4, experts_per_token=2), 16)
+    assert [each.name for each in scorer.under_inferences(trained("c", switch, "main"))] == ["c+refit", "c+pursuit"]
+    assert [each.name for each in scorer.under_inferences(trained("d", with_inference(switch, "refit"), "main"))] == ["d+pursuit"]
 
 
 def test_one_half_sets_thresholds_and_the_other_is_reported(tmp_path):
@@ -187,7 +188,14 @@ def test_a_sweep_has_a_line_for_each_inference_over_seeds_and_can_be_scored_agai
     evaluate_command.main()
     again = collect([folder.path], inferences=True, file="results-300-calibrated.json")
     assert {(row.inference, row.evaluated_on["half of the documents"]) for row in again} == {("encoder", "B"), ("refit", "B")} and len(again) == 12
-    assert capsys.readouterr().out.count("switch + refit") == 1  # one table over seeds, at the end
+    said = capsys.readouterr().out
+    assert said.count("switch + refit") == 1  # one table over seeds, at the end
+    assert said.count("device: ") == 1  # one stream for all six
+    asked_of = ["evaluate", str(folder.path / "members" / "topk-m32-k4-s0"), "--rows", "200", "--inferences", "--no-probes"]
+    monkeypatch.setattr(sys, "argv", asked_of)
+    evaluate_command.main()
+    (plain,) = collect([folder.path / "members" / "topk-m32-k4-s0"], file="results-200.json")
+    assert "jaccard_3pct" not in plain.metrics and all("jaccard_3pct" in row.metrics for row in rows)
 
 
 def test_a_member_that_fails_under_every_inference_is_out_and_the_others_are_scored(tmp_path, monkeypatch):

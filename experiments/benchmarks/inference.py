@@ -1,6 +1,7 @@
 """Times training steps and encoding where latents are found by refit or pursuit, against our own Switch and dense TopK SAEs, interleaved in one run.
 
     python -m experiments.benchmarks.inference           # about 3 minutes on 2 quiet cores
+    python -m experiments.benchmarks.inference --cheap   # instead, encoders at about a sixteenth of dense TopK's products, without a search
     python -m experiments.benchmarks.inference --quick   # small sizes, to see that it works; nothing is recorded
 
 A step is that of `experiments.benchmarks.cpu`. Activations have topics, which routers can find (`SyntheticSource`). How long a refit or a pursuit
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -26,8 +28,10 @@ from experiments.benchmarks.record import RESULTS, append, commit
 from switch_kernels import Shape
 from switch_kernels.pursuit import NUMBA_SWITCH, why_not_in_rows
 from switch_sae.activations import SyntheticSource
-from switch_sae.models import SAES
+from switch_sae.models import ROUTERS, SAES, SparseAutoencoder
 from switch_sae.models.inference import Inference
+from switch_sae.models.product_keys_exact import KeyGate
+from switch_sae.models.shared_pool import Lists
 from switch_sae.models.threshold import calibrate, has_threshold
 from switch_sae.report.tables import aligned
 from switch_sae.rows import Rows
@@ -39,7 +43,9 @@ WARMUP, SETTLING, BATCHES = 2, 150, 8
 """SETTLING: steps until theta of a stop rule gives k latents; those of other SAEs are there at once."""
 L0_TOLERANCE = 0.1
 SWITCH, TOPK = "Switch", "TopK"
-CONTENDERS = {
+Contender = tuple[str, dict[str, Any]]
+"""Its key in `SAES`, and settings."""
+CONTENDERS: dict[str, Contender] = {
     SWITCH: ("switch", {}),
     TOPK: ("topk", {}),
     "TopK, trained with refit": ("topk", {"inference": Inference.refit}),
@@ -50,6 +56,23 @@ CONTENDERS = {
 IN_NUMBA = ", numba"
 if why_not_in_rows(torch.device("cpu"), torch.float32) is None:
     CONTENDERS |= {name + IN_NUMBA: choice for name, choice in CONTENDERS.items() if choice[0] == "switch_pursuit"}
+
+
+def cheap(E: int) -> dict[str, Contender]:
+    """One-shot encoders that cost dense TopK's as much as E experts do, beside these: with E = 16, M = 8192, D = 512 1/15 to 1/17 of it."""
+    competition = ROUTERS["competition"].Config()
+    return {
+        SWITCH: ("switch", {}),
+        TOPK: ("topk", {}),
+        "Switch, competition": ("switch", {"router": competition}),
+        "Switch BatchTopK, competition": ("switch_batch_topk", {"router": competition}),
+        "Switch, two of twice as many": ("switch", {"num_experts": 2 * E, "experts_per_token": 2}),
+        "SharedPool, random lists": ("shared_pool", {"num_lists": 2 * E, "multiplicity": 1.75, "lists": Lists.random}),
+        "Kron": ("kron", {"m": 2 * E, "n": 2 * E}),
+        "ProductKeys": ("product_keys", {"keys": 2 * E}),
+        "ProductKeysExact": ("product_keys_exact", {"keys": 4 * E, "candidates": 16 * E, "gate": KeyGate.score}),
+        "Sketch": ("sketch", {"rank": E, "candidates": 15 * E}),
+    }
 
 
 @dataclass(frozen=True)
@@ -66,12 +89,17 @@ class Timing:
     """Of all rows."""
 
 
-def trainer_of(name: str, shape: Shape, rows: Rows) -> Trainer:
-    """A contender at its start, as `prepare` leaves it."""
-    architecture, settings = CONTENDERS[name]
+def sae_of(contender: Contender, shape: Shape) -> SparseAutoencoder:
+    """Untrained."""
+    architecture, settings = contender
     experts = {"num_experts": shape.E} if SAES[architecture].is_routed else {}
-    config = SAES[architecture].Config(num_latents=shape.M, k=shape.K, **experts, **settings)
-    sae = SAES.build(config, shape.D, torch.Generator().manual_seed(0))
+    config = SAES[architecture].Config(**{"num_latents": shape.M, "k": shape.K, **experts, **settings})
+    return SAES.build(config, shape.D, torch.Generator().manual_seed(0))
+
+
+def trainer_of(contender: Contender, shape: Shape, rows: Rows) -> Trainer:
+    """A contender at its start, as `prepare` leaves it."""
+    sae = sae_of(contender, shape)
     prepare(sae, rows, normalize_activations=True)
     return Trainer(sae, replace(TRAINER, lr=1e-3), total_steps=1_000_000, batch_size=shape.T)
 
@@ -92,17 +120,19 @@ def check_l0(what: str, l0: float, k: int) -> None:
         raise NotTrustedError(f"{what} has a mean L0 of {l0:.2f}; it compares with the others within {L0_TOLERANCE:.0%} of k = {k}.")
 
 
-def measure(shape: Shape, repeats: int, encodes: int, rows: int, settling: int = SETTLING) -> list[Timing]:
+def measure(
+    shape: Shape, repeats: int, encodes: int, rows: int, settling: int = SETTLING, contenders: dict[str, Contender] = CONTENDERS
+) -> list[Timing]:
     """Rounds of one step of each (A B C A B C ...), then rounds of encoding `rows` rows in chunks of T by each. Raises NotTrustedError."""
     topics, features = 2 * shape.E, shape.D // 8
     world = {"common": features, "topics": topics, "per_topic": features, "common_active": features / 8, "topic_active": shape.K - features / 8}
     source = SyntheticSource(SyntheticSource.Config(d_in=shape.D, noise=0.05, **world), shape.T)
     batches, held_out = [next(source) for _ in range(BATCHES)], source.evaluation_set(rows).rows
     start = Rows.of(torch.cat([batch.x_TD for batch in batches]))
-    trainers = {name: trainer_of(name, shape, start) for name in CONTENDERS}
+    trainers = {name: trainer_of(contender, shape, start) for name, contender in contenders.items()}
     for name, trainer in trainers.items():
         with searching(name):
-            for number in range(settling if CONTENDERS[name][1].get("stop") else WARMUP):
+            for number in range(settling if contenders[name][1].get("stop") else WARMUP):
                 trainer.step(batches[number % BATCHES])
     steps: dict[str, list[float]] = {name: [] for name in trainers}
     numbers: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
@@ -156,6 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--encodes", type=int, default=3, help="rounds of encoding")
     parser.add_argument("--rows", type=int, default=100_000, help="that are encoded")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cheap", action="store_true", help="cheap encoders, instead of refits and pursuit")
     parser.add_argument("--quick", action="store_true", help="small sizes; nothing is recorded")
     options = parser.parse_args(arguments)
     if "OMP_WAIT_POLICY" not in os.environ:  # as in `cpu`
@@ -167,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     shape, rows = (QUICK, min(options.rows, 4096)) if options.quick else (SIZES, options.rows)
     print(f"{cpu_model()}, {options.threads} threads, torch {torch.__version__}, float32; {shape}; {rows:,} rows")
     try:
-        records = compared(measure(shape, options.repeats, options.encodes, rows))
+        records = compared(measure(shape, options.repeats, options.encodes, rows, contenders=cheap(shape.E) if options.cheap else CONTENDERS))
     except NotTrustedError as error:
         sys.exit(f"no speed is reported: {error}")
     print("\n".join(aligned([list(records[0]), *(list(map(str, record.values())) for record in records)])))

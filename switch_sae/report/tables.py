@@ -42,6 +42,8 @@ def margins(run: RunDir, file: str = "results.json") -> str:
     difference that the two SAEs' own intervals do not support: they overlap.
     """
     main, *others = scored([run], file)
+    if not others:
+        return f"Nothing was scored beside {main.sae}: no margins."
     ratios = read_results(run, file).get("ratios") or {}
     lines = [_margins(main, others, HEADLINE, "FVU", ratios)]
     if any("delta_ce" in ratio for ratio in ratios.values()):

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from switch_sae.invocation import invocation
 from switch_sae.models import SAES
 from switch_sae.models.inference import Inference
+from switch_sae.models.routers import ROUTERS
+from switch_sae.plain import to_plain
 from switch_sae.results.kind import Kind
 from switch_sae.results.leverage import DenseCurve, DenseWidth
-from switch_sae.results.rows import TRAINED, ResultRow, grouped, hashable
+from switch_sae.results.rows import TRAINED, ResultRow, flat_settings, grouped, hashable
 from switch_sae.results.selection import Material, NotEnough
 from switch_sae.results.settings import HEADLINE
 from switch_sae.results.summary import Spread, Summary
@@ -50,7 +53,7 @@ PRICES = ("jaccard_3pct", "judge_hard")
 
 
 class Contender(NamedTuple):
-    """A way to have a token's latents found; with the number of experts it is a point of the frontier."""
+    """A way to have a token's latents found; with the number of experts, or the cost, it is a point of the frontier."""
 
     architecture: str
     """Its key in `SAES`."""
@@ -62,6 +65,8 @@ class Contender(NamedTuple):
     """The inference that it was trained with, where that is not its architecture's usual one."""
     inference: str = ""
     """The inference under which it was scored, where that is not the one that it was trained with."""
+    chosen: str = ""
+    """What else was chosen and not measured out: `router=competition`, `lists=random`. Other numbers are the same recipe, tuned."""
 
     @classmethod
     def of(cls, row: ResultRow) -> "Contender":
@@ -72,6 +77,7 @@ class Contender(NamedTuple):
             bool(row.config.get("sae.stop")),
             row.config.get("sae.inference") or "",
             row.inference if row.of else "",
+            ", ".join(f"{name.removesuffix('.kind')}={value}" for name, value in _chosen(row)),
         )
 
     @property
@@ -79,6 +85,7 @@ class Contender(NamedTuple):
         """What figures and tables call it: TopK + refit, SwitchPursuit, stop rule."""
         name = (SAES[self.architecture].label if self.architecture in SAES else "") or self.architecture
         words = ["stop rule"] * self.has_stop + ["shared"] * self.has_shared + ([f"trained with {self.trained}"] if self.trained else [])
+        words += [self.chosen] * bool(self.chosen)
         return ", ".join([name, *words]) + (f" + {self.inference}" if self.inference else "")
 
     @property
@@ -86,8 +93,36 @@ class Contender(NamedTuple):
         """Sorts the reference first, then dense architectures in the order of `SAES`, each with its variants and then with its inferences."""
         place = list(SAES).index(self.architecture) if self.architecture in SAES else len(SAES)
         inferences = ["", *(inference.name for inference in Inference)]
-        variant = (self.trained, self.has_stop, self.has_shared)
+        variant = (self.trained, self.has_stop, self.has_shared, self.chosen)
         return (*Kind(self.architecture).order[:2], place, *variant, inferences.index(self.inference))
+
+
+def _chosen(row: ResultRow) -> list[tuple[str, Any]]:
+    """The settings that are a choice by name, or a number of routes, and not the architecture's own, or its router's."""
+    if row.architecture not in SAES:
+        return []
+    usual = _usual(row.architecture, row.config.get("sae.router.kind"))
+    settings = {key.removeprefix("sae."): value for key, value in row.config.items() if key.startswith("sae.")}
+    return [
+        (name, settings[name])
+        for name, default in usual.items()
+        if name not in _TOLD and name in settings and settings[name] != default and (isinstance(default, str | bool) or name in _ROUTES)
+    ]
+
+
+_TOLD = ("inference", "stop")
+"""Settings that a `Contender` has fields of its own for."""
+_ROUTES = ("experts_per_token", "lists_per_token")
+
+
+@cache
+def _usual(architecture: str, router: str | None) -> dict[str, Any]:
+    """The settings by default, flat; those of the router are its own, its kind the architecture's."""
+    plain = to_plain(SAES.config_of(architecture)())
+    kind = plain.get("router", {}).get(ROUTERS.tag)
+    if router in ROUTERS and kind is not None:
+        plain["router"] = {ROUTERS.tag: kind, **to_plain(ROUTERS.config_of(router)())}
+    return flat_settings(plain)
 
 
 @dataclass(frozen=True)
@@ -175,8 +210,8 @@ class Frontier:
 
 
 def frontier(material: Material) -> Frontier:
-    """All contenders near the width, and of the k, of the dense reference that most of them have; of one contender with so many experts that was
-    trained in several ways, the way whose settings are the most usual.
+    """All contenders near the width, and of the k, of the dense reference that most of them have; of one contender with so many experts (or of that
+    cost) that was trained in several ways, the way whose settings are the most usual.
 
     Raises NotEnough without dense TopK, without a second contender beside it, and where neither stability nor meaning was measured.
     """
@@ -193,11 +228,11 @@ def frontier(material: Material) -> Frontier:
     if not any(group.mean(name) is not None for group in chosen for name in PRICES):
         raise NotEnough(
             "neither stability (jaccard_3pct) nor meaning (judge_hard) of these SAEs was measured, and less error says little without its price. "
-            f"Score them again: {invocation('evaluate', run='...')}, or train with evaluation.probes=true."
+            f"Score them again: {invocation('evaluate', '--probes', run='...')}, or train with evaluation.probes=true."
         )
     best: list[tuple[Contender, Summary]] = []
     notes = []
-    for (contender, experts), alike in grouped(chosen, lambda group: (Contender.of(group.first), group.first.num_experts)).items():
+    for (contender, experts, _), alike in grouped(chosen, lambda group: (Contender.of(group.first), *_size(group))).items():
         first, *others = sorted(alike, key=lambda group: (len(material.deviations(group)), abs(group.first.num_latents - width), _told(group)))
         best.append((contender, first))
         if others:
@@ -244,6 +279,12 @@ def _is_near(latents: int, width: int) -> bool:
 
 def _beside(dense: Summary, groups: Sequence[Summary]) -> list[Summary]:
     return [group for group in groups if group.first.k == dense.first.k and _is_near(group.first.num_latents, dense.first.num_latents)]
+
+
+def _size(group: Summary) -> tuple[int, float | None]:
+    """Its number of experts; without experts what it costs, which other numbers decide there, such as keys or lists."""
+    experts = group.first.num_experts
+    return experts, None if experts > 1 else group.mean("flops_encode")
 
 
 def _told(group: Summary) -> str:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from switch_sae.results.contenders import MEASURES, Contender, Frontier, Standing, frontier, share_of
+from switch_sae.results.leverage import DenseCurve
 from switch_sae.results.rows import grouped
 from switch_sae.results.selection import Material, mean_over_seeds, outliers
+from switch_sae.results.settings import HEADLINE
 from switch_sae.style import Drawing, canvas, family_style, inference_style, log_ticks, mark, note, styled
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 COLUMNS = 3
 WIDE = 5
 """Factor between errors from which their axis is logarithmic."""
+CHEAPER: dict[str, Any] = {"color": "0.45", "linestyle": ":", "linewidth": 1.1, "marker": "_", "markersize": 5.0}
 SIZE: dict[str, Any] = {"markersize": 5.0, "linewidth": 1.1, "markeredgewidth": 1.1}
 
 
@@ -36,13 +39,17 @@ def _figure(found: Frontier) -> "Figure":
     rows = -(-(len(found.known) + 1) // COLUMNS)
     figure = canvas(9.6, 2.95 * rows + 0.3)
     axes = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    curve = found.standings[0].curve
     for axis, name in zip(axes, found.known, strict=False):
+        if curve is not None and name == HEADLINE:
+            axis.plot(*_cheaper_dense(curve, found), zorder=1, **CHEAPER)
         for contender, standings in lines.items():
             _line(axis, name, standings, styles[contender])
         _finish(axis, name, found)
     for axis in axes[len(found.known) :]:
         axis.set_axis_off()
     handles = [mark(contender.label, **style, **SIZE) for contender, style in styles.items()]
+    handles += [mark("TopK of fewer latents (FVU)", **CHEAPER)] * (curve is not None)
     small = {"fontsize": 7.5, "handlelength": 2.6, "labelspacing": 0.3, "borderaxespad": 0.0}
     legend = axes[len(found.known)].legend(handles=handles, loc="upper left", **small)
     legend.set_in_layout(False)  # it may hang over its cell: below is room, and panels keep their width
@@ -56,6 +63,13 @@ def _figure(found: Frontier) -> "Figure":
     ]
     note(figure, " ".join(filter(None, words)))
     return figure
+
+
+def _cheaper_dense(curve: DenseCurve, found: Frontier) -> tuple[list[float], list[float]]:
+    """(compute, FVU) of dense TopK SAEs up to the reference: what a cheap encoder is worth only where it lies below."""
+    width = found.reference.first.num_latents
+    points = [(latents / width, error) for latents, error in curve.points if latents <= width]
+    return [compute for compute, _ in points], [error for _, error in points]
 
 
 def _style(contender: Contender, contenders: Sequence[Contender]) -> dict[str, Any]:
