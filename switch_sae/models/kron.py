@@ -42,7 +42,7 @@ class KronSAE(FactoredSAE):
             return self.num_latents // self.width_step, self.m, self.n
 
     config: "KronSAE.Config"
-    label, colour, marker = "Kron", "#B5651D", "p"
+    label, colour, marker = "Kron", "#E6AB02", "d"
     recipe = Recipe(lr=8e-4)
 
     def _choose(self, x_TD: Tensor, u_TGL: Tensor, v_TGR: Tensor) -> tuple[Tensor, Tensor, None]:
