@@ -536,7 +536,7 @@ def experiments() -> list[str]:
 
 def shrunk(member: RunConfig) -> RunConfig:
     """The same member, small enough for a test: what is particular to it stays."""
-    smaller = {"k": 2} | ({"shared": 4} if getattr(member.sae, "shared", 0) else {})
+    smaller = {"k": max(2, getattr(member.sae, "blocks", None) or 1)} | ({"shared": 4} if getattr(member.sae, "shared", 0) else {})
     latents = 32 * getattr(member.sae, "num_experts", 1) + smaller.get("shared", 0)
     if "candidates" in {f.name for f in fields(member.sae)}:  # as a setting
         latents = max(latents, member.sae.candidates or 0)
@@ -558,7 +558,7 @@ def test_every_experiment_of_a_sweep_says_what_it_asks_plans_and_runs_a_few_step
     assert f"experiment=sweep/{name}" in lines[2]
     with initialize_config_dir(version_base="1.3", config_dir=CONF):
         composed = sweep_config(compose("sweep", overrides=[f"experiment=sweep/{name}"]))
-    expected = "gpt2" if name.startswith("paper/") else None if name == "small/recovery" else "bundled"  # None: activations without a language model
+    expected = "gpt2" if name.startswith("paper/") else None if name.endswith("recovery") else "bundled"  # None: activations without a language model
     assert getattr(composed.source, "model", None) == expected
     members: list[RunConfig] = []
     for member in plan_members(composed, Measured()).values():
