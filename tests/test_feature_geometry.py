@@ -38,7 +38,9 @@ def rows(tmp_path_factory):
         SwitchSAE.Config(num_latents=32, k=4, num_experts=4, experts_per_token=2),
         SwitchRefitSAE.Config(num_latents=36, k=4, num_experts=4, shared=4),
     ]
-    return collect([tiny_run(folder, config, source=SOURCE, baselines=[]).path for config in configs])
+    names = [None, None, "two-experts", None]  # whose folder would differ from that before in its time alone
+    runs = [tiny_run(folder, config, source=SOURCE, baselines=[], name=name) for config, name in zip(configs, names, strict=True)]
+    return collect([run.path for run in runs])
 
 
 def test_pairs_and_clusters_are_those_of_brute_force():
