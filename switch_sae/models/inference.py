@@ -223,6 +223,14 @@ def _unit_rows(sae: "SparseAutoencoder") -> tuple[Tensor, Tensor | None]:
     return W_MD / norm_M[:, None], norm_M
 
 
+def _searched_rows(sae: "SparseAutoencoder", tokens: int, gram: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`_unit_rows`, and their Gram matrices where none were given."""
+    W_MD, norm_M = _unit_rows(sae)
+    if gram is None:
+        gram = gram_now(sae, tokens) if norm_M is None else gram_matrices(W_MD[None])
+    return W_MD, norm_M, gram
+
+
 def pursue(
     sae: "SparseAutoencoder",
     x_TD: Tensor,
@@ -243,11 +251,9 @@ def pursue(
         def expert_by_expert(residual_TD: Tensor, W_MD: Tensor) -> Tensor:
             return union_products(residual_TD, W_MD, dispatch, sae.num_shared, searched_by(sae))
 
-        return pursue_in_lists(sae, x_TD, candidate_TC, k, blocks, threshold, expert_by_expert, gram_ECP)
-    W_MD, norm_M = _unit_rows(sae)
+        return pursue_in_lists(sae, x_TD, candidate_TC, k, blocks, threshold, expert_by_expert, gram_ECP, limit_T)
+    W_MD, norm_M, gram_ECP = _searched_rows(sae, len(x_TD), gram_ECP)
     shared = sae.num_shared
-    if gram_ECP is None:
-        gram_ECP = gram_now(sae, len(x_TD)) if norm_M is None else gram_matrices(W_MD[None])
     with torch.no_grad():
         residual_ND = dispatch.gather(precise(x_TD - sae.b_out_D))
         products_NC = local_products(residual_ND, W_MD, dispatch, shared, execution=searched_by(sae))
@@ -268,19 +274,18 @@ def pursue_in_lists(
     threshold: Tensor | float = 0.0,
     products: Callable[[Tensor, Tensor], Tensor] | None = None,
     gram_1MP: Tensor | None = None,
+    limit_T: Tensor | None = None,
 ) -> SparseLatents:
-    """At most k latents of each token's own list, by the Gram matrix of all M, which holds the products across experts.
+    """At most k latents of each token's own list, and at most limit_T, by the Gram matrix of all M, which holds the products across experts.
 
     `products(residual_TD, W_MD)` gives those with the rows on the lists, [T, C], where they can be had for less than row by row; what a list holds a
     second time has -inf there.
     """
-    W_MD, norm_M = _unit_rows(sae)
-    if gram_1MP is None:
-        gram_1MP = gram_now(sae, len(x_TD)) if norm_M is None else gram_matrices(W_MD[None])
+    W_MD, norm_M, gram_1MP = _searched_rows(sae, len(x_TD), gram_1MP)
     with torch.no_grad():
         residual_TD = precise(x_TD - sae.b_out_D).contiguous()
         products_TC = row_products(residual_TD, candidate_TC, W_MD) if products is None else products(residual_TD, W_MD)
-        found = matching_pursuit_in_lists(products_TC, candidate_TC, gram_1MP[0], k, blocks, ridge_of(sae), threshold)
+        found = matching_pursuit_in_lists(products_TC, candidate_TC, gram_1MP[0], k, blocks, ridge_of(sae), threshold, limit_T)
         values_TK = found.values_NK if norm_M is None else found.values_NK / norm_M[found.indices_NK]
         return SparseLatents(values_TK.to(x_TD.dtype), found.indices_NK, sae.num_latents)
 
