@@ -155,8 +155,10 @@ class TritonEngine:
         self.dead_M = torch.zeros(sae.num_latents, dtype=torch.bool, device=self.device)
         self.dead: Any = None
         self.next_reading = 0
-        self.graphs: dict[int, tuple[Any, Any]] = {}
-        self.eager_steps: dict[int, int] = {}
+        self.kind = 0
+        """What `FusedTraining.prepare_step` said of the step."""
+        self.graphs: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self.eager_steps: dict[tuple[int, int], int] = {}
         self.stream: Any = None
         self.events: list[tuple[Any, Any, bool]] = []
         """Start and end of the steps that nobody has read yet, and whether each was replayed."""
@@ -187,6 +189,7 @@ class TritonEngine:
         self.rows.x_TD.copy_(rows.x_TD)
         if rows.target_TD is not rows.x_TD:
             self.rows.target_TD.copy_(rows.target_TD)
+        self.kind = self.sae.prepare_step(len(rows))
         is_captured = self._key() in self.graphs
         computed, grad_norm = self._replay() if self.keeps_time else self._compute()
         torch.autograd.graph.increment_version(list(self.optimizer.parameters.values()))  # kernels and graphs write where PyTorch does not see it
@@ -208,17 +211,18 @@ class TritonEngine:
         from switch_kernels.gpu.update_small import Schedule
 
         assert self.rows is not None
-        computed = self.sae.training_step(self.rows, self.optimizer.operands, self.dead, self.dot)
+        computed = self.sae.training_step(self.rows, self.optimizer.operands, self.dead, self.dot, self.seed)
         grad_norm = self.optimizer.step(computed.gradients, Schedule(self.hyper_IH, self.position, self.seed, self.worst_norm))
         mark_fired_(self.tokens_since_fired_M, computed.values_TK, computed.indices_TK, len(self.rows))
+        self.sae.follow_step(computed, self.seed)
         return computed, grad_norm
 
-    def _key(self) -> int:
-        """Dead latents (rounded up), for each number of which there is a graph."""
-        return 0 if self.dead is None else self.dead.latent_B.shape[0]
+    def _key(self) -> tuple[int, int]:
+        """Dead latents (rounded up) and the kind of step, for each of which there is a graph."""
+        return 0 if self.dead is None else self.dead.latent_B.shape[0], self.kind
 
     def _replay(self) -> tuple[Any, Tensor]:
-        """Runs `_compute` eagerly at first, then captures it once for every number of dead latents, and replays."""
+        """Runs `_compute` eagerly at first, then captures it once for every key, and replays."""
         key = self._key()
         if key not in self.graphs:
             done = self.eager_steps.get(key, 0)
@@ -266,7 +270,7 @@ class TritonEngine:
             for name in ("latent_B", "is_padding_B", "slot_M"):
                 getattr(self.dead, name).copy_(getattr(fresh, name))
         else:
-            self.graphs = {key: graph for key, graph in self.graphs.items() if key == 0}
+            self.graphs = {key: graph for key, graph in self.graphs.items() if key[0] == 0}
             self.dead = fresh
 
     def check(self) -> None:
@@ -335,5 +339,6 @@ class TritonEngine:
         copies = sum(copy.nbytes for copy in other.optimizer.operands.values() if copy.untyped_storage() not in weights)
         with Held() as held, launches_to(lambda launch: None):
             other.rows = Rows.of(torch.empty(tokens, sae.d_in, device="meta"))
+            other.kind = sae.prepare_step(tokens)
             other._compute()
         return copies + held.peak

@@ -15,7 +15,8 @@ from experiments.benchmarks.cases import MAIN, Case
 from switch_kernels import Dispatch, Execution, Moments, Precision, Shape, choose_plan
 from switch_kernels.gpu import inference, pursuit, route, topk
 from switch_kernels.gpu.adam import FusedAdam
-from switch_kernels.gpu.step import DeadLatents, Settings, Weights, training_step
+from switch_kernels.gpu.auxk import DeadLatents
+from switch_kernels.gpu.step import Settings, Weights, training_step
 from switch_kernels.gpu.update_small import Schedule
 from switch_kernels.pursuit import padded_columns
 

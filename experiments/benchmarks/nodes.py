@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.benchmarks.cases import MAIN, Case
 from switch_kernels import Execution, Regime
+from switch_kernels.gpu.auxk import DeadLatents
 from switch_kernels.gpu.launch import Launch, launches_to
-from switch_kernels.gpu.step import DeadLatents
 from switch_sae.engines import EngineSettings, TritonEngine
 from switch_sae.models import SwitchSAE, TopKSAE
 from switch_sae.rows import Rows

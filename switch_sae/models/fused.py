@@ -1,4 +1,4 @@
-"""The training step of TopK and Switch SAEs as fused Triton kernels: the same losses and gradients as autograd through `loss_terms`.
+"""Training steps as fused Triton kernels: the same losses and gradients as autograd through `loss_terms`.
 
 Kernels opt in, by exact class: what they do not know, autograd computes. `why_not_fused` is the only rule.
 """
@@ -19,7 +19,8 @@ from switch_sae.models.routers.base import Router, RouterKernel
 from switch_sae.rows import Rows
 
 if TYPE_CHECKING:
-    from switch_kernels.gpu.step import DeadLatents, StepTensors
+    from switch_kernels.gpu.auxk import DeadLatents
+    from switch_kernels.gpu.step import StepTensors
 
 
 MOST_DEAD = 16384
@@ -27,18 +28,12 @@ MOST_DEAD = 16384
 
 
 class FusedTraining(SparseAutoencoder):
-    """For SAEs that select k latents among those of the experts of each token, with the reconstruction, load-balance and AuxK losses."""
+    """For SAEs whose whole training step kernels compute: what `TritonEngine` asks of them."""
 
-    W_enc_MD: nn.Parameter
-    W_dec_MD: nn.Parameter
-    b_enc_M: nn.Parameter | None
-    b_pre_D: nn.Parameter
-    experts_per_token: int
-    joint_topk: bool
     has_kernels: bool = False
     """True in the body of exactly those classes that `training_step` computes; a subclass does not inherit it (`why_not_fused`)."""
-    regime: Regime | None = None
-    """Overrides the planner's choice."""
+    kernels_train_by: Inference = Inference.encoder
+    """The way of inference that `training_step` computes."""
 
     @abstractmethod
     def auxk_latents(self) -> int:
@@ -52,12 +47,78 @@ class FusedTraining(SparseAutoencoder):
         """Which of its own settings the kernels do not know, in words; None where there is none."""
         return None
 
+    @abstractmethod
     def plan(self, tokens: int) -> Plan:
         """How the kernels will compute a batch of so many tokens, and why."""
+
+    def prepare_step(self, tokens: int) -> int:
+        """What the host decides before a step: a number for the kind of work it does, each of which is captured in a graph of its own."""
+        return 0
+
+    @abstractmethod
+    def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor) -> "StepTensors":
+        """Losses and gradients of raw activations. `operands` are the weight matrices as `FusedAdam` keeps them for the kernels; `seed` (int32
+        [1]) is the number of the step.
+        """
+
+    def follow_step(self, computed: "StepTensors", step: Tensor) -> None:
+        """Called after the update: running statistics follow what the step saw, on the device. `step`, int32 [1], is the number of the next one."""
+
+    def _named(self, computed: "StepTensors") -> "StepTensors":
+        """With the small gradients under the parameters' own names."""
+        small, router = computed.gradients.small, self.router_kernel()
+        small["b_pre_D"] = small.pop("b_in_D")  # an autoencoder's bias has both roles
+        if router is not None and router.is_trained:
+            names = {id(parameter): name for name, parameter in self.named_parameters()}
+            small[names[id(router.W_ED)]], small[names[id(router.b_D)]] = small.pop("W_router_ED"), small.pop("b_router_D")
+        return computed
+
+    def dead_latents(self, dead_M: Tensor) -> "DeadLatents | None":
+        """What AuxK needs of the dead latents; None if there are none. Reads the device: not for use inside a captured step.
+
+        Each expert's dead latents, shared ones first, are padded to the same power of two, at least 64, so that shapes seldom change. Of more than
+        `MOST_DEAD` in an expert those of the lowest numbers take part, until they live: AuxK uses D / 2 of them for a token in any case.
+        """
+        from switch_kernels.gpu.auxk import DeadLatents
+
+        if self.config.auxk == 0 or not bool(dead_M.any()):
+            return None
+        experts, shared, device = self.num_experts, self.num_shared, dead_M.device
+        latent_M = torch.arange(self.num_latents, device=device)
+        latent_EC, dead_EC = (
+            torch.cat([of_M[:shared].expand(experts, -1), of_M[shared:].view(experts, -1)], dim=1) for of_M in (latent_M, dead_M)
+        )  # fmt: skip
+        place_EC = dead_EC.cumsum(dim=1) - 1
+        dead_EC = dead_EC & (place_EC < MOST_DEAD)
+        width = max(64, 1 << (int(dead_EC.sum(dim=1).max()) - 1).bit_length())
+        place_EC += torch.arange(experts, device=device)[:, None] * width
+        latent_B = torch.zeros(experts * width, dtype=torch.int64, device=device)
+        latent_B[place_EC[dead_EC]] = latent_EC[dead_EC]
+        is_padding_B = torch.ones_like(latent_B, dtype=torch.bool)
+        is_padding_B[place_EC[dead_EC]] = False
+        slot_M = torch.full((self.num_latents,), -1, dtype=torch.int32, device=device)
+        slot_M[latent_EC[dead_EC]] = place_EC[dead_EC].int()
+        dead_S = dead_EC[0, :shared]
+        slot_M[:shared][dead_S] = experts * width + place_EC[0, :shared][dead_S].int()
+        return DeadLatents(latent_B, is_padding_B, slot_M, self.auxk_latents(), self.config.auxk * self.d_out, shared > 0)
+
+
+class FusedEncoder(FusedTraining):
+    """For SAEs that select k latents among those of the experts of each token, with the reconstruction, load-balance and AuxK losses."""
+
+    W_enc_MD: nn.Parameter
+    W_dec_MD: nn.Parameter
+    b_enc_M: nn.Parameter | None
+    b_pre_D: nn.Parameter
+    experts_per_token: int
+    joint_topk: bool
+    regime: Regime | None = None
+    """Overrides the planner's choice."""
+
+    def plan(self, tokens: int) -> Plan:
         return choose_plan(tokens, self.num_latents, self.num_experts, self.config.k, self.experts_per_token, self.regime)
 
-    def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot) -> "StepTensors":
-        """Losses and gradients of raw activations. `operands` are W_enc_MD and W_dec_MD as `FusedAdam` keeps them for the kernels."""
+    def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor) -> "StepTensors":
         from switch_kernels.gpu.step import Settings, Weights, training_step
 
         router = self.router_kernel()
@@ -68,39 +129,7 @@ class FusedTraining(SparseAutoencoder):
             router is not None and router.is_trained, dot, self.plan(len(rows)),
         )  # fmt: skip
         rows = rows.map(lambda rows_TD: rows_TD.to(self.activation_scale.dtype))
-        computed = training_step(rows.x_TD, rows.target_TD, self.activation_scale, self.target_scale, weights, settings, dead)
-        small = computed.gradients.small
-        small["b_pre_D"] = small.pop("b_in_D")  # an autoencoder's bias has both roles
-        if router is not None and router.is_trained:
-            names = {id(parameter): name for name, parameter in self.named_parameters()}
-            small[names[id(router.W_ED)]], small[names[id(router.b_D)]] = small.pop("W_router_ED"), small.pop("b_router_D")
-        return computed
-
-    def dead_latents(self, dead_M: Tensor) -> "DeadLatents | None":
-        """What AuxK needs of the dead latents; None if there are none. Reads the device: not for use inside a captured step.
-
-        Each expert's dead latents are padded to the same power of two, at least 64, so that shapes seldom change. Of more than `MOST_DEAD` in an
-        expert those of the lowest numbers take part, until they live: AuxK uses D / 2 of them for a token in any case.
-        """
-        from switch_kernels.gpu.step import DeadLatents
-
-        if self.config.auxk == 0 or not bool(dead_M.any()):
-            return None
-        dead_EF = dead_M.view(self.num_experts, -1)
-        dead_EF = dead_EF & (dead_EF.cumsum(dim=1) <= MOST_DEAD)
-        dead_M, counts_E = dead_EF.flatten(), dead_EF.sum(dim=1)
-        most = int(counts_E.max())
-        width = max(64, 1 << (most - 1).bit_length())
-        dead_B = dead_M.nonzero()[:, 0]
-        expert_B = dead_B // (self.num_latents // self.num_experts)
-        place_B = expert_B * width + torch.arange(len(dead_B), device=dead_M.device) - (torch.cumsum(counts_E, 0) - counts_E)[expert_B]
-        latent_B = torch.zeros(self.num_experts * width, dtype=torch.int64, device=dead_M.device)
-        latent_B[place_B] = dead_B
-        is_padding_B = torch.ones_like(latent_B, dtype=torch.bool)
-        is_padding_B[place_B] = False
-        slot_M = torch.full((self.num_latents,), -1, dtype=torch.int32, device=dead_M.device)
-        slot_M[dead_B] = place_B.int()
-        return DeadLatents(latent_B, is_padding_B, slot_M, self.auxk_latents(), self.config.auxk * self.d_out)
+        return self._named(training_step(rows.x_TD, rows.target_TD, self.activation_scale, self.target_scale, weights, settings, dead))
 
 
 def why_not_fused(sae: SparseAutoencoder) -> str | None:
@@ -116,8 +145,9 @@ def why_not_fused(sae: SparseAutoencoder) -> str | None:
         return f"this {name} has {', '.join(changed)} of its own, which the Triton kernels would not call"
     if sae.recipe.betas != BETAS or not sae.recipe.unit_decoder:
         return f"the Triton kernels train with Adam's betas {BETAS} and unit decoder rows, not by {sae.recipe}"
-    if sae.inference is not Inference.encoder:
-        return f"the Triton kernels train encoders, not by inference={sae.inference.name}"
+    if sae.inference is not sae.kernels_train_by:
+        trained = "encoders" if sae.kernels_train_by is Inference.encoder else f"{name} by {sae.kernels_train_by.name}"
+        return f"the Triton kernels train {trained}, not by inference={sae.inference.name}"
     if why := sae.why_not_in_kernels():
         return why
     frozen = [key for key, parameter in sae.named_parameters(recurse=False) if not parameter.requires_grad]

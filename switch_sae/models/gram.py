@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from switch_kernels import PYTORCH, Dispatch, Execution
-from switch_kernels.pursuit import gram_matrices
+from switch_kernels.pursuit import gram_matrices, padded_columns
 
 REFRESH_TOKENS = 8192
 """In training, Gram matrices are computed anew after so many tokens, as they cost E C^2 D multiply-adds: pursuit with fixed k loses 0.8 % of FVU to
@@ -96,6 +96,22 @@ class GramCache:
             self._of_version, self._version = _gram(W_MD, experts, shared), version
         return self._of_version
 
+    @property
+    def of_step(self) -> Tensor:
+        """What a training step reads, after `is_due`."""
+        assert self._in_training is not None
+        return self._in_training
+
+    def is_due(self, W_MD: Tensor, experts: int, shared: int, tokens: int, every: int) -> bool:
+        """Whether a training step on so many tokens should write `of_step` anew, where it stays for as long as weights stay where they are."""
+        last, due = self._in_training, self._age >= every
+        if last is None or last.device != W_MD.device:
+            candidates = shared + (len(W_MD) - shared) // experts
+            self._in_training = torch.empty(experts, candidates, padded_columns(candidates), device=W_MD.device)
+            due = True
+        self._age = tokens + (0 if due else self._age)
+        return due
+
     def for_step(self, W_MD: Tensor, experts: int, shared: int, tokens: int, every: int) -> Tensor:
         """Of these weights or of those up to `every` tokens ago, for a training step on so many tokens."""
         last = self._in_training
@@ -112,7 +128,10 @@ class GramCache:
     def load(self, state: dict[str, Tensor], like: Tensor) -> None:
         """From `state`, to the device of a weight."""
         if state:
-            self._in_training, self._age = state["gram"].to(like.device), int(state["gram_age"])
+            last, gram = self._in_training, state["gram"].to(like.device)
+            if last is not None and (last.shape, last.dtype, last.device) == (gram.shape, gram.dtype, gram.device):
+                gram = last.copy_(gram)  # a captured graph may read it there
+            self._in_training, self._age = gram, int(state["gram_age"])
 
 
 def _gram(W_MD: Tensor, experts: int, shared: int) -> Tensor:

@@ -20,6 +20,9 @@ from switch_sae.models.pairs import decode_pairs
 from switch_sae.models.routers.base import Routing
 from switch_sae.rows import Rows
 
+THRESHOLD_RATE = 0.1
+"""Of the running mean of theta, per step, with which evaluation stops."""
+
 
 class PursuitSAE(SparseAutoencoder):
     """z = pursuit(W_dec (x - b), W_dec W_dec^T): blocks of k / blocks latents of largest correlation, refitted after each; recon = W_dec^T z + b.
@@ -146,7 +149,7 @@ class PursuitSAE(SparseAutoencoder):
         if self.config.stop:
             (l0,) = self.group.mean([(output.latents.values > 0).sum().to(self.theta.dtype) / len(output.latents.values)])
             self.theta.mul_(torch.exp(self.config.eta * (l0 / self.config.k - 1)))
-            self.threshold.lerp_(self.theta, 0.1)
+            self.threshold.lerp_(self.theta, THRESHOLD_RATE)
 
     def flops(self) -> Flops:
         """Encoding counts the pursuit's products; backward: the gradient of W_dec (2DK) on selected rows, and Gram matrices."""

@@ -122,7 +122,8 @@ class SwitchSAE(RoutedSAE, TopKSAE):
         return "the Triton kernels select gated latents, not by gate_in_selection=False" if self._gates_after_selection() else None
 
     def router_kernel(self) -> RouterKernel | None:
-        return self.router.kernel()
+        kernel = self.router.kernel()
+        return kernel if kernel is not None and kernel.rivals is None else None
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss_terms(rows, output, dead_M)

@@ -9,6 +9,7 @@ from torch import Tensor
 from switch_kernels import Dispatch, sparse_decode
 from switch_sae.checks import at_least
 from switch_sae.models.base import Flops, SAEOutput
+from switch_sae.models.fused_search import FusedSearch
 from switch_sae.models.inference import gram_now
 from switch_sae.models.latents import SparseLatents
 from switch_sae.models.losses import competition_loss
@@ -19,7 +20,7 @@ from switch_sae.models.routers.base import Rivals
 from switch_sae.rows import Rows
 
 
-class SwitchPursuitSAE(RoutedSAE, PursuitSAE):
+class SwitchPursuitSAE(RoutedSAE, PursuitSAE, FusedSearch):
     """e = router(x); A = [W_shared; W_dec of expert e]; z = pursuit(A (x - b), A A^T); recon = A^T z + b.
 
     An expert is small, so its Gram matrix is, and the search costs less than the correlations. The gate is hard: no latent is scaled. With a router
@@ -71,6 +72,7 @@ class SwitchPursuitSAE(RoutedSAE, PursuitSAE):
 
     config: "SwitchPursuitSAE.Config"
     colour, marker = "#1B9E77", "P"
+    has_kernels = True
 
     def __init__(self, config: "SwitchPursuitSAE.Config", d_in: int, generator: torch.Generator | None = None) -> None:
         super().__init__(config, d_in, generator)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from switch_kernels import Dispatch, encode_topk, sparse_decode
 from switch_sae.checks import all_at_least, at_least
 from switch_sae.models.base import Flops, SAEConfig, SAEOutput
-from switch_sae.models.fused import FusedTraining
+from switch_sae.models.fused import FusedEncoder
 from switch_sae.models.gram import REFRESH_TOKENS
 from switch_sae.models.inference import Inference, equal_blocks, gram_flops, match_loss, pursue, pursuit_flops, refit, refit_flops
 from switch_sae.models.latents import Latents, SparseLatents
@@ -29,7 +29,7 @@ class EncoderInit(Enum):
     """torch.nn.Linear's default, uniform in +-1/sqrt(D): the paper's start."""
 
 
-class TopKSAE(FusedTraining):
+class TopKSAE(FusedEncoder):
     """z = TopK(ReLU(W_enc (x - b_pre) + b_enc)), recon = W_dec z + b_pre, W_dec's rows on the unit sphere."""
 
     @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor
 from switch_kernels.gpu import pairs as pairs_module
 from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.launch import round_up
-from switch_kernels.gpu.pairs import LatentGradients, division, latent_gradients, pairs_by_latent, update_from_pairs_
+from switch_kernels.gpu.pairs import LatentGradients, Terms, division, latent_gradients, pairs_by_latent, update_from_pairs_
 from switch_kernels.gpu.sparse import TokenLoss
 from switch_kernels.gpu.update import MatrixState, update_rows_
 
@@ -32,7 +32,10 @@ class Problem:
 
     def run(self, out: torch.dtype | None, extra_dec: Extra | None = None, extra_enc: Extra | None = None) -> LatentGradients:
         order = pairs_by_latent(self.indices_TK, self.M)
-        return latent_gradients(order, self.loss, self.rows_ND, self.row_R, self.slot_TK, self.S, self.D, self.D, out, extra_dec, extra_enc)
+        decoder = Terms(self.loss.weights_TK, self.loss.grad_TD, self.D, extra=extra_dec)
+        slot_TK = self.slot_TK if self.S > 1 else None
+        encoder = Terms(self.loss.grad_pre_TK, self.rows_ND, self.D, self.row_R, slot_TK, self.S, extra_enc)
+        return latent_gradients(order, decoder, encoder, out)
 
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
         """dW_dec, dW_enc, db_enc in float64."""

@@ -18,7 +18,7 @@ MATRICES = ("W_enc_MD", "W_dec_MD")
 
 
 class FusedAdam:
-    """Adam on the parameters of a TopK or Switch SAE: same order of operations and same state as `Adam`, all of it on the device.
+    """Adam on the parameters of an SAE, of which matrices are `MATRICES`: same order of operations and same state as `Adam`, all on the device.
 
     Weights, moments and the operands that matrix products read change in place, so a CUDA graph may hold their addresses. A gradient whose norm is
     not finite changes nothing.
@@ -31,7 +31,7 @@ class FusedAdam:
         for name, p in self.parameters.items():
             dtype = moments if name in MATRICES else torch.float32
             self.moments[name] = torch.zeros_like(p, dtype=dtype), torch.zeros_like(p, dtype=dtype)
-        self.operands = {name: operand(self.parameters[name], dot) for name in MATRICES}
+        self.operands = {name: operand(self.parameters[name], dot) for name in MATRICES if name in self.parameters}
         self.steps_taken = 0
 
     @torch.no_grad()
@@ -54,13 +54,12 @@ class FusedAdam:
         """
         square = self._reduced_square(gradients)
         hyper, norm = begin_update_(schedule, square)
-        enc, dec = (self._matrix(name) for name in MATRICES)
+        states = {name: self._matrix(name) for name in self.operands}
         if gradients.recipe is not None:
-            pairs.update_from_pairs_(gradients.recipe, dec, enc, hyper, square, schedule.seed)
+            pairs.update_from_pairs_(gradients.recipe, states["W_dec_MD"], states.get("W_enc_MD"), hyper, square, schedule.seed)
         else:
-            assert gradients.W_enc_MD is not None and gradients.W_dec_MD is not None
-            update.update_rows_(enc, gradients.W_enc_MD, hyper, square, schedule.seed)
-            update.update_rows_(dec, gradients.W_dec_MD, hyper, square, schedule.seed)
+            for name, state in states.items():
+                update.update_rows_(state, gradients.of_matrix(name), hyper, square, schedule.seed)
         small = [SmallState(self.parameters[name].detach(), *self.moments[name], grad) for name, grad in gradients.small.items()]
         update_small_(small, hyper, square)
         return norm
@@ -69,9 +68,9 @@ class FusedAdam:
         """Averages the gradients over the group and returns the squared norm of the result."""
         if self.group.size == 1:
             return gradients.square
-        if gradients.W_enc_MD is None or gradients.W_dec_MD is None:
+        if gradients.recipe is not None:
             raise ValueError("gradients that are recomputed in the update cannot be averaged over processes. Use GradientMode.buffered.")
-        averaged = [gradients.W_enc_MD, gradients.W_dec_MD, *gradients.small.values()]
+        averaged = [*map(gradients.of_matrix, self.operands), *gradients.small.values()]
         self.group.mean_(averaged)
         return torch.stack([gradient.float().square().sum() for gradient in averaged]).sum()
 

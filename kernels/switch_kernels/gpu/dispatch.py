@@ -192,24 +192,26 @@ def _place_pairs(
 def gather_rows(x_TD: Tensor, scale: Tensor, b_pre_D: Tensor, order_N: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
     """[N, Dp] of `dtype`: x * scale - b_pre of each row's token, in float32 before the cast; Dp is D rounded up to 8, padding rows and columns are 0.
 
-    x_TD is float32 or bfloat16, scale a float32 scalar, b_pre_D float32, order_N from `sort_pairs` (pair // slots is the token).
+    x_TD is float32 or bfloat16, scale a float32 scalar, b_pre_D float32, order_N from `sort_pairs` (pair // slots is the token). Tokens T and on are
+    the first ones once more.
     """
-    width = x_TD.shape[1]
+    tokens, width = x_TD.shape
     leading = round_up(width, 8)
     columns = min(256, next_power_of_2(leading))
     rows = min(ALIGN, 2048 // columns)
     rows_ND = torch.empty(order_N.shape[0], leading, dtype=dtype, device=x_TD.device)
     grid = (order_N.shape[0] // rows, cdiv(leading, columns))
-    launch(_gather_rows, grid, x_TD, scale, b_pre_D, order_N, rows_ND, width, leading, slots, ROWS=rows, COLUMNS=columns)
+    launch(_gather_rows, grid, x_TD, scale, b_pre_D, order_N, rows_ND, tokens, width, leading, slots, ROWS=rows, COLUMNS=columns)
     return rows_ND
 
 
-@triton.jit(do_not_specialize=["S"])
-def _gather_rows(x_TD, scale, b_pre_D, order_N, rows_ND, D, DP, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=["T", "S"])
+def _gather_rows(x_TD, scale, b_pre_D, order_N, rows_ND, T, D, DP, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     pair = tl.load(order_N + n)
-    token = (tl.maximum(pair, 0) // S).to(tl.int64)
+    token = tl.maximum(pair, 0) // S
+    token = tl.where(token < T, token, token - T).to(tl.int64)
     real = (pair >= 0)[:, None] & (d < D)[None, :]
     x = tl.load(x_TD + token[:, None] * D + d[None, :], mask=real, other=0.0).to(tl.float32)
     bias = tl.load(b_pre_D + d, mask=d < D, other=0.0)

@@ -168,10 +168,11 @@ def _encode_kernel(
 
 
 def encode(
-    rows_ND: Tensor, W_MD: Tensor, b_M: Tensor | None, start_E1: Tensor, F: int, group: int, precision: str, any_width: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(pre_NF [N, Fp], group_max_NG [N, ceil(F / group)]) in the operands' dtype: pre = rows @ W[e]^T + b of each row's expert, and its maxima over
-    groups.
+    rows_ND: Tensor, W_MD: Tensor, b_M: Tensor | None, start_E1: Tensor, F: int, group: int, precision: str, any_width: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(pre_NF [N, Fp], group_max_NG [N, ceil(F / group)]) in `dtype`, the operands' unless given: pre = rows @ W[e]^T + b of each row's expert,
+    and its maxima over groups.
 
     rows_ND is [N, Dp], W_MD [M, Dp], b_M float32; their pad columns hold 0. Pad columns of pre hold 0, padding rows whatever a row of zeros gives,
     rows behind the last expert 0. `group` is a power of two up to 128; with group 1 the maxima are pre itself, not a copy. With `any_width` every F
@@ -181,8 +182,8 @@ def encode(
     num_rows, DP = rows_ND.shape
     E, groups = start_E1.shape[0] - 1, cdiv(F, group)
     tile, descriptors, num_row_tiles, constants = grouped("encode", rows_ND, start_E1, F, DP, precision, group, any_width)
-    pre_NF = rows_ND.new_empty(num_rows, padded(F))
-    group_max_NG = pre_NF[:, :F] if group == 1 else rows_ND.new_empty(num_rows, padded(groups))[:, :groups]
+    pre_NF = rows_ND.new_empty(num_rows, padded(F), dtype=dtype)
+    group_max_NG = pre_NF[:, :F] if group == 1 else pre_NF.new_empty(num_rows, padded(groups))[:, :groups]
     launch(
         _encode_kernel,
         (num_row_tiles * cdiv(F, tile.BN),),

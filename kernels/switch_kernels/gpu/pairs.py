@@ -9,14 +9,16 @@ active on every token does not keep one program busy long after all others.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.launch import cdiv, launch
 from switch_kernels.gpu.segments import gradient_rows, sum_chunks, update_latents
-from switch_kernels.gpu.sparse import TokenLoss
 from switch_kernels.gpu.update import MatrixState, RowTiling, check_state, state_arguments, state_constants
 
 CHUNK = 128
@@ -32,109 +34,133 @@ class LatentPairs:
     pair_P: Tensor
     """int32: pair numbers t * K + k, sorted by latent; ties keep token order."""
     latent_P: Tensor
-    """The latent of each, ascending; int16 where that holds all latents, else int32."""
+    """The latent of each, ascending; int16 where that holds all latents, less 2^15 of more, else int32."""
     start_M1: Tensor
     """int32 [M + 1]: latent j owns pairs start[j] to start[j + 1] - 1."""
+    nobody: int
+    """What stands in `latent_P` for pairs that belong to no latent."""
 
 
-def pairs_by_latent(indices_TK: Tensor, num_latents: int) -> LatentPairs:
-    """Sorts the pairs of indices_TK (int32 in [0, num_latents)) by latent. Needs T * K < 2^31."""
+def pairs_by_latent(indices_TK: Tensor, num_latents: int, marks_TK: Tensor | None = None) -> LatentPairs:
+    """Sorts the pairs of indices_TK (int32 in [0, num_latents)) by latent. Needs T * K < 2^31.
+
+    With `marks_TK` (float32) only pairs whose mark is above 0 belong to a latent: start_M1[M] counts them, and the others come behind.
+    """
     # a radix sort takes half the passes on half the bits
-    key_dtype = torch.int16 if num_latents <= 2**15 else torch.int32
-    latent_P, pair_P = torch.sort(indices_TK.flatten().to(key_dtype), stable=True)
+    if marks_TK is None:
+        key_dtype, lowest = torch.int16 if num_latents <= 2**15 else torch.int32, 0
+        keys_P = indices_TK.flatten().to(key_dtype)
+    else:
+        key_dtype, lowest = (torch.int16, -(2**15)) if num_latents < 2**16 else (torch.int32, 0)
+        keys_P = torch.empty(indices_TK.numel(), dtype=key_dtype, device=indices_TK.device)
+        launch(_mark_keys, (cdiv(len(keys_P), 1024),), indices_TK, marks_TK, keys_P, len(keys_P), num_latents, lowest, BLOCK=1024)
+    latent_P, pair_P = torch.sort(keys_P, stable=True)
     start_M1 = torch.empty(num_latents + 1, dtype=torch.int32, device=indices_TK.device)
-    start_M1[num_latents:].fill_(indices_TK.numel())
-    torch.searchsorted(latent_P, torch.arange(num_latents, dtype=key_dtype, device=indices_TK.device), out_int32=True, out=start_M1[:num_latents])
-    return LatentPairs(pair_P.to(torch.int32), latent_P, start_M1)
+    if marks_TK is None:
+        start_M1[num_latents:].fill_(indices_TK.numel())
+    starts = start_M1 if marks_TK is not None else start_M1[:num_latents]
+    torch.searchsorted(
+        latent_P, torch.arange(lowest, lowest + len(starts), dtype=key_dtype, device=indices_TK.device), out_int32=True, out=starts
+    )  # fmt: skip
+    return LatentPairs(pair_P.to(torch.int32), latent_P, start_M1, num_latents + lowest)
+
+
+@triton.jit(do_not_specialize=["P", "M", "lowest"])
+def _mark_keys(indices, marks, keys, P, M, lowest, BLOCK: tl.constexpr):
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    latent = tl.load(indices + p, mask=p < P, other=0)
+    mark = tl.load(marks + p, mask=p < P, other=0.0)
+    tl.store(keys + p, (tl.where(mark > 0.0, latent, M) + lowest).to(keys.dtype.element_ty), mask=p < P)
+
+
+class Terms(NamedTuple):
+    """What the gradient of one matrix adds up: row j is the sum over the pairs of latent j of weights[pair] * table[row of the pair]."""
+
+    weights_TK: Tensor
+    """float32."""
+    table: Tensor
+    """[T or N, Dp]."""
+    D: int
+    row_R: Tensor | None = None
+    """Row of the table for each (token, slot); None: the token itself."""
+    slot_TK: Tensor | None = None
+    """Without it each slot owns K / S neighbours."""
+    num_slots: int = 1
+    extra: Extra | None = None
 
 
 @dataclass(frozen=True)
 class RowSums:
-    """What the gradient of one matrix is a sum of: row `j` is the sum over its pairs of weights[pair] * table[row of the pair]."""
+    """`Terms`, and sums of those chunks of pairs that lie inside one latent."""
 
-    weights_TK: Tensor
-    table: Tensor
-    """[T or N, Dp]."""
-    row_R: Tensor | None
-    """Row of the table for each (token, slot); None: the token itself."""
-    slot_TK: Tensor | None
-    num_slots: int
-    extra: Extra | None
+    terms: Terms
     chunk_sums: Tensor
-    """float32 [chunks, D]: sums of the chunks that lie inside one latent, the others unwritten."""
+    """float32 [chunks, D]: the others are unwritten."""
     chunk_weights: Tensor
     """float32 [chunks]: sums of their weights."""
 
 
 @dataclass(frozen=True)
 class LatentGradients:
-    """Gradients of both matrices, or what `update_from_pairs_` needs to form them again."""
+    """Gradients of decoder and encoder, as far as there is one, or what `update_from_pairs_` needs to form them again."""
 
     decoder_MD: Tensor | None
     encoder_MD: Tensor | None
-    bias_M: Tensor
-    """Gradient of the encoder's bias, float32."""
+    bias_M: Tensor | None
+    """Gradient of the encoder's bias, float32; None without an encoder."""
     square_parts: Tensor
-    """float32 [2, M]: squared norms of the gradients' rows, before rounding; they sum to that of both matrices, without the bias."""
+    """float32 [matrices, M]: squared norms of the gradients' rows, before rounding; they sum to that of the matrices, without the bias."""
     pairs: LatentPairs
     decoder_sums: RowSums
-    encoder_sums: RowSums
+    encoder_sums: RowSums | None
 
 
-def latent_gradients(
-    pairs: LatentPairs,
-    loss: TokenLoss,
-    rows_ND: Tensor,
-    row_R: Tensor,
-    slot_TK: Tensor | None,
-    S: int,
-    D_in: int,
-    D_out: int,
-    out: torch.dtype | None,
-    extra_dec: Extra | None = None,
-    extra_enc: Extra | None = None,
-) -> LatentGradients:
+def latent_gradients(pairs: LatentPairs, decoder: Terms, encoder: Terms | None, out: torch.dtype | None) -> LatentGradients:
     """Gradients of decoder, encoder and encoder bias from the pairs of each latent, in a fixed order; latents without pairs get zeros.
 
-    dW_dec[j] = sum of weights * grad[t]; dW_enc[j] = sum of grad_pre * rows[row_R[t * S + slot]]; db_enc[j] = sum of grad_pre. Without
-    `slot_TK` each slot owns K / S neighbours. With `out` None neither matrix gets a gradient in memory: only squared norms and the bias are
+    The bias's is the sum of the encoder's weights. With `out` None neither matrix gets a gradient in memory: only squared norms and the bias are
     kept, and `update_from_pairs_` gathers again.
     """
-    decoder = _row_sums(pairs, loss.weights_TK, loss.grad_TD, None, None, 1, D_out, extra_dec)
-    encoder = _row_sums(pairs, loss.grad_pre_TK, rows_ND, row_R, slot_TK if S > 1 else None, S, D_in, extra_enc)
-    M = pairs.start_M1.shape[0] - 1
-    device = rows_ND.device
-    bias_M = torch.empty(M, dtype=torch.float32, device=device)
-    square_parts = torch.empty(2, M, dtype=torch.float32, device=device)
+    M, device = pairs.start_M1.shape[0] - 1, decoder.table.device
+    matrices = [_row_sums(pairs, terms) for terms in (decoder, encoder) if terms is not None]
+    bias_M = None if encoder is None else torch.empty(M, dtype=torch.float32, device=device)
+    square_parts = torch.empty(len(matrices), M, dtype=torch.float32, device=device)
     grads: list[Tensor | None] = []
-    for sums, squares, D in ((decoder, square_parts[0], D_out), (encoder, square_parts[1], D_in)):
+    for sums, squares in zip(matrices, square_parts, strict=True):
+        D = sums.terms.D
         tiling = RowTiling.of(D)
         grad_MD = torch.empty(M, D, dtype=out, device=device) if out is not None else None
+        store_total = sums.terms is encoder
         launch(
             gradient_rows,
             (M,),
             *_sum_arguments(pairs, sums),
             grad_MD if grad_MD is not None else squares,
             squares,
-            bias_M,
+            bias_M if store_total else squares,
             **_sum_constants(sums),
             D=D,
-            DP=sums.table.stride(0),
+            DP=sums.terms.table.stride(0),
             WIDTH=tiling.width,
             CHUNKS=tiling.chunks,
             STORE=grad_MD is not None,
-            STORE_TOTAL=sums is encoder,
+            STORE_TOTAL=store_total,
             num_warps=tiling.warps,
         )
         grads.append(grad_MD)
-    return LatentGradients(grads[0], grads[1], bias_M, square_parts, pairs, decoder, encoder)
+    (decoder_sums, *encoder_sums), (decoder_MD, *encoder_MD) = matrices, grads
+    return LatentGradients(
+        decoder_MD, encoder_MD[0] if encoder_MD else None, bias_M, square_parts, pairs, decoder_sums, encoder_sums[0] if encoder_sums else None
+    )
 
 
 def update_from_pairs_(
-    gradients: LatentGradients, W_dec: MatrixState, W_enc: MatrixState, hyper: Tensor, total_square: Tensor, step_seed: Tensor | None = None
+    gradients: LatentGradients, W_dec: MatrixState, W_enc: MatrixState | None, hyper: Tensor, total_square: Tensor, step_seed: Tensor | None = None
 ) -> None:
-    """The update of `update_rows_` for both matrices, with gradients that are gathered again instead of read."""
+    """The update of `update_rows_` for each matrix, with gradients that are gathered again instead of read."""
     for state, sums in ((W_dec, gradients.decoder_sums), (W_enc, gradients.encoder_sums)):
+        if state is None or sums is None:
+            continue
         check_state(state, step_seed)
         M, D = state.weight_MD.shape
         tiling = RowTiling.of(D)
@@ -144,21 +170,19 @@ def update_from_pairs_(
             *_sum_arguments(gradients.pairs, sums),
             *state_arguments(state, hyper, total_square, step_seed),
             **_sum_constants(sums),
-            TABLE_DP=sums.table.stride(0),
+            TABLE_DP=sums.terms.table.stride(0),
             **state_constants(state, tiling),
             num_warps=tiling.warps,
         )
 
 
-def _row_sums(
-    pairs: LatentPairs, weights_TK: Tensor, table: Tensor, row_R: Tensor | None, slot_TK: Tensor | None, num_slots: int, D: int, extra: Extra | None
-) -> RowSums:
+def _row_sums(pairs: LatentPairs, terms: Terms) -> RowSums:
     """Sums the chunks that lie inside one latent."""
-    T, K = weights_TK.shape
-    chunks = cdiv(T * K, CHUNK)
-    chunk_sums = torch.empty(chunks, D, dtype=torch.float32, device=table.device)
-    chunk_weights = torch.empty(chunks, dtype=torch.float32, device=table.device)
-    sums = RowSums(weights_TK, table, row_R, slot_TK, num_slots, extra, chunk_sums, chunk_weights)
+    pair_count, D, device = terms.weights_TK.numel(), terms.D, terms.table.device
+    chunks = cdiv(pair_count, CHUNK)
+    chunk_sums = torch.empty(chunks, D, dtype=torch.float32, device=device)
+    chunk_weights = torch.empty(chunks, dtype=torch.float32, device=device)
+    sums = RowSums(terms, chunk_sums, chunk_weights)
     tiling = RowTiling.of(D)
     constants = _sum_constants(sums)
     launch(
@@ -166,13 +190,14 @@ def _row_sums(
         (chunks,),
         pairs.pair_P,
         pairs.latent_P,
-        *_table_arguments(sums),
+        *_table_arguments(terms),
         chunk_sums,
         chunk_weights,
-        T * K,
+        pair_count,
+        pairs.nobody,
         **{name: value for name, value in constants.items() if "EXTRA" not in name},
         D=D,
-        DP=table.stride(0),
+        DP=terms.table.stride(0),
         WIDTH=tiling.width,
         CHUNKS=tiling.chunks,
         num_warps=tiling.warps,
@@ -189,28 +214,28 @@ def division(divisor: int) -> tuple[int, int]:
     return cdiv(1 << shift, divisor), shift
 
 
-def _table_arguments(sums: RowSums) -> tuple[Tensor | int, ...]:
+def _table_arguments(terms: Terms) -> tuple[Tensor | int, ...]:
     """Where a tensor is absent another stands in, which the kernel does not touch.
 
     Pair t * K + k is divided into its token t, or where each slot owns K / S neighbours into its (token, slot) pair t * S + s.
     """
-    row_R = sums.row_R if sums.row_R is not None else sums.weights_TK
-    K = sums.weights_TK.shape[1]
-    divisor = K if sums.slot_TK is not None else K // sums.num_slots
-    return sums.weights_TK, sums.table, row_R, sums.slot_TK if sums.slot_TK is not None else row_R, *division(divisor), sums.num_slots
+    row_R = terms.row_R if terms.row_R is not None else terms.weights_TK
+    K = terms.weights_TK.shape[1]
+    divisor = K if terms.slot_TK is not None else K // terms.num_slots
+    return terms.weights_TK, terms.table, row_R, terms.slot_TK if terms.slot_TK is not None else row_R, *division(divisor), terms.num_slots
 
 
 def _sum_arguments(pairs: LatentPairs, sums: RowSums) -> tuple[Tensor | int, ...]:
-    extra = sums.extra
+    extra = sums.terms.extra
     of_extra = (extra.slot_M, extra.rows_AD) if extra is not None else (sums.chunk_weights,) * 2
-    return pairs.start_M1, pairs.pair_P, *_table_arguments(sums), sums.chunk_sums, sums.chunk_weights, *of_extra
+    return pairs.start_M1, pairs.pair_P, *_table_arguments(sums.terms), sums.chunk_sums, sums.chunk_weights, *of_extra
 
 
 def _sum_constants(sums: RowSums) -> dict[str, int | bool]:
     return {
-        "BY_ROW": sums.row_R is not None,
-        "HAS_SLOT": sums.slot_TK is not None,
-        "HAS_EXTRA": sums.extra is not None,
+        "BY_ROW": sums.terms.row_R is not None,
+        "HAS_SLOT": sums.terms.slot_TK is not None,
+        "HAS_EXTRA": sums.terms.extra is not None,
         "CHUNK": CHUNK,
-        "UNROLL": ROW_BYTES // sums.table.element_size(),
+        "UNROLL": ROW_BYTES // sums.terms.table.element_size(),
     }

@@ -40,17 +40,21 @@ def _solution(R_SS, y_S):
     return tl.sum(R_SS * y_S[:, None], axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "shared", "F"])
 def _pursue(
     products,
     gram,
     groups,
     limits,
     threshold,
+    order,
     values,
     indices,
     C,
     P,
+    stride,
+    shared,
+    F,
     ridge,
     K: tl.constexpr,
     STEP: tl.constexpr,
@@ -62,10 +66,15 @@ def _pursue(
     n = tl.program_id(0).to(tl.int64)
     p = tl.arange(0, WIDTH)
     slot = tl.arange(0, SLOTS)
-    products += n * C
+    products += n * stride
+    if order is not None:
+        n = tl.load(order + n).to(tl.int64)
+        if n < 0:
+            return
     values += n * K
     indices += n * K
-    gram += tl.load(groups + n).to(tl.int64) * C * P
+    group = tl.load(groups + n).to(tl.int64)
+    gram += group * C * P
     theta = tl.load(threshold)
     most = K
     if HAS_LIMIT:
@@ -89,7 +98,7 @@ def _pursue(
             c0 = tl.where(p == index, -float("inf"), c0)
             R_SS, RT_SS, y_S = _grow(R_SS, RT_SS, y_S, chosen_S, row, index, tl.load(products + index), count, ridge, SLOTS)
             chosen_S = tl.where(slot == count, index, chosen_S)
-            tl.store(indices + count, index.to(tl.int64))
+            tl.store(indices + count, index.to(indices.dtype.element_ty))
             count += 1
             if (count % STEP == 0) & (count < most):
                 z_S = tl.maximum(_solution(R_SS, y_S), 0.0)
@@ -117,8 +126,11 @@ def _pursue(
                 R_SS, RT_SS, y_S = _grow(R_SS, RT_SS, y_S, chosen_S, gram + index * P, index, tl.load(products + index), s, ridge, SLOTS)
         z_S = _solution(R_SS, y_S)
         again = tl.sum((z_S < 0.0).to(tl.int32), axis=0) > 0
+    if order is not None:
+        chosen_S = tl.where((slot >= count) | (chosen_S < shared), chosen_S, chosen_S + group.to(tl.int32) * F)
+        tl.debug_barrier()  # all lanes have read the candidates' numbers that the latents' now replace
     tl.store(values + slot, z_S, mask=slot < K)
-    tl.store(indices + slot, chosen_S.to(tl.int64), mask=slot < K)
+    tl.store(indices + slot, chosen_S.to(indices.dtype.element_ty), mask=slot < K)
 
 
 def matching_pursuit(
@@ -128,23 +140,50 @@ def matching_pursuit(
 
     All floats are float32, `threshold` is a scalar on the device; `switch_kernels.pursuit.why_not_in_kernels` knows the limits.
     """
-    rows, candidates = correlations_NC.shape
-    slots, width = next_power_of_2(k), next_power_of_2(gram_GCP.shape[2])
+    values_NK = correlations_NC.new_empty(len(correlations_NC), k)
+    indices_NK = torch.empty(values_NK.shape, dtype=torch.int64, device=correlations_NC.device)
+    _search(correlations_NC.contiguous(), gram_GCP.contiguous(), group_N.contiguous(), limit_N, threshold, None, values_NK, indices_NK, blocks, ridge)
+    return values_NK, indices_NK
+
+
+def pursue_tokens(
+    products_NC: Tensor, gram_ECP: Tensor, expert_T: Tensor, order_N: Tensor, k: int, blocks: int, ridge: float, threshold: Tensor, shared: int
+) -> tuple[Tensor, Tensor]:
+    """(values float32 [T, k], latents int32 [T, k]) of `matching_pursuit`, in the order of tokens, latents by their numbers in the whole SAE.
+
+    Rows of products_NC (float32, its row stride free) are in the order of experts, order_N (int32) the token of each or -1, expert_T (int32) the
+    expert of each token. Slots that are not in use hold 0 and latent 0.
+    """
+    values_TK = torch.empty(len(expert_T), k, dtype=torch.float32, device=products_NC.device)
+    indices_TK = torch.empty(values_TK.shape, dtype=torch.int32, device=products_NC.device)
+    _search(products_NC, gram_ECP, expert_T, None, threshold, order_N, values_TK, indices_TK, blocks, ridge, shared)
+    return values_TK, indices_TK
+
+
+def _search(
+    products_NC: Tensor, gram_GCP: Tensor, group: Tensor, limit_N: Tensor | None, threshold: Tensor, order_N: Tensor | None, values: Tensor,
+    indices: Tensor, blocks: int, ridge: float, shared: int = 0,
+) -> None:  # fmt: skip
+    candidates, columns = gram_GCP.shape[1:]
+    k = values.shape[1]
+    slots, width = next_power_of_2(k), next_power_of_2(columns)
     warps = _warps(slots, width)
-    values_NK = correlations_NC.new_empty(rows, k)
-    indices_NK = torch.empty(rows, k, dtype=torch.int64, device=correlations_NC.device)
     launch(
         _pursue,
-        (rows,),
-        correlations_NC.contiguous(),
-        gram_GCP.contiguous(),
-        group_N.contiguous(),
-        group_N if limit_N is None else limit_N.contiguous(),
+        (len(products_NC),),
+        products_NC,
+        gram_GCP,
+        group,
+        group if limit_N is None else limit_N.contiguous(),
         threshold,
-        values_NK,
-        indices_NK,
+        order_N,
+        values,
+        indices,
         candidates,
-        gram_GCP.shape[2],
+        columns,
+        products_NC.stride(0),
+        shared,
+        candidates - shared,
         ridge,
         K=k,
         STEP=k // blocks,
@@ -155,7 +194,6 @@ def matching_pursuit(
         num_warps=warps,
         num_stages=1,
     )
-    return values_NK, indices_NK
 
 
 def _warps(slots: int, width: int) -> int:
@@ -163,7 +201,7 @@ def _warps(slots: int, width: int) -> int:
     return max(1, slots * slots // 1024, width // 1024)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "most"])
 def _refit_pairs(
     residuals,
     W_MD,
@@ -172,10 +210,13 @@ def _refit_pairs(
     groups,
     starts,
     counts,
+    order,
     refitted,
     C,
     P,
     F,
+    stride,
+    most,
     shared,
     ridge,
     D: tl.constexpr,
@@ -183,17 +224,25 @@ def _refit_pairs(
     WIDTH: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
-    start, count = tl.load(starts + n), tl.load(counts + n).to(tl.int32)
+    residuals += n * stride
+    if order is not None:
+        n = tl.load(order + n).to(tl.int64)
+        if n < 0:
+            return
+        start = n * most
+    else:
+        start = tl.load(starts + n)
+    count = tl.load(counts + n).to(tl.int32)
     group = tl.load(groups + n).to(tl.int64)
     latents += start
     gram += group * C * P
     slot = tl.arange(0, SLOTS)
-    latent_S = tl.load(latents + slot, mask=slot < count, other=0)
+    latent_S = tl.load(latents + slot, mask=slot < count, other=0).to(tl.int64)
     products = tl.zeros((SLOTS, WIDTH), tl.float32)
     for first in range(0, D, WIDTH):
         d_1W = first + tl.arange(0, WIDTH)[None, :]
         atoms = tl.load(W_MD + (latent_S * D)[:, None] + d_1W, mask=(slot < count)[:, None] & (d_1W < D), other=0.0)
-        products += atoms * tl.load(residuals + n * D + d_1W, mask=d_1W < D, other=0.0)
+        products += atoms * tl.load(residuals + d_1W, mask=d_1W < D, other=0.0)
     product_S = tl.sum(products, axis=1)
     active_S = slot < count
     local_S = tl.where(active_S & (latent_S >= shared), latent_S - group * F, latent_S)
@@ -211,7 +260,7 @@ def _refit_pairs(
         z_S = _solution(R_SS, y_S)
         again = tl.sum((active_S & (z_S <= 0.0)).to(tl.int32), axis=0) > 0  # NaN stays, and ends it
         active_S = active_S & (z_S > 0.0)
-    tl.store(refitted + start + slot, z_S, mask=slot < count)
+    tl.store(refitted + start + slot, z_S, mask=slot < (count if order is None else most))
 
 
 def refit_pairs(
@@ -222,23 +271,53 @@ def refit_pairs(
 
     Latents are numbered over all G dictionaries: `shared` ones first, then those of each. No row may have more than `most`.
     """
-    latents = (len(W_MD) - shared) // len(gram_GCP)
-    slots, D = next_power_of_2(most), residual_ND.shape[1]
     refitted_P = residual_ND.new_empty(len(latent_P))
+    _refit(residual_ND.contiguous(), W_MD, latent_P, gram_GCP, group_N.contiguous(), start_N, count_N, None, refitted_P, shared, ridge, most)
+    return refitted_P
+
+
+def refit_tokens(
+    residual_ND: Tensor,
+    W_MD: Tensor,
+    latent_TL: Tensor,
+    count_T: Tensor,
+    expert_T: Tensor,
+    order_N: Tensor,
+    gram_ECP: Tensor,
+    shared: int,
+    ridge: float,
+) -> Tensor:
+    """[T, L] float32: `refit_pairs` of each token's first `count_T` latents (int32), 0 behind them.
+
+    Rows of residual_ND (float32, its row stride free) are in the order of experts, order_N (int32) the token of each or -1.
+    """
+    refitted_TL = torch.empty(latent_TL.shape, dtype=torch.float32, device=residual_ND.device)
+    _refit(residual_ND, W_MD, latent_TL, gram_ECP, expert_T, None, count_T, order_N, refitted_TL, shared, ridge, latent_TL.shape[1])
+    return refitted_TL
+
+
+def _refit(
+    residual_ND: Tensor, W_MD: Tensor, latents: Tensor, gram_GCP: Tensor, group: Tensor, starts: Tensor | None, counts: Tensor,
+    order_N: Tensor | None, refitted: Tensor, shared: int, ridge: float, most: int,
+) -> None:  # fmt: skip
+    slots, D = next_power_of_2(most), W_MD.shape[1]
     warps = _warps(slots, 0)
     launch(
         _refit_pairs,
         (len(residual_ND),),
-        residual_ND.contiguous(),
+        residual_ND,
         W_MD.contiguous(),
-        latent_P.contiguous(),
-        gram_GCP.contiguous(),
-        group_N.contiguous(),
-        start_N,
-        count_N,
-        refitted_P,
-        *gram_GCP.shape[1:],
         latents,
+        gram_GCP.contiguous(),
+        group,
+        starts,
+        counts,
+        order_N,
+        refitted,
+        *gram_GCP.shape[1:],
+        (len(W_MD) - shared) // len(gram_GCP),
+        residual_ND.stride(0),
+        most,
         shared,
         ridge,
         D=D,
@@ -247,7 +326,6 @@ def refit_pairs(
         num_warps=warps,
         num_stages=1,
     )
-    return refitted_P
 
 
 @triton.jit(do_not_specialize=["N", "C", "E", "F", "shared"])
@@ -271,7 +349,7 @@ def _local_products(
     HAS_BIAS: tl.constexpr,
 ):
     expert, row, stop = find_rows(tl.program_id(0), start_E1, N, E, EP, ROWS, 1)
-    if row < stop:
+    if (expert < E) & (row < stop):
         n_R1 = row + tl.arange(0, ROWS)[:, None].to(tl.int64)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         latent = tl.where(column < shared, column, column + expert * F).to(tl.int64)
@@ -293,7 +371,7 @@ def local_products(x_ND: Tensor, W_MD: Tensor, start_E1: Tensor, shared: int, bi
     experts = len(start_E1) - 1
     rows, columns, depth = (64, 32, 16) if dot == "ieee" else (64, 64, 32)  # products of float32 are made in registers, which would spill
     latents = (len(W_MD) - shared) // experts
-    out_NC = x_ND.new_empty(len(x_ND), shared + latents)
+    out_NC = torch.empty(len(x_ND), shared + latents, dtype=torch.float32, device=x_ND.device)
     if not out_NC.numel():
         return out_NC
     launch(

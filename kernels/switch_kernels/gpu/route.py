@@ -235,11 +235,14 @@ class GateParts:
     row_R: Tensor
 
 
-def route_backward(routed: Routed, grad_gate: Tensor | GateParts, counts_E: Tensor, factor: float) -> Tensor:
+def route_backward(
+    routed: Routed, grad_gate: Tensor | GateParts | None, counts_E: Tensor, factor: float, rival_n: Tensor | None = None, grad_n: Tensor | None = None
+) -> Tensor:
     """float32 [T, E]: the gradient of the logits.
 
     With dL/dp[t, e] = factor * counts_E[e] + sum_s [expert_TS[t, s] == e] grad_gate[t, s] it is p * (dL/dp - sum_e p dL/dp); p is made again from
-    lse_T. A gate that has underflowed gets no gradient, which the factor p would take away again.
+    lse_T. A gate that has underflowed gets no gradient, which the factor p would take away again; None means that nothing is multiplied by gates. To
+    that the first n tokens add grad_n at their one expert, and subtract it at their rival.
     """
     tokens, num_experts = routed.logits_TE.shape
     width = max(LEAST_WIDTH, padded_experts(num_experts))
@@ -249,9 +252,10 @@ def route_backward(routed: Routed, grad_gate: Tensor | GateParts, counts_E: Tens
     launch(
         _route_backward,
         (cdiv(tokens, rows),),
-        *(routed.logits_TE, routed.lse_T, routed.expert_TS, routed.gate_TS, parts_NP, row_R, counts_E, grad_TE),
+        *(routed.logits_TE, routed.lse_T, routed.expert_TS, routed.gate_TS, parts_NP, row_R, counts_E, rival_n, grad_n, grad_TE),
         tokens,
-        parts_NP.shape[1],
+        0 if rival_n is None else rival_n.shape[0],
+        1 if parts_NP is None else parts_NP.shape[1],
         factor,
         num_experts,
         S=routed.expert_TS.shape[1],
@@ -278,7 +282,7 @@ def _gate_gradient(pair, live, gate_TS, parts_NP, row_R, P, ROWS: tl.constexpr):
         return tl.where(vanished, 0.0, tl.sum(acc, axis=1) / tl.where(vanished, 1.0, gate))
 
 
-@triton.jit(do_not_specialize=["T", "P", "E"])
+@triton.jit(do_not_specialize=["T", "n", "P", "E"])
 def _route_backward(
     logits_TE,
     lse_T,
@@ -287,8 +291,11 @@ def _route_backward(
     parts_NP,
     row_R,
     counts_E,
+    rival_n,
+    grad_n,
     grad_TE,
     T,
+    n,
     P,
     factor,
     E,
@@ -307,10 +314,16 @@ def _route_backward(
     grad_p = tl.load(counts_E + e, mask=e < E, other=0).to(tl.float32)[None, :] * factor + tl.zeros((ROWS, WIDTH), tl.float32)
     for s in tl.static_range(S):
         expert = tl.load(expert_TS + row * S + s, mask=live, other=0)
-        grad = _gate_gradient(row * S + s, live, gate_TS, parts_NP, row_R, P, ROWS)
-        grad_p += tl.where(e[None, :] == expert[:, None], grad[:, None], 0.0)
+        if parts_NP is not None:
+            grad = _gate_gradient(row * S + s, live, gate_TS, parts_NP, row_R, P, ROWS)
+            grad_p += tl.where(e[None, :] == expert[:, None], grad[:, None], 0.0)
     mean = tl.sum(p * grad_p, axis=1)
-    tl.store(grad_TE + at, p * (grad_p - mean[:, None]), mask=real)
+    grad_logit = p * (grad_p - mean[:, None])
+    if rival_n is not None:
+        rival = tl.load(rival_n + t, mask=t < n, other=0)
+        gained = tl.load(grad_n + t, mask=t < n, other=0.0)
+        grad_logit += tl.where(e[None, :] == expert[:, None], gained[:, None], 0.0) - tl.where(e[None, :] == rival[:, None], gained[:, None], 0.0)
+    tl.store(grad_TE + at, grad_logit, mask=real)
 
 
 def router_gradients(grad_TE: Tensor, x_TD: Tensor, scale: Tensor, W_ED: Tensor, b_D: Tensor, dot: Dot) -> tuple[Tensor, Tensor]:

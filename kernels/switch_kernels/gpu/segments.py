@@ -88,7 +88,7 @@ def _zero_sums(WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
     return sums
 
 
-@triton.jit(do_not_specialize=["num_pairs", *NUMBERS])
+@triton.jit(do_not_specialize=["num_pairs", "nobody", *NUMBERS])
 def sum_chunks(
     pair,
     latent,
@@ -102,6 +102,7 @@ def sum_chunks(
     chunk_sums,
     chunk_weights,
     num_pairs,
+    nobody,
     D: tl.constexpr,
     DP: tl.constexpr,
     BY_ROW: tl.constexpr,
@@ -111,13 +112,13 @@ def sum_chunks(
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """One program per chunk of pairs; it works only if all belong to one latent."""
+    """One program per chunk of pairs; it works only if all belong to one latent, and not to nobody."""
     b = tl.program_id(0)
     first = b * CHUNK
     end = first + CHUNK
     if end > num_pairs:
         return
-    if tl.load(latent + first) != tl.load(latent + end - 1):
+    if (tl.load(latent + first) != tl.load(latent + end - 1)) | (tl.load(latent + first) == nobody):
         return
     sums, total = _add_pairs(
         _zero_sums(WIDTH, CHUNKS),

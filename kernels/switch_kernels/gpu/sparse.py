@@ -82,7 +82,7 @@ def sparse_decode(values_TK: Tensor, indices_TK: Tensor, W_MD: Tensor, D: int) -
     return recon_TD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _decode_loss(
     values,
     indices,
@@ -99,6 +99,7 @@ def _decode_loss(
     grad_gate,
     loss,
     grad_scale,
+    T,
     D: tl.constexpr,
     DP: tl.constexpr,
     W_STRIDE: tl.constexpr,
@@ -134,6 +135,7 @@ def _decode_loss(
     if WIDE:
         row = row.to(tl.int64)
     rows = W + (row * W_STRIDE)[:, None]
+    x += tl.where(t < T, t, t - T) * D
     x_scale = tl.load(scale)
     square = tl.zeros((WIDTH,), tl.float32)
     products = tl.zeros((ROWS, WIDTH // LANE), tl.float32)  # sums over the columns of a lane; over lanes only once, after the loop
@@ -143,7 +145,7 @@ def _decode_loss(
             w = tl.load(rows + c[None, :]).to(tl.float32)
         else:
             w = tl.load(rows + c[None, :], mask=(c < D)[None, :], other=0.0).to(tl.float32)
-        target = tl.load(x + t * D + c, mask=c < D, other=0.0).to(tl.float32) * x_scale - tl.load(b_pre + c, mask=c < D, other=0.0)
+        target = tl.load(x + c, mask=c < D, other=0.0).to(tl.float32) * x_scale - tl.load(b_pre + c, mask=c < D, other=0.0)
         error = tl.sum(w * weight[:, None], axis=0) - target
         square += error * error
         g = error * grad_scale
@@ -175,7 +177,8 @@ def decode_loss(
     recon = sum_s gate * value * W_dec[index] + b_pre; err = recon - x * scale; g = grad_scale * err. Of a mean over T tokens of squared errors
     grad_scale is 2 / T. Values are after the ReLU and before the gate; `slot_TK` (int32) says which of S gates each belongs to, and without it
     each slot owns K / S neighbours. Without `gate_TS` gates are 1. With `order_N` (int32 [N], -1: none; one slot) programs run in that order, so
-    that tokens of one expert share its rows in L2. Indices must be valid even where the value is 0.
+    that tokens of one expert share its rows in L2. Indices must be valid even where the value is 0. Values may have more rows than x: those behind
+    are of its first tokens once more.
     """
     T, K = values_TK.shape
     S = gate_TS.shape[1] if gate_TS is not None else 1
@@ -215,6 +218,7 @@ def decode_loss(
         result.grad_gate_TS if result.grad_gate_TS is not None else result.loss_T,
         result.loss_T,
         grad_scale,
+        x_TD.shape[0],
         D=D,
         DP=Dp,
         W_STRIDE=stride,

@@ -6,13 +6,13 @@ Loss: mean_t ||x - recon||^2 + balance * E * sum_i f_i P_i + auxk, with x scaled
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from switch_kernels.backend import Dot, operand_dtype
 from switch_kernels.gpu import gemm, gemm_decode, gemm_weights, pairs, sparse
+from switch_kernels.gpu.auxk import DeadLatents, Rows, auxk
 from switch_kernels.gpu.dispatch import count_experts
 from switch_kernels.gpu.encode import encode_pairs
 from switch_kernels.gpu.extra import Extra
@@ -20,7 +20,7 @@ from switch_kernels.gpu.finish import Balance, Columns, finish
 from switch_kernels.gpu.gemm_tiles import padded
 from switch_kernels.gpu.route import GateParts, Routed, route, route_backward, router_gradients
 from switch_kernels.gpu.scatter import scatter_latents
-from switch_kernels.gpu.topk import keep_topk_, select_jointly
+from switch_kernels.gpu.topk import select_jointly
 from switch_kernels.gpu.update import row_sum_parts
 from switch_kernels.plan import GradientMode, Plan, Regime
 
@@ -63,22 +63,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class DeadLatents:
-    """The latents that AuxK should revive, as tensors of fixed shape: A per expert, padded."""
-
-    latent_B: Tensor
-    """int64 [E * A] global indices by expert; padding repeats some latent."""
-    is_padding_B: Tensor
-    """bool [E * A]."""
-    slot_M: Tensor
-    """int32 [M]: position in latent_B, -1 for latents that live."""
-    k: int
-    """How many of an expert's dead latents reconstruct one token's residual."""
-    coefficient: float
-    """auxk * D."""
-
-
-@dataclass(frozen=True)
 class Gradients:
     """Of all parameters; those of the weight matrices as buffers or as a recipe (`GradientMode`)."""
 
@@ -89,6 +73,12 @@ class Gradients:
     """By name in `Weights`: b_enc_M, b_in_D, b_out_D, W_router_ED, b_router_D as far as they are trained."""
     square: Tensor
     """float32 []: squared norm of all of them together."""
+
+    def of_matrix(self, name: str) -> Tensor:
+        """That of W_enc_MD or W_dec_MD, where it is no recipe."""
+        gradient: Tensor | None = getattr(self, name)
+        assert gradient is not None, name
+        return gradient
 
 
 @dataclass(frozen=True)
@@ -104,6 +94,8 @@ class StepTensors:
     indices_TK: Tensor
     pairs_E: Tensor | None
     """(token, slot) pairs per expert; None without a router."""
+    active: Tensor | None = None
+    """int32 [1]: pairs of a token and an active latent, where their number is not fixed."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +159,13 @@ def training_step(
             grad_TE = route_backward(routed, decoded.grad_gate, batch.counts_E, factor)
             W_parts, b_parts = router_gradients(grad_TE, x_TD, scale, weights.W_router_ED, weights.b_router_D, s.dot)
             columns |= {"W_router_ED": Columns(weights.W_router_ED.shape, W_parts), "b_router_D": Columns((D,), b_parts)}
-    auxk = extra_enc = extra_dec = auxk_bias_M = None
+    made = extra_enc = extra_dec = auxk_bias_M = None
     if dead is not None:
-        auxk, extra_enc, extra_dec, auxk_bias_M = _auxk(batch, weights, s, dead, decoded.residual(), decoded.variance())
+        rows = Rows(batch.rows_ND, batch.order_N, batch.row_R, batch.start_E1, batch.gate_TS, s.slots)
+        made = auxk(
+            rows, weights.W_enc_MD, weights.b_enc_M, weights.W_dec_MD, dead, decoded.residual(), decoded.variance(), x_TD.shape[1], s.dot
+        )  # fmt: skip
+        extra_enc, extra_dec, auxk_bias_M = made.enc, made.dec, made.bias_M
     grads = decoded.weight_gradients(extra_enc, extra_dec)
     b_in_parts = row_sum_parts(weights.W_enc_MD, D, grads.bias_M, -1.0)
     if weights.b_in_D is weights.b_out_D:
@@ -182,8 +178,8 @@ def training_step(
     terms = {"mse": done.mse}
     if balance is not None:
         terms["load_balance"] = done.load_balance
-    if auxk is not None:
-        terms["auxk"] = auxk
+    if made is not None:
+        terms["auxk"] = made.term
     return StepTensors(
         terms, Gradients(grads.W_enc_MD, grads.W_dec_MD, grads.recipe, done.gradients, done.square), done.squared_error,
         batch.values_TK, batch.indices_TK, None if routed is None else batch.counts_E,
@@ -214,7 +210,7 @@ def _select(x_TD: Tensor, target_TD: Tensor, scale: Tensor, target_scale: Tensor
     )  # fmt: skip
 
 
-def _variance(error_parts: Tensor, column_parts: Tensor, tokens: int, grad_scale: float) -> Tensor:
+def variance_of(error_parts: Tensor, column_parts: Tensor, tokens: int, grad_scale: float) -> Tensor:
     """float32 []: sum_t ||e_t - mean(e)||^2 = sum_t ||e_t||^2 - ||sum_t e_t||^2 / T, from what the loss has added up: no pass over the errors."""
     return error_parts.sum() - (column_parts.sum(0) / grad_scale).square().sum() / tokens
 
@@ -247,7 +243,7 @@ class _Dense:
 
     def variance(self) -> Tensor:
         """Of the residual, scaled: what AuxK's loss is measured by."""
-        return _variance(self.error_parts, self.column_parts, len(self.batch.target_TD), self.batch.grad_scale)
+        return variance_of(self.error_parts, self.column_parts, len(self.batch.target_TD), self.batch.grad_scale)
 
     def weight_gradients(self, extra_enc: Extra | None, extra_dec: Extra | None) -> _WeightGradients:
         batch, s = self.batch, self.s
@@ -278,45 +274,15 @@ class _Sparse:
 
     def variance(self) -> Tensor:
         """Of the residual, scaled: what AuxK's loss is measured by."""
-        return _variance(self.error_parts, self.column_parts, len(self.batch.target_TD), self.batch.grad_scale)
+        return variance_of(self.error_parts, self.column_parts, len(self.batch.target_TD), self.batch.grad_scale)
 
     def weight_gradients(self, extra_enc: Extra | None, extra_dec: Extra | None) -> _WeightGradients:
         batch, s = self.batch, self.s
         recomputed = s.plan.gradients is GradientMode.recomputed
-        grads = pairs.latent_gradients(
-            pairs.pairs_by_latent(batch.indices_TK, self.num_latents), self.loss, batch.rows_ND, batch.row_R, batch.slot_TK, s.slots,
-            batch.x_TD.shape[1], batch.target_TD.shape[1], None if recomputed else s.operand_dtype, extra_dec, extra_enc,
-        )  # fmt: skip
+        slot_TK = batch.slot_TK if s.slots > 1 else None
+        decoder = pairs.Terms(self.loss.weights_TK, self.loss.grad_TD, batch.target_TD.shape[1], extra=extra_dec)
+        encoder = pairs.Terms(self.loss.grad_pre_TK, batch.rows_ND, batch.x_TD.shape[1], batch.row_R, slot_TK, s.slots, extra_enc)
+        of_latents = pairs.pairs_by_latent(batch.indices_TK, self.num_latents)
+        grads = pairs.latent_gradients(of_latents, decoder, encoder, None if recomputed else s.operand_dtype)
+        assert grads.bias_M is not None
         return _WeightGradients(grads.encoder_MD, grads.decoder_MD, grads if recomputed else None, grads.bias_M, (grads.square_parts,))
-
-
-def _auxk(
-    batch: _Batch, weights: Weights, s: Settings, dead: DeadLatents, residual_TD: Tensor, variance: Tensor
-) -> tuple[Tensor, Extra, Extra, Tensor]:
-    """(loss term, extra gradients of W_enc, of W_dec, of b_enc as [M]): the residual of each token from the dead latents of its own experts.
-
-    coefficient * sum_t ||e_t - e^_t||^2 / sum_t ||e_t - mean(e)||^2 with the residual e, gates and centre held fixed: the dense regime once more,
-    over the dead rows alone.
-    """
-    tokens, D_out = residual_TD.shape
-    A = dead.latent_B.shape[0] // s.num_experts
-    W_enc_BD, W_dec_BD = weights.W_enc_MD.index_select(0, dead.latent_B), weights.W_dec_MD.index_select(0, dead.latent_B)
-    b_enc_M = weights.b_enc_M if weights.b_enc_M is not None else torch.zeros(weights.W_enc_MD.shape[0], device=residual_TD.device)
-    b_enc_B = b_enc_M.index_select(0, dead.latent_B).masked_fill(dead.is_padding_B, float("-inf"))
-    shape = (batch.start_E1, A)
-    # the number of dead latents changes while a model trains: `any_width`, so that nothing is compiled then
-    z_NA, _ = gemm.encode(batch.rows_ND, W_enc_BD, b_enc_B, *shape, 1, s.dot, any_width=True)
-    keep_topk_(z_NA, A, min(dead.k, A), batch.order_N)
-    y_ND = gemm_decode.decode_rows(z_NA, W_dec_BD, *shape, D_out, s.dot)
-    gate_TS = batch.gate_TS if batch.gate_TS is not None else torch.ones(tokens, 1, device=residual_TD.device)
-    nowhere_D, unit = torch.zeros(D_out, device=residual_TD.device), torch.ones((), device=residual_TD.device)
-    loss = gemm_decode.combine_slots(y_ND, batch.row_R, s.slots, gate_TS, residual_TD, unit, nowhere_D, 1.0, s.operand_dtype)
-    factor = torch.where(variance > 0, dead.coefficient / variance, 0.0)
-    dz_NA, _ = gemm.latent_gradients(loss.grad_rows_ND, W_dec_BD, z_NA, *shape, s.dot, any_width=True)
-    twice = 2 * factor
-    scaled: Any = {"scale": twice, "any_width": True}
-    dec = gemm_weights.weight_gradient(z_NA, loss.grad_rows_ND, *shape, D_out, s.dot, torch.float32, **scaled)
-    enc = gemm_weights.weight_gradient(dz_NA, batch.rows_ND, *shape, batch.x_TD.shape[1], s.dot, torch.float32, column_sums=True, **scaled)
-    assert enc.column_sums_M is not None
-    bias_M = torch.where(dead.slot_M >= 0, enc.column_sums_M.index_select(0, dead.slot_M.clamp(min=0)), 0.0)
-    return factor * loss.square_parts.sum(), Extra(dead.slot_M, enc.grad_MD), Extra(dead.slot_M, dec.grad_MD), bias_M

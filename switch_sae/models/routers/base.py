@@ -34,13 +34,15 @@ class Routing(Shapes):
 
 @dataclass(frozen=True)
 class RouterKernel:
-    """What the Triton step computes of a router: gates softmax((x - b) W^T) of the S likeliest experts, and alpha * E * sum_i f_i P_i."""
+    """What the Triton step computes of a router: p = softmax((x - b) W^T), the S likeliest experts, and alpha * E * sum_i f_i P_i."""
 
     W_ED: nn.Parameter
     b_D: nn.Parameter
     balance: float
     """alpha."""
     is_trained: bool
+    rivals: float | None = None
+    """Share of the tokens that a rival computes too, where it learns by competition; None where p of the chosen experts multiplies their latents."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from switch_sae.checks import at_least
-from switch_sae.models.routers.base import LinearRouter, Rivals, Routing, largest, load_balance_loss
+from switch_sae.models.routers.base import LinearRouter, Rivals, RouterKernel, Routing, largest, load_balance_loss
 
 
 class CompetitionRouter(LinearRouter):
@@ -57,7 +57,8 @@ class CompetitionRouter(LinearRouter):
         if count == 0:
             return None
         probs_nE, expert_nS = routing.probs_TE[:count], routing.expert_TS[:count]
-        # Drawn by the step's number alone (Gumbel's trick), for all processes at once: the same in every company, and after a resume.
+        # Drawn by the step's number alone (Gumbel's trick), for all processes at once: the same in every company, and after a resume. Triton kernels
+        # draw other numbers than PyTorch does, by the same rule.
         generator = torch.Generator().manual_seed(self.step)
         shape = (self.group.size, *probs_nE.shape)
         uniform_nE = torch.rand(shape, generator=generator, dtype=torch.float64)[self.group.rank].to(probs_nE.dtype).to(probs_nE.device)
@@ -71,3 +72,6 @@ class CompetitionRouter(LinearRouter):
         if self.config.load_balance == 0:
             return {}
         return {"load_balance": self.config.load_balance * unit * load_balance_loss(routing.expert_TS, routing.probs_TE, self.group)}
+
+    def kernel(self) -> RouterKernel | None:
+        return RouterKernel(self.W_ED, self.b_D, self.config.load_balance, self.config.train, self.rival_share)

@@ -1,0 +1,209 @@
+"""One training step up to its gradients of SAEs whose values are found and not encoded: matching pursuit in the dictionary of a token's expert.
+
+The router learns by competition: a rival expert computes some tokens as well. Values are held fixed, so that the loss's gradient is that of the
+decoder and its bias. No device data is read on the host and no shape depends on it, so the step can be captured in a CUDA graph; the same bits come
+out every time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from switch_kernels.backend import Dot, operand_dtype
+from switch_kernels.gpu import gemm, pairs, pursuit, sparse
+from switch_kernels.gpu.auxk import Auxk, DeadLatents, Rows, auxk
+from switch_kernels.gpu.dispatch import Sorted, count_experts, gather_rows, sort_pairs
+from switch_kernels.gpu.finish import Balance, Columns, finish
+from switch_kernels.gpu.gemm_decode import residual_rows
+from switch_kernels.gpu.rivals import Competition, compete, draw_rivals
+from switch_kernels.gpu.route import Routed, route, route_backward, router_gradients
+from switch_kernels.gpu.step import Gradients, StepTensors, variance_of
+from switch_kernels.gpu.update import row_sum_parts
+from switch_kernels.plan import GradientMode, Plan
+
+
+@dataclass(frozen=True)
+class SearchWeights:
+    """An SAE's parameters as the kernels read them."""
+
+    W_dec_MD: Tensor
+    """[M, Dp] in the operands' dtype, Dp = D rounded up to 8, pad columns 0."""
+    b_pre_D: Tensor
+    W_router_ED: Tensor
+    b_router_D: Tensor
+    gram_ECP: Tensor
+    """float32: the Gram matrices of the experts' dictionaries, of these weights or slightly older ones."""
+    theta: Tensor
+    """float32 []: a latent joins while its correlation exceeds it, and costs its square."""
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What does not change from step to step."""
+
+    num_experts: int
+    shared: int
+    """Latents that every token may use: the first ones."""
+    most: int
+    """Latents that a token may take."""
+    ridge: float
+    balance: float
+    """alpha * D, or 0."""
+    train_router: bool
+    rivals: float
+    """Share of the tokens that a rival computes as well."""
+    dot: Dot
+    plan: Plan
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        return operand_dtype(self.dot)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The T tokens of a batch and its n rivals' tokens behind them, which are the first n once more, in the order of their experts."""
+
+    x_TD: Tensor
+    scale: Tensor
+    routed: Routed
+    rival_n: Tensor | None
+    expert_R: Tensor
+    """int32 [T + n]."""
+    in_order: Sorted
+
+    @property
+    def tokens(self) -> int:
+        return self.x_TD.shape[0]
+
+    @property
+    def grad_scale(self) -> float:
+        """d(mean_t ||e_t||^2)/de_t = grad_scale * e_t."""
+        return 2 / self.tokens
+
+    def rows(self, b_pre_D: Tensor, dtype: torch.dtype) -> Tensor:
+        """[N, Dp]: x * scale - b in the order of experts."""
+        return gather_rows(self.x_TD, self.scale, b_pre_D, self.in_order.order_N, 1, dtype)
+
+
+def dispatch(x_TD: Tensor, scale: Tensor, weights: SearchWeights, s: SearchSettings, seed: Tensor) -> Batch:
+    """Routes, draws rivals, sorts by experts."""
+    routed = route(x_TD, scale, weights.W_router_ED, weights.b_router_D, 1, s.dot)
+    expert_R, rival_n, count = routed.expert_TS.view(-1), None, -int(-s.rivals * x_TD.shape[0] // 1)
+    counts_BE = routed.counts_BE
+    if count:
+        rival_n = draw_rivals(routed, count, seed)
+        expert_R = torch.cat([expert_R, rival_n])
+        counts_BE = count_experts(expert_R[:, None], s.num_experts)
+    return Batch(x_TD, scale, routed, rival_n, expert_R, sort_pairs(expert_R[:, None], counts_BE, s.num_experts))
+
+
+def candidate_products(rows_ND: Tensor, W_MD: Tensor, bias_M: Tensor | None, start_E1: Tensor, shared: int, dot: Dot) -> Tensor:
+    """float32 [N, C]: the products of rows with those of W that each may use. Both are operands of the same width."""
+    if shared:
+        return pursuit.local_products(rows_ND, W_MD, start_E1, shared, bias_M, dot)
+    F = W_MD.shape[0] // (start_E1.shape[0] - 1)
+    return gemm.encode(rows_ND, W_MD, bias_M, start_E1, F, 1, dot, dtype=torch.float32)[1]
+
+
+def pursuit_step(
+    x_TD: Tensor, scale: Tensor, weights: SearchWeights, s: SearchSettings, blocks: int, seed: Tensor, dead: DeadLatents | None = None
+) -> StepTensors:
+    """Losses and gradients of one batch of raw activations x_TD (float32 or bfloat16, contiguous), by matching pursuit in `blocks` blocks.
+
+    `seed` (int32 [1], another each step) draws the rivals. `dead` switches AuxK on, with the decoder as its own encoder.
+    """
+    batch = dispatch(x_TD, scale, weights, s, seed)
+    rows_ND, order_N = batch.rows(weights.b_pre_D, s.operand_dtype), batch.in_order.order_N
+    products_NC = candidate_products(rows_ND, weights.W_dec_MD, None, batch.in_order.start_E1, s.shared, s.dot)
+    found = pursuit.pursue_tokens(products_NC, weights.gram_ECP, batch.expert_R, order_N, s.most, blocks, s.ridge, weights.theta, s.shared)
+    decoded = Decoded.of(batch, weights, *found)
+    revived = None
+    if dead is not None:
+        unit, nowhere_D = torch.ones((), device=x_TD.device), torch.zeros_like(weights.b_pre_D)
+        residual_TD = decoded.residual(batch)
+        rows_ND = gather_rows(residual_TD, unit, nowhere_D, order_N, 1, s.operand_dtype)
+        revived = revive(batch, decoded, rows_ND, weights.W_dec_MD, None, weights, dead, residual_TD, s, tied=True)
+    decoder = pairs.Terms(decoded.weights_TL, decoded.grad_TD, x_TD.shape[1], extra=revived.dec if revived else None)
+    of_latents = pairs.pairs_by_latent(decoded.indices_TL, weights.W_dec_MD.shape[0], decoded.values_TL)
+    return complete(batch, decoded, weights, of_latents, decoder, None, revived, s)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The batch's own reconstruction, from L slots of each token, and what all of them cost."""
+
+    values_TL: Tensor
+    """float32; 0 in slots that are not in use."""
+    indices_TL: Tensor
+    """int32."""
+    weights_TL: Tensor
+    grad_TD: Tensor
+    column_parts: Tensor
+    loss_R: Tensor
+    """float32 [T + n]: squared errors, with those of the rivals."""
+    values_RL: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, weights: SearchWeights, values_RL: Tensor, indices_RL: Tensor) -> "Decoded":
+        tokens, D = batch.x_TD.shape
+        loss = sparse.decode_loss(
+            values_RL, indices_RL, None, None, weights.W_dec_MD, D, weights.b_pre_D, batch.x_TD, batch.scale, batch.grad_scale, batch.in_order.order_N
+        )
+        own = (tensor[:tokens] for tensor in (values_RL, indices_RL, loss.weights_TK, loss.grad_TD))
+        values_TL, indices_TL, weights_TL, grad_TD = own
+        return cls(values_TL, indices_TL, weights_TL, grad_TD, row_sum_parts(grad_TD, D), loss.loss_T, values_RL)
+
+    def residual(self, batch: Batch) -> Tensor:
+        """x - recon, scaled, float32 [T, D]."""
+        tokens, D = batch.x_TD.shape
+        return residual_rows(self.grad_TD, None, None, 1, tokens, D, batch.grad_scale)
+
+
+def revive(batch: Batch, decoded: Decoded, rows_ND: Tensor, W_in_MD: Tensor, b_in_M: Tensor | None, weights: SearchWeights, dead: DeadLatents,
+           residual_TD: Tensor, s: SearchSettings, tied: bool) -> Auxk:  # fmt: skip
+    """AuxK of the batch's own tokens. Rows of rivals have codes, of which nothing comes: no residual is theirs."""
+    tokens, D = batch.x_TD.shape
+    order = batch.in_order
+    rows = Rows(rows_ND, order.order_N, order.row_R[:tokens], order.start_E1, None, 1)
+    variance = variance_of(decoded.loss_R[:tokens], decoded.column_parts, tokens, batch.grad_scale)
+    return auxk(rows, W_in_MD, b_in_M, weights.W_dec_MD, dead, residual_TD, variance, D, s.dot, tied)
+
+
+def complete(
+    batch: Batch, decoded: Decoded, weights: SearchWeights, of_latents: pairs.LatentPairs, decoder: pairs.Terms, encoder: pairs.Terms | None,
+    revived: Auxk | None, s: SearchSettings, more_terms: dict[str, Tensor] | None = None,
+) -> StepTensors:  # fmt: skip
+    """All gradients and loss terms, from what each latent's pairs add up."""
+    (tokens, D), routed, dot = batch.x_TD.shape, batch.routed, s.dot
+    counts_E = routed.counts_BE.sum(0, dtype=torch.int32)
+    factor = s.balance * s.num_experts / (tokens * tokens)
+    columns: dict[str, Columns] = {}
+    competition: Competition | None = None
+    if batch.rival_n is not None:
+        competition = compete(routed, batch.rival_n, decoded.loss_R, decoded.values_RL, weights.theta)
+    if s.train_router:
+        by_costs = (None, None) if competition is None else (competition.rival_n, competition.grad_n)
+        grad_TE = route_backward(routed, None, counts_E, factor, *by_costs)
+        W_parts, b_parts = router_gradients(grad_TE, batch.x_TD, batch.scale, weights.W_router_ED, weights.b_router_D, dot)
+        columns |= {"W_router_ED": Columns(weights.W_router_ED.shape, W_parts), "b_router_D": Columns((D,), b_parts)}
+    recomputed = s.plan.gradients is GradientMode.recomputed
+    grads = pairs.latent_gradients(of_latents, decoder, encoder, None if recomputed else s.operand_dtype)
+    columns["b_in_D"] = Columns((D,), decoded.column_parts)
+    if grads.bias_M is not None:
+        columns["b_enc_M"] = Columns(tuple(grads.bias_M.shape), grads.bias_M, revived.bias_M if revived else None)
+    balance = Balance(routed.prob_sums_BE, counts_E, factor) if s.balance > 0 else None
+    done = finish(columns, [grads.square_parts], decoded.loss_R[:tokens], tokens, balance)
+    terms = {"mse": done.mse, **(more_terms or {})}
+    if balance is not None:
+        terms["load_balance"] = done.load_balance
+    if competition is not None:
+        terms["competition"] = competition.parts.sum()
+    if revived is not None:
+        terms["auxk"] = revived.term
+    recipe = grads if recomputed else None
+    return StepTensors(
+        terms, Gradients(grads.encoder_MD, grads.decoder_MD, recipe, done.gradients, done.square), done.squared_error,
+        decoded.values_TL, decoded.indices_TL, counts_E, of_latents.start_M1[-1:],
+    )  # fmt: skip

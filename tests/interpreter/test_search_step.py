@@ -1,0 +1,173 @@
+"""The training steps of SAEs that search: losses and gradients of the fused kernels against autograd in float64, then training against the PyTorch
+engine. Kernels draw other rivals than PyTorch: what they drew is handed to it (`same_rivals`).
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from switch_kernels import Backend, Execution, Moments, Plan, Precision, Regime
+from switch_kernels.gpu import pursuit_step, rivals
+from switch_kernels.gpu.adam import FusedAdam
+from switch_kernels.plan import GradientMode
+from switch_sae.engines import TritonEngine, trainable
+from switch_sae.models import SAES, fused_search
+from switch_sae.models.routers import CompetitionRouter
+from switch_sae.models.routers.base import Rivals
+from switch_sae.rows import Rows
+from switch_sae.training import Trainer, TrainerConfig, prepare
+
+D, T = 17, 24
+EXACT, LOW = (Execution(Backend.triton, precision, "test") for precision in (Precision.float32, Precision.bf16))
+CONFIGS = {
+    "pursuit": ("switch_pursuit", {"num_latents": 48, "k": 4, "num_experts": 4, "blocks": 2}),
+    "pursuit, stop rule, shared": ("switch_pursuit", {"num_latents": 54, "k": 4, "num_experts": 4, "shared": 6, "stop": True}),
+    "pursuit, no rivals": ("switch_pursuit", {"num_latents": 48, "k": 4, "num_experts": 4, "router": CompetitionRouter.Config(rivals=0)}),
+    "pursuit, frozen router": ("switch_pursuit", {"num_latents": 48, "k": 4, "num_experts": 4, "router": CompetitionRouter.Config(train=False)}),
+}
+
+
+def activations(seed: int = 0, rows: int = T) -> torch.Tensor:
+    return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed)) * 2 + torch.linspace(-1, 1, D)
+
+
+def build(name: str):
+    architecture, settings = CONFIGS[name]
+    sae = SAES.build(SAES[architecture].Config(**settings), D, torch.Generator().manual_seed(1))
+    prepare(sae, Rows.of(activations(7, 256)), normalize_activations=True)
+    with torch.no_grad():  # away from the start
+        for n, parameter in enumerate(sae.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n)), alpha=0.05)
+        sae.W_dec_MD.div_(sae.W_dec_MD.norm(dim=1, keepdim=True))
+    return sae
+
+
+@contextmanager
+def same_rivals(monkeypatch):
+    """Inside, `CompetitionRouter.rivals` gives the rivals that the kernels drew last."""
+    drawn = []
+
+    def drawing(routed, count, seed):
+        drawn.append(rivals.draw_rivals(routed, count, seed))
+        return drawn[-1]
+
+    def given(self, routing):
+        if not self.rival_share:
+            return None
+        rival_n1 = drawn[-1].long()[:, None]
+        probs_nE, expert_n1 = routing.probs_TE[: len(rival_n1)], routing.expert_TS[: len(rival_n1)]
+        own_n1, other_n1 = probs_nE.gather(1, expert_n1), probs_nE.gather(1, rival_n1)
+        return Rivals(rival_n1, (own_n1 / (own_n1 + other_n1))[:, 0])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pursuit_step, "draw_rivals", drawing)
+        patch.setattr(CompetitionRouter, "rivals", given)
+        yield drawn
+
+
+def dead_of(sae, some: bool) -> torch.Tensor:
+    dead_M = torch.zeros(sae.num_latents, dtype=torch.bool)
+    if some:
+        dead_M[::3] = True
+        dead_M[sae.num_shared : sae.num_shared + sae.latents_per_expert] = False  # the first expert has none of its own
+    return dead_M
+
+
+def step_of(sae, x_TD, dead_M, dot: str, seed: int = 5):
+    sae.prepare_step(len(x_TD))
+    with torch.no_grad():
+        operands = FusedAdam(trainable(sae), dot).operands
+        return sae.training_step(Rows.of(x_TD), operands, sae.dead_latents(dead_M), dot, torch.tensor([seed], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("some_dead", [False, True], ids=["none dead", "some dead"])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_losses_and_gradients_equal_autograd(name, some_dead, monkeypatch, poisoned_memory):
+    monkeypatch.setattr(fused_search, "choose_plan", lambda *_, **__: Plan(Regime.sparse, GradientMode.buffered, "test"))
+    sae, exact = build(name), build(name).double()
+    x_TD, dead_M = activations(), dead_of(sae, some_dead)
+    with same_rivals(monkeypatch):
+        found = step_of(sae, x_TD, dead_M, "ieee")
+        terms = exact.loss_terms(Rows.of(x_TD.double()), exact(x_TD.double()), dead_M if some_dead else None)
+    assert found.terms.keys() == terms.keys()
+    for term, value in terms.items():
+        assert found.terms[term].item() == pytest.approx(value.item(), rel=2e-5), term
+    parameters = trainable(exact)
+    expected = dict(zip(parameters, torch.autograd.grad(sum(terms.values()), list(parameters.values())), strict=True))
+    gradients = {**found.gradients.small, "W_dec_MD": found.gradients.W_dec_MD.float()}
+    if "W_enc_MD" in expected:
+        gradients["W_enc_MD"] = found.gradients.W_enc_MD.float()
+    assert gradients.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        assert (gradients[parameter] - gradient).norm() <= 2e-5 * gradient.norm() + 1e-9, parameter
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert found.gradients.square.sqrt().item() == pytest.approx(norm.item(), rel=2e-5)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_training_equals_the_pytorch_engine(name, monkeypatch):
+    config = TrainerConfig(lr=1e-2, warmup_steps=0, dead_after_tokens=9 * T)  # the kernels look for dead latents at readings only
+    fused, plain = build(name), build(name)
+    for sae in (fused, plain):
+        sae.config.gram_tokens = 2 * T  # every second step reads Gram matrices that are older
+    trainers = [Trainer(sae, config, 100, T, execution) for sae, execution in ((fused, EXACT), (plain, Execution()))]
+    assert type(trainers[0].engine) is TritonEngine and "sparse latents" in trainers[0].choice
+    with same_rivals(monkeypatch):
+        for step in range(4):
+            mine, theirs = (trainer.step(Rows.of(activations(step))).numbers() for trainer in trainers)
+            assert mine.keys() == theirs.keys()
+            assert mine == pytest.approx(theirs, rel=5e-4, abs=1e-5)
+    assert torch.equal(trainers[0].tokens_since_fired_M, trainers[1].tokens_since_fired_M)
+    for (key, tensor), other in zip(fused.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert (tensor - other).abs().max() < 5e-4, key
+    torch.testing.assert_close(fused.W_dec_MD.norm(dim=1), torch.ones(fused.num_latents))
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_step_is_bitwise_reproducible_and_resumes_exactly(name, monkeypatch):
+    x = [activations(step) for step in range(4)]
+    config = TrainerConfig(lr=1e-2, warmup_steps=0, dead_after_tokens=9 * T, moments=Moments.bfloat16)
+    monkeypatch.setattr(TritonEngine, "INTERVAL", 2)
+
+    def trainer() -> Trainer:
+        sae = build(name)
+        sae.config.gram_tokens = 2 * T
+        return Trainer(sae, config, 100, T, LOW)
+
+    straight, resumed = trainer(), trainer()
+    for batch in x:
+        straight.step(Rows.of(batch))
+    for batch in x[:3]:
+        resumed.step(Rows.of(batch))
+    tensors, state = resumed.state_dict()
+    other = trainer()
+    other.load_state_dict({key: tensor.clone() for key, tensor in tensors.items()}, state)
+    for batch in x[3:]:
+        other.step(Rows.of(batch))
+    for (key, tensor), same in zip(straight.sae.state_dict().items(), other.sae.state_dict().values(), strict=True):
+        assert torch.equal(tensor, same), key
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_reported(name):
+    trainer = Trainer(build(name), TrainerConfig(lr=1e-2), 100, T, EXACT)
+    before = {key: tensor.clone() for key, tensor in trainer.sae.state_dict().items()}
+    x_TD = activations()
+    x_TD[3, 2] = float("nan")
+    trainer.step(Rows.of(x_TD))
+    for key, tensor in trainer.sae.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    with pytest.raises(FloatingPointError, match="the gradient was not finite at a step before step 1"):
+        trainer.state_dict()
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_low_precision_stays_near(name, monkeypatch):
+    sae, exact = build(name), build(name).double()
+    x_TD = activations(rows=64)
+    with same_rivals(monkeypatch):
+        found = step_of(sae, x_TD, dead_of(sae, False), "bf16")
+        terms = exact.loss_terms(Rows.of(x_TD.double()), exact(x_TD.double()))
+    for term, value in terms.items():
+        assert found.terms[term].item() == pytest.approx(value.item(), rel=2e-2), term
