@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiments.benchmarks.cases import MAIN, Case
 from switch_kernels import Dispatch, Execution, Moments, Precision, Shape, choose_plan
-from switch_kernels.gpu import inference, pursuit, route, topk
+from switch_kernels.gpu import batch_missed, batch_select, dispatch, inference, pursuit, route, topk
 from switch_kernels.gpu.adam import FusedAdam
 from switch_kernels.gpu.auxk import DeadLatents
 from switch_kernels.gpu.step import Settings, Weights, training_step
@@ -49,8 +49,8 @@ def train(case: Case, x_dtype: torch.dtype = torch.float32, bias: bool = True) -
 
 def evaluate(s: Shape) -> None:
     """Encoding and decoding outside of training."""
-    dispatch = Dispatch.from_experts(meta(s.T, s.S, dtype=torch.int64), s.E)
-    values_RK, indices_RK = inference.select_rows(meta(s.T, s.D), meta(s.M, s.D), meta(s.M), dispatch, s.K, "bf16")
+    pairs = Dispatch.from_experts(meta(s.T, s.S, dtype=torch.int64), s.E)
+    values_RK, indices_RK = inference.select_rows(meta(s.T, s.D), meta(s.M, s.D), meta(s.M), pairs, s.K, "bf16")
     inference.decode(values_RK, indices_RK, meta(s.M, s.D), "bf16")
 
 
@@ -113,4 +113,26 @@ CASES |= {
     "refit 32 x 125 + 64 shared, 32 slots, as in pursuit": partial(refit, 32, 125, 32, 64),
     "refit 32 x 704 + 160 shared, 64 slots, as in pursuit": partial(refit, 32, 704, 64, 160),
     "refit 24 x 170, 16 slots, as in pursuit": partial(refit, 24, 170, 16, 0),
+}
+
+
+def batch_selection(experts: int, own: int, most: int, shared: int, D: int = 768, T: int = 8192, rivals: int = 2048) -> None:
+    """What `switch_refit` selects in a training step: for a batch and its rivals under one threshold, then what the encoder missed of a quarter."""
+    C, M, int32 = shared + own, shared + experts * own, torch.int32
+    tokens, rows = T + rivals, dispatch.num_rows(T + rivals, experts)
+    theta, expert_T, count_T = meta(), meta(tokens, dtype=int32), meta(tokens, dtype=int32)
+    values_TL, columns_TL = batch_select.row_candidates(meta(rows, C), meta(rows, dtype=int32), tokens, most)
+    batch_select.threshold_(theta, values_TL[:T], T * most // 2)
+    latents_TL = batch_select.keep_above(values_TL, columns_TL, theta, T, expert_T, shared, own)[1]
+    some = dispatch.num_rows(T // 4, experts)
+    for dtype, row_T in ((torch.float32, None), (torch.bfloat16, meta(tokens, dtype=int32))):
+        out = (latents_TL[:, -1], meta(T), meta(T))
+        table, W_MD = meta(rows, D, dtype=dtype), meta(M, D, dtype=dtype)
+        batch_missed.missed_rows(meta(some, C), meta(some, dtype=int32), T // 4, expert_T, theta, table, row_T, W_MD, meta(M), shared, out)
+    batch_missed.encoder_weights(values_TL, values_TL, count_T, meta(T), meta(T), T, 1.0, T // 4)
+
+
+CASES |= {
+    f"selection {experts} x {own} + {shared} shared, {most} slots": partial(batch_selection, experts, own, most, shared)
+    for experts, own, most, shared in ((24, 170, 32, 0), (16, 512, 64, 0), (32, 704, 64, 160), (16, 1024, 64, 0), (2, 8192, 64, 0))
 }
