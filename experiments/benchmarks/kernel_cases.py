@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiments.benchmarks.cases import MAIN, Case
 from switch_kernels import Dispatch, Execution, Moments, Precision, Shape, choose_plan
-from switch_kernels.gpu import inference, pursuit, route, topk
+from switch_kernels.gpu import gram, inference, pursuit, route, topk
 from switch_kernels.gpu.adam import FusedAdam
 from switch_kernels.gpu.step import DeadLatents, Settings, Weights, training_step
 from switch_kernels.gpu.update_small import Schedule
@@ -112,4 +112,19 @@ CASES |= {
     "refit 32 x 125 + 64 shared, 32 slots, as in pursuit": partial(refit, 32, 125, 32, 64),
     "refit 32 x 704 + 160 shared, 64 slots, as in pursuit": partial(refit, 32, 704, 64, 160),
     "refit 24 x 170, 16 slots, as in pursuit": partial(refit, 24, 170, 16, 0),
+}
+
+
+def grams(experts: int, own: int, shared: int = 0, D: int = 768) -> None:
+    """The Gram matrices of all dictionaries."""
+    candidates = shared + own
+    for dot in ("bf16", "ieee"):
+        gram.gram_matrices_(meta(experts, candidates, padded_columns(candidates)), meta(shared + experts * own, D), shared, dot)
+
+
+CASES |= {
+    "gram 24 x 170": partial(grams, 24, 170),
+    "gram 32 x 1024": partial(grams, 32, 1024),
+    "gram 32 x 704 + 160 shared": partial(grams, 32, 704, 160),
+    "gram 3 x 1024 of odd rows": partial(grams, 3, 1024, D=771),
 }
