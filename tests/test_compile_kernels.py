@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from experiments.benchmarks.compile_kernels import TARGETS, Job, Report, StubDriver, collect, compile_all, labels
-from experiments.benchmarks.kernel_cases import MAIN, Case, train
+from experiments.benchmarks.kernel_cases import MAIN, Case, grams, train
 from switch_kernels import Shape
 from switch_kernels.gpu.launch import Launch, launch
 
@@ -66,6 +66,14 @@ def test_another_number_of_dead_latents_compiles_nothing(shape: Shape) -> None:
     alone = collect({"64": steps["64"]})
     assert "_keep_topk" in {job.launch.kernel.__name__ for job in alone}
     assert [job.case for job in collect(steps)] == ["64"] * len(alone)
+
+
+def test_gram_matrices_of_other_sizes_compile_nothing() -> None:
+    sizes = [(24, 170), (1, 1), (1, 16384), (16, 0, 16), (32, 704, 160), (4096, 1, 1)]
+    jobs = collect({str(size): partial(grams, *size, D=D) for size in sizes for D in (768, 16)})
+    assert [job.case for job in jobs] == ["(24, 170)"] * 2  # of three products, and of float32
+    odd = collect({f"rows of {D}": partial(grams, 24, 170, D=D) for D in (771, 768, 40)})
+    assert [job.case for job in odd] == ["rows of 771"] * 2 + ["rows of 768"] * 2
 
 
 def test_a_kernel_that_fits_passes() -> None:

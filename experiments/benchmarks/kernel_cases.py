@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiments.benchmarks.cases import MAIN, Case
 from switch_kernels import Dispatch, Execution, Moments, Precision, Shape, choose_plan
-from switch_kernels.gpu import batch_missed, batch_select, dispatch, inference, pursuit, route, topk
+from switch_kernels.gpu import batch_missed, batch_select, dispatch, gram, inference, pursuit, route, topk
 from switch_kernels.gpu.adam import FusedAdam
 from switch_kernels.gpu.auxk import DeadLatents
 from switch_kernels.gpu.step import Settings, Weights, training_step
@@ -135,4 +135,19 @@ def batch_selection(experts: int, own: int, most: int, shared: int, D: int = 768
 CASES |= {
     f"selection {experts} x {own} + {shared} shared, {most} slots": partial(batch_selection, experts, own, most, shared)
     for experts, own, most, shared in ((24, 170, 32, 0), (16, 512, 64, 0), (32, 704, 64, 160), (16, 1024, 64, 0), (2, 8192, 64, 0))
+}
+
+
+def grams(experts: int, own: int, shared: int = 0, D: int = 768) -> None:
+    """The Gram matrices of all dictionaries."""
+    candidates = shared + own
+    for dot in ("bf16", "ieee"):
+        gram.gram_matrices_(meta(experts, candidates, padded_columns(candidates)), meta(shared + experts * own, D), shared, dot)
+
+
+CASES |= {
+    "gram 24 x 170": partial(grams, 24, 170),
+    "gram 32 x 1024": partial(grams, 32, 1024),
+    "gram 32 x 704 + 160 shared": partial(grams, 32, 704, 160),
+    "gram 3 x 1024 of odd rows": partial(grams, 3, 1024, D=771),
 }
