@@ -290,7 +290,7 @@ def test_kernels_are_summed_by_stage_and_unknown_ones_are_shown():
 
 def test_every_kernel_that_a_step_launches_belongs_to_a_stage():
     folder = Path(gpu.__file__).parents[2] / "kernels" / "switch_kernels" / "gpu"
-    sources = sorted(set(folder.glob("*.py")) - {folder / "pursuit.py"})  # searches are part of no fused step
+    sources = sorted(set(folder.glob("*.py")) - {folder / "pursuit.py", folder / "gram.py"})  # searches are part of no fused step
     calls = [node for path in sources for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     launched = {
         call.args[0].id for call in calls if isinstance(call.func, ast.Name) and call.func.id == "launch" and isinstance(call.args[0], ast.Name)

@@ -124,7 +124,7 @@ def test_a_variant_is_trained_by_autograd_and_says_why(name):
 
 def test_only_what_the_kernels_were_written_for_is_fused():
     fused = {name for name, config in CONTRACTS.items() if why_not_fused(built(SAES[SAES.key_of(config)], config)) is None}
-    assert fused == {"topk", "switch, softmax", "switch, softmax, two experts per token", "switch_pursuit"}
+    assert fused == {"topk", "switch, softmax", "switch, softmax, two experts per token", "switch_pursuit", "switch_refit"}
 
 
 def test_a_gate_after_selection_is_fused_where_it_changes_nothing():

@@ -1,10 +1,10 @@
 """`SwitchRefitSAE`: one expert per token, whose encoder chooses latents, a threshold for the whole batch, and values by least squares."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ from switch_sae.models.pairs import above, decode_pairs, largest, order_of, row_
 from switch_sae.models.routers import ROUTERS
 from switch_sae.models.switch_pursuit import StepOutput, SwitchPursuitSAE, check_even_experts, check_router
 from switch_sae.rows import Rows, Shapes
+
+if TYPE_CHECKING:
+    from switch_kernels.gpu.auxk import DeadLatents
+    from switch_kernels.gpu.pursuit_step import SearchSettings, SearchWeights
+    from switch_kernels.gpu.step import StepTensors
 
 Select = Callable[[Tensor], Tensor]
 """Flat positions, rising, of what is selected of pre-activations."""
@@ -113,6 +118,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
     colour, marker = "#D95F02", "X"
     own_inference, has_encoder = Inference.refit, True
     trains_by = (Inference.refit,)
+    has_kernels, kernels_train_by = True, Inference.refit
     by_threshold = True
     step = 0
 
@@ -132,6 +138,30 @@ class SwitchRefitSAE(SwitchPursuitSAE):
     def begin_step(self, step: int, total_steps: int) -> None:
         super().begin_step(step, total_steps)
         self.step = step
+
+    def _search_step(
+        self,
+        x_TD: Tensor,
+        operands: Mapping[str, Tensor],
+        weights: "SearchWeights",
+        settings: "SearchSettings",
+        seed: Tensor,
+        dead: "DeadLatents | None",
+    ) -> "StepTensors":
+        from switch_kernels.gpu.refit_step import Encoder, refit_step
+
+        count = self._searched_tokens(len(x_TD))
+        encoder = Encoder(operands["W_enc_MD"], self.b_enc_M, self.W_dec_MD, self.config.k, self.config.missed, count)
+        return refit_step(x_TD, self.activation_scale, weights, encoder, settings, seed, dead)
+
+    def follow_step(self, computed: "StepTensors", step: Tensor) -> None:
+        from switch_kernels.gpu.thresholds import follow_theta_
+
+        follow_theta_(self.theta, self.threshold, step, computed.gradients.square, self.config.threshold_beta)
+
+    def _searched_tokens(self, tokens: int) -> int:
+        """How many tokens of a batch are searched for what the encoder left out."""
+        return math.ceil(self.config.missed_share * tokens) if self.config.missed else 0
 
     def _update_threshold(self, output: SAEOutput) -> None:
         beta = min(self.config.threshold_beta, (1 + self.step) / (10 + self.step))
@@ -228,7 +258,7 @@ class SwitchRefitSAE(SwitchPursuitSAE):
         terms = super().loss_terms(rows, output, dead_M)
         if not isinstance(output, RefitOutput):
             return terms
-        count = math.ceil(self.config.missed_share * len(rows)) if self.config.missed else 0
+        count = self._searched_tokens(len(rows))
         missed = self._missed(rows, output, count)
         proposed_P, missed_Q = _Proposed.apply(output.own, output.by_latent, missed, self.W_enc_MD, self.b_enc_M)
         terms["match"] = (proposed_P - output.refitted_P).square().sum() / len(rows)

