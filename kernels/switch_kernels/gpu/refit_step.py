@@ -40,8 +40,8 @@ def refit_step(
 ) -> StepTensors:
     """Losses and gradients of one batch of raw activations x_TD (float32 or bfloat16, contiguous).
 
-    Of the T tokens' pre-activations above 0 the T k largest are taken, at most `s.most` of a token's (all that equal the smallest of them, too), which
-    becomes `weights.theta`, in place; of the rivals' those above it. `seed` and `dead` are as in `pursuit_step`, but for an encoder of AuxK's codes.
+    Of the T tokens' pre-activations above 0 the T k largest are taken, at most `s.most` of a token's; all that equal the smallest of them, too, which
+    becomes `weights.theta`, in place. Of the rivals' those above it. `seed` and `dead` are as in `pursuit_step`; AuxK's codes are the encoder's.
     """
     batch, tokens, D = dispatch(x_TD, scale, weights, s, seed), *x_TD.shape
     order, latents_per_expert = batch.in_order, (weights.W_dec_MD.shape[0] - s.shared) // s.num_experts
@@ -65,11 +65,9 @@ def refit_step(
     if dead is not None:
         assert residual_TD is not None
         revived = revive(batch, decoded, rows_ND, encoder.W_enc_MD, encoder.b_enc_M, weights, dead, residual_TD, s, tied=False)
-    of_latents = pairs.pairs_by_latent(
-        torch.cat([latents_RL[:tokens], missed_T[:, None]], dim=1),
-        weights.W_dec_MD.shape[0],
-        torch.cat([values_RL[:tokens], wanted_T[:, None]], dim=1),
-    )
+    indices_TL1 = torch.cat([latents_RL[:tokens], missed_T[:, None]], dim=1)
+    marks_TL1 = torch.cat([values_RL[:tokens], wanted_T[:, None]], dim=1)
+    of_latents = pairs.pairs_by_latent(indices_TL1, weights.W_dec_MD.shape[0], marks_TL1)
     extra = (None, None) if revived is None else (revived.dec, revived.enc)
     decoder = pairs.Terms(F.pad(decoded.weights_TL, (0, 1)), decoded.grad_TD, D, extra=extra[0])
     encoding = pairs.Terms(grad_TL1, rows_ND, D, order.row_R[:tokens], extra=extra[1])
@@ -79,7 +77,7 @@ def refit_step(
 def _missed(
     batch: Batch, rows_ND: Tensor, residual_TD: Tensor | None, weights: SearchWeights, encoder: Encoder, s: SearchSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(latent int32, its value by the encoder, the value it should have) of each token: what was left out and would help most; 0s where nothing was."""
+    """(latent int32, its value by the encoder, the value it should have) of each token: what would have helped most; 0s where nothing would."""
     tokens, count, device = batch.tokens, encoder.missed_count, rows_ND.device
     if not count:
         return torch.zeros(tokens, dtype=torch.int32, device=device), *torch.zeros(2, tokens, device=device)
