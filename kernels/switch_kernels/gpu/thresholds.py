@@ -32,7 +32,7 @@ def _follow_theta(theta, threshold, step, total_square, beta):
 
 
 def follow_theta_(theta: Tensor, threshold: Tensor, step: Tensor, total_square: Tensor, beta: float) -> None:
-    """threshold += (1 - b) * (theta - threshold) with b = min(beta, (1 + n) / (10 + n)) after step n = step - 1. In place, float32 []; `step` is int32
-    [1].
+    """threshold += (1 - b) * (theta - threshold) with b = min(beta, (1 + n) / (10 + n)) after step n = step - 1. In place, float32 []; `step` is
+    int32 [1].
     """
     launch(_follow_theta, (1,), theta, threshold, step, total_square, beta, num_warps=1)
