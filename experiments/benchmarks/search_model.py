@@ -3,8 +3,8 @@
     python -m experiments.benchmarks.search_model
 
 All three are fused and replayed as CUDA graphs. Assumptions, beside those of `roofline`: rows come in the order of experts, so that Gram matrices are
-read from the L1 cache, and searches are bound by the instructions that they issue, counted in sm_90 machine code; those of a refit are taken to be a
-pursuit's, which are more. Operands are bfloat16; refits gather the decoder in float32. Pursuit has no encoder: half of the weights.
+read from the L1 cache, and searches are bound by the instructions that they issue, counted in sm_90 machine code. Operands are bfloat16; refits gather
+the decoder in float32. Pursuit has no encoder: half of the weights.
 """
 
 from dataclasses import replace
@@ -19,6 +19,8 @@ H200 = Roofs(gemm=784e12, copy=4.25e12, gather=9.3e12, launch_us=1.0)
 """As measured (experiments/LOG.md)."""
 JOIN = {16: 300.0, 32: 580.0, 64: 2000.0}
 """Warp instructions of one latent's join by slots, which are of all warps together, in up to 512 columns."""
+SWEEP = {16: 79.0, 32: 213.0, 64: 908.0}
+"""Likewise of one latent's pivot in a refit."""
 RENEWAL = 0.2
 """Warp instructions of one active latent and column in a renewal."""
 SELECTION = {256: 580.0, 512: 950.0, 1024: 1750.0}
@@ -46,7 +48,7 @@ def search_floor(
     products = 3 * 2.0 * (tiles + 1) / (2 * tiles) * E * C * C * D  # three of bfloat16 for one of float32
     every = min(1.0, T / REFRESH_TOKENS)
     matrices, pairs = (2 if refit else 1), T * (K + (1 if refit else 0))
-    joins = K * JOIN[min(64, slots)] * (1.0 if refit else max(1.0, width / 512))
+    joins = K * (SWEEP[min(64, slots)] if refit else JOIN[min(64, slots)] * max(1.0, width / 512))
     renewed = 0 if refit else sum(K // blocks * block for block in range(1, blocks))
     candidates = max(256, 1 << (C - 1).bit_length())
     stages = {
