@@ -74,7 +74,7 @@ class Dispatch:
     def to_one_expert(cls, num_tokens: int, device: torch.device | str = "cpu") -> "Dispatch":
         """All tokens to expert 0: the dispatch of a dense SAE."""
         expert_TS = torch.zeros(num_tokens, 1, dtype=torch.int64, device=device)
-        return cls(expert_TS, torch.arange(num_tokens, device=device), torch.tensor([0, num_tokens], device=device))
+        return cls(expert_TS, torch.arange(num_tokens, device=device), torch.arange(2, device=device) * num_tokens)
 
     def gather(self, x_TX: Tensor) -> Tensor:
         """Token order to expert order, [N, X]: row n is the token of pair order_N[n]."""
