@@ -259,14 +259,14 @@ def pursue(
             return union_products(residual_TD, W_MD, dispatch, sae.num_shared, searched_by(sae))
 
         return pursue_in_lists(sae, x_TD, candidate_TC, k, blocks, threshold, expert_by_expert, gram_ECP, limit_T)
-    with torch.no_grad():
-        if limit_T is None and why_not_searched_in_kernels(sae) is None:
-            from switch_kernels.gpu.search import pursue as in_kernels
+    if limit_T is None and why_not_searched_in_kernels(sae) is None:
+        from switch_kernels.gpu.search import pursue as in_kernels
 
-            given, norm_M = _dictionaries(sae, len(x_TD), gram_ECP)
-            found_TK = in_kernels(x_TD, sae.b_out_D, dispatch.expert_TS, given, k, blocks, threshold, searched_by(sae).dot)
-            return _found(sae, x_TD, *found_TK, norm_M)
-        W_MD, norm_M, gram_ECP = _searched_rows(sae, len(x_TD), gram_ECP)
+        given, norm_M = _dictionaries(sae, len(x_TD), gram_ECP)
+        found_TK = in_kernels(x_TD, sae.b_out_D, dispatch.expert_TS, given, k, blocks, threshold, searched_by(sae).dot)
+        return _found(sae, x_TD, *found_TK, norm_M)
+    W_MD, norm_M, gram_ECP = _searched_rows(sae, len(x_TD), gram_ECP)
+    with torch.no_grad():
         residual_ND, shared = dispatch.gather(precise(x_TD - sae.b_out_D)), sae.num_shared
         products_NC = local_products(residual_ND, W_MD, dispatch, shared, execution=searched_by(sae))
         expert_N = dispatch.expert_N
@@ -276,7 +276,6 @@ def pursue(
         return _found(sae, x_TD, dispatch.scatter(found.values_NK), dispatch.scatter(indices_NK), norm_M)
 
 
-@torch.no_grad()
 def select_in_kernels(
     sae: "SparseAutoencoder", x_TD: Tensor, encoder: tuple[Tensor, Tensor], expert_T1: Tensor, most: int, threshold: Tensor, gram_ECP: Tensor | None
 ) -> SparseLatents:
