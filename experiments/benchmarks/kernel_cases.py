@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarks.cases import MAIN, Case
+from experiments.benchmarks.nodes import SEARCHES, engine_on_meta
 from switch_kernels import Dispatch, Execution, Moments, Precision, Shape, choose_plan
 from switch_kernels.gpu import batch_missed, batch_select, dispatch, gram, inference, pursuit, route, topk
 from switch_kernels.gpu.adam import FusedAdam
@@ -61,6 +62,12 @@ def many_experts(E: int, T: int = 8192, D: int = 768) -> None:
     route.router_gradients(route.route_backward(routed, meta(T, 1), counts_E, 1.0), x_TD, meta(), W_ED, b_D, "bf16")
 
 
+def train_search(config: Any) -> None:
+    """Steps of an SAE that searches, with and without dead latents, in both precisions."""
+    for precision, dead in ((Precision.bf16, 256), (Precision.float32, 0)):
+        engine_on_meta(config, MAIN.T, MAIN.D, precision, dead)()
+
+
 WIDE = replace(MAIN, M=131072)
 TRAIN: dict[Case, dict[str, Any]] = {
     Case(MAIN, dead=256): {"x_dtype": torch.bfloat16},
@@ -80,6 +87,7 @@ TRAIN: dict[Case, dict[str, Any]] = {
 """With what differs from a plain step."""
 CASES: dict[str, Callable[[], None]] = {f"train {case}": partial(train, case, **changes) for case, changes in TRAIN.items()}
 CASES["evaluate"] = partial(evaluate, MAIN)
+CASES |= {f"train {name}": partial(train_search, config) for name, config in SEARCHES.items()}
 CASES |= {f"router of {E} experts": partial(many_experts, E) for E in (256, 4096)}
 
 
