@@ -5,6 +5,7 @@ decoder and its bias. No device data is read on the host and no shape depends on
 out every time.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -90,8 +91,8 @@ class Batch:
 def dispatch(x_TD: Tensor, scale: Tensor, weights: SearchWeights, s: SearchSettings, seed: Tensor) -> Batch:
     """Routes, draws rivals, sorts by experts."""
     routed = route(x_TD, scale, weights.W_router_ED, weights.b_router_D, 1, s.dot)
-    expert_R, rival_n, count = routed.expert_TS.view(-1), None, -int(-s.rivals * x_TD.shape[0] // 1)
-    counts_BE = routed.counts_BE
+    expert_R, counts_BE, rival_n = routed.expert_TS.view(-1), routed.counts_BE, None
+    count = math.ceil(s.rivals * x_TD.shape[0])
     if count:
         rival_n = draw_rivals(routed, count, seed)
         expert_R = torch.cat([expert_R, rival_n])
