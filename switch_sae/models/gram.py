@@ -89,7 +89,7 @@ class GramCache:
 
     def current(self, W_MD: Tensor, experts: int, shared: int) -> Tensor:
         """Of these very weights."""
-        if W_MD.is_inference():  # has no version
+        if W_MD.is_inference() or (W_MD.is_cuda and torch.cuda.is_current_stream_capturing()):  # no version; memory that belongs to a graph
             return _gram(W_MD, experts, shared)
         version = (W_MD._version, W_MD.data_ptr(), W_MD.dtype, W_MD.device, experts, shared)
         if self._of_version is None or self._version != version:
