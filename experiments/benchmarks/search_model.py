@@ -3,8 +3,8 @@
     python -m experiments.benchmarks.search_model
 
 All three are fused and replayed as CUDA graphs. Assumptions, beside those of `roofline`: rows come in the order of experts, so that Gram matrices are
-read from the L1 cache, and searches are bound by the instructions that they issue, counted in sm_90 machine code. Operands are bfloat16; refits gather
-the decoder in float32. Pursuit has no encoder: half of the weights.
+read from the L1 cache, and searches are bound by the instructions that they issue, counted in sm_90 machine code. Operands are bfloat16; refits
+gather the decoder in float32. Pursuit has no encoder: half of the weights.
 """
 
 from dataclasses import replace

@@ -25,7 +25,7 @@ def local_products(
     With Triton one kernel computes them in float32 from operands of the execution's precision, and the host need not know where experts start.
     """
     if execution.is_triton and x_ND.dtype == W_MD.dtype == torch.float32:
-        from switch_kernels.gpu.pursuit import local_products as in_kernel
+        from switch_kernels.gpu.candidate_products import local_products as in_kernel
 
         return in_kernel(x_ND, W_MD, dispatch.start_E1, shared, bias_M, execution.dot)
     experts, offsets = dispatch.num_experts, dispatch.offsets

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from switch_kernels.backend import Dot, operand_dtype
-from switch_kernels.gpu import gemm, pairs, pursuit, sparse
+from switch_kernels.gpu import pairs, pursuit, sparse
 from switch_kernels.gpu.auxk import Auxk, DeadLatents, Rows, auxk
+from switch_kernels.gpu.candidate_products import candidate_products
 from switch_kernels.gpu.dispatch import Sorted, count_experts, gather_rows, sort_pairs
 from switch_kernels.gpu.finish import Balance, Columns, finish
 from switch_kernels.gpu.gemm_decode import residual_rows
@@ -98,14 +99,6 @@ def dispatch(x_TD: Tensor, scale: Tensor, weights: SearchWeights, s: SearchSetti
         expert_R = torch.cat([expert_R, rival_n])
         counts_BE = count_experts(expert_R[:, None], s.num_experts)
     return Batch(x_TD, scale, routed, rival_n, expert_R, sort_pairs(expert_R[:, None], counts_BE, s.num_experts))
-
-
-def candidate_products(rows_ND: Tensor, W_MD: Tensor, bias_M: Tensor | None, start_E1: Tensor, shared: int, dot: Dot) -> Tensor:
-    """float32 [N, C]: the products of rows with those of W that each may use. Both are operands of the same width."""
-    if shared:
-        return pursuit.local_products(rows_ND, W_MD, start_E1, shared, bias_M, dot)
-    F = W_MD.shape[0] // (start_E1.shape[0] - 1)
-    return gemm.encode(rows_ND, W_MD, bias_M, start_E1, F, 1, dot, dtype=torch.float32)[1]
 
 
 def pursuit_step(

@@ -12,9 +12,9 @@ from torch import Tensor
 from switch_kernels.backend import Dot, operand_dtype
 from switch_kernels.gpu import pursuit
 from switch_kernels.gpu.batch_select import keep_above, row_candidates
+from switch_kernels.gpu.candidate_products import candidate_products
 from switch_kernels.gpu.dispatch import Sorted, count_experts, gather_rows, sort_pairs
 from switch_kernels.gpu.inference import kept_operand
-from switch_kernels.gpu.pursuit_step import candidate_products
 
 
 @dataclass(frozen=True)
