@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from switch_kernels import Backend, Execution, Precision
-from switch_kernels.gpu import pursuit
+from switch_kernels.gpu import candidate_products
 from switch_kernels.gpu.launch import launches_to
 from switch_kernels.gpu.search import Dictionaries, select
 from switch_kernels.held import on_meta
@@ -166,7 +166,7 @@ def test_the_host_reads_nothing(name, execution):
 
 def only_products(launch):
     """The products of rows with their dictionaries may be in a kernel, whoever searches."""
-    assert launch.kernel is pursuit._local_products
+    assert launch.kernel is candidate_products._local_products
     launch.run()
 
 
