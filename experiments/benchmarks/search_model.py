@@ -13,14 +13,14 @@ from experiments.benchmarks.cases import MAIN
 from experiments.benchmarks.nodes import SEARCHES, engine_on_meta, nodes_of
 from experiments.benchmarks.roofline import Floor, Roofs, floor
 from switch_kernels import Shape
-from switch_kernels.pursuit import padded_columns
+from switch_kernels.pursuit import padded_columns, spread_counts
 
 H200 = Roofs(gemm=784e12, copy=4.25e12, gather=9.3e12, launch_us=1.0)
 """As measured (experiments/LOG.md)."""
 JOIN = {16: 300.0, 32: 580.0, 64: 2000.0}
 """Warp instructions of one latent's join by slots, which are of all warps together, in up to 512 columns."""
-SWEEP = {16: 79.0, 32: 213.0, 64: 908.0}
-"""Likewise of one latent's pivot in a refit."""
+SWEEP = {16: 121.0, 32: 348.0, 64: 1408.0}
+"""Likewise of one latent in a refit: its row, which is loaded, and its pivot."""
 RENEWAL = 0.2
 """Warp instructions of one active latent and column in a renewal."""
 SELECTION = {256: 580.0, 512: 950.0, 1024: 1750.0}
@@ -48,7 +48,11 @@ def search_floor(
     products = 3 * 2.0 * (tiles + 1) / (2 * tiles) * E * C * C * D  # three of bfloat16 for one of float32
     every = min(1.0, T / REFRESH_TOKENS)
     matrices, pairs = (2 if refit else 1), T * (K + (1 if refit else 0))
-    joins = K * (SWEEP[min(64, slots)] if refit else JOIN[min(64, slots)] * max(1.0, width / 512))
+    if refit:  # rows of at most half as many latents have a kernel of their own
+        counts = spread_counts(K)
+        joins = sum(n * SWEEP[max(16, min(64, slots) // (2 if 2 * n <= slots else 1))] for n in counts) / len(counts)
+    else:
+        joins = K * JOIN[min(64, slots)] * max(1.0, width / 512)
     renewed = 0 if refit else sum(K // blocks * block for block in range(1, blocks))
     candidates = max(256, 1 << (C - 1).bit_length())
     stages = {

@@ -217,7 +217,7 @@ def _sweep(A_SS, z_S, s, SLOTS: tl.constexpr):
     return A_SS - scaled_S[:, None] * row_S[None, :], z_S
 
 
-@triton.jit(do_not_specialize=["stride", "most"])
+@triton.jit(do_not_specialize=["stride", "most", "few", "many"])
 def _refit_pairs(
     residuals,
     W_MD,
@@ -233,6 +233,8 @@ def _refit_pairs(
     F,
     stride,
     most,
+    few,
+    many,
     shared,
     ridge,
     D: tl.constexpr,
@@ -249,6 +251,8 @@ def _refit_pairs(
     else:
         start = tl.load(starts + n)
     count = tl.load(counts + n).to(tl.int32)
+    if (count <= few) | (count > many):
+        return
     group = tl.load(groups + n).to(tl.int64)
     latents += start
     gram += group * C * P
@@ -265,9 +269,11 @@ def _refit_pairs(
     z_S = tl.zeros((SLOTS,), tl.float32)
     again = count > 0
     while again:
-        at_SS = (local_S * P)[:, None] + local_S[None, :]
-        A_SS = tl.load(gram + at_SS, mask=active_S[:, None] & active_S[None, :], other=0.0)
-        A_SS += tl.where(slot[:, None] == slot[None, :], ridge, 0.0)
+        A_SS = tl.zeros((SLOTS, SLOTS), tl.float32)
+        for s in range(0, count):  # row by row: all addresses at once would not fit the registers beside it
+            at = tl.sum(tl.where(slot == s, local_S, 0), axis=0)
+            row_S = tl.load(gram + at * P + local_S, mask=active_S, other=0.0) + tl.where(slot == s, ridge, 0.0)
+            A_SS = tl.where((slot == s)[:, None], row_S[None, :], A_SS)
         z_S = tl.where(active_S, product_S, 0.0)
         for s in range(0, count):
             if tl.sum((active_S & (slot == s)).to(tl.int32), axis=0) > 0:
@@ -276,7 +282,7 @@ def _refit_pairs(
         again = tl.sum(wrong_S.to(tl.int32), axis=0) > 0
         active_S = active_S & (wrong_S == 0)
     z_S = tl.where(active_S, z_S, 0.0)
-    tl.store(refitted + start + slot, z_S, mask=slot < (count if order is None else most))
+    tl.store(refitted + start + slot, z_S, mask=slot < count)
 
 
 def refit_pairs(
@@ -307,7 +313,7 @@ def refit_tokens(
 
     Rows of residual_ND (float32, its row stride free) are in the order of experts, order_N (int32) the token of each or -1.
     """
-    refitted_TL = torch.empty(latent_TL.shape, dtype=torch.float32, device=residual_ND.device)
+    refitted_TL = torch.zeros(latent_TL.shape, dtype=torch.float32, device=residual_ND.device)
     _refit(residual_ND, W_MD, latent_TL, gram_ECP, expert_T, None, count_T, order_N, refitted_TL, shared, ridge, latent_TL.shape[1])
     return refitted_TL
 
@@ -316,29 +322,33 @@ def _refit(
     residual_ND: Tensor, W_MD: Tensor, latents: Tensor, gram_GCP: Tensor, group: Tensor, starts: Tensor | None, counts: Tensor,
     order_N: Tensor | None, refitted: Tensor, shared: int, ridge: float, most: int,
 ) -> None:  # fmt: skip
-    slots, D = next_power_of_2(most), W_MD.shape[1]
-    warps = _warps(slots, 0)
-    launch(
-        _refit_pairs,
-        (len(residual_ND),),
-        residual_ND,
-        W_MD.contiguous(),
-        latents,
-        gram_GCP.contiguous(),
-        group,
-        starts,
-        counts,
-        order_N,
-        refitted,
-        *gram_GCP.shape[1:],
-        (len(W_MD) - shared) // len(gram_GCP),
-        residual_ND.stride(0),
-        most,
-        shared,
-        ridge,
-        D=D,
-        SLOTS=slots,
-        WIDTH=min(next_power_of_2(D), 128, max(16, (1024 * warps if warps > 1 else 512) // slots)),  # a lone warp has R and its transpose to hold too
-        num_warps=warps,
-        num_stages=1,
-    )
+    """In two launches: rows of at most half as many latents take a quarter of the registers, and of the time."""
+    full, W_MD, gram_GCP = next_power_of_2(most), W_MD.contiguous(), gram_GCP.contiguous()
+    for slots in (full // 2, full) if full >= 32 else (full,):
+        warps = _warps(slots, 0)
+        launch(
+            _refit_pairs,
+            (len(residual_ND),),
+            residual_ND,
+            W_MD,
+            latents,
+            gram_GCP,
+            group,
+            starts,
+            counts,
+            order_N,
+            refitted,
+            *gram_GCP.shape[1:],
+            (len(W_MD) - shared) // len(gram_GCP),
+            residual_ND.stride(0),
+            most,
+            slots // 2 if 32 <= slots == full else 0,
+            slots,
+            shared,
+            ridge,
+            D=W_MD.shape[1],
+            SLOTS=slots,
+            WIDTH=16 if warps == 1 else 64,  # wider tiles give a lone warp a layout in which a sweep takes twice as many instructions
+            num_warps=warps,
+            num_stages=1,
+        )
