@@ -120,6 +120,11 @@ class TorchEngine:
         return sum(p.numel() * p.element_size() for p in self.optimizer.parameters.values())
 
 
+def _readable(rows_TD: Tensor) -> Tensor:
+    """As kernels read activations: float32 or bfloat16."""
+    return rows_TD if rows_TD.dtype == torch.bfloat16 else rows_TD.float()
+
+
 def same_form(a: Rows, b: Rows) -> bool:
     """Whether two batches have the same shapes and dtypes, and both or neither have targets of their own."""
     pairs = ((a.x_TD, b.x_TD), (a.target_TD, b.target_TD))
@@ -189,7 +194,7 @@ class TritonEngine:
         self.rows.x_TD.copy_(rows.x_TD)
         if rows.target_TD is not rows.x_TD:
             self.rows.target_TD.copy_(rows.target_TD)
-        self.kind = self.sae.prepare_step(len(rows))
+        self.kind = self.sae.prepare_step()
         is_captured = self._key() in self.graphs
         computed, grad_norm = self._replay() if self.keeps_time else self._compute()
         torch.autograd.graph.increment_version(list(self.optimizer.parameters.values()))  # kernels and graphs write where PyTorch does not see it
@@ -198,6 +203,7 @@ class TritonEngine:
             self.events.append((start, end, is_captured))
             self._count(self.finished)
         self.optimizer.steps_taken = step + 1
+        self.sae.stepped(len(rows))
         scale = self.sae.target_scale
         pairs_E = computed.pairs_E
         return Outcome(
@@ -211,7 +217,8 @@ class TritonEngine:
         from switch_kernels.gpu.update_small import Schedule
 
         assert self.rows is not None
-        computed = self.sae.training_step(self.rows, self.optimizer.operands, self.dead, self.dot, self.seed)
+        rows = self.rows.map(_readable)
+        computed = self.sae.training_step(rows, self.optimizer.operands, self.dead, self.dot, self.seed)
         grad_norm = self.optimizer.step(computed.gradients, Schedule(self.hyper_IH, self.position, self.seed, self.worst_norm))
         mark_fired_(self.tokens_since_fired_M, computed.values_TK, computed.indices_TK, len(self.rows))
         self.sae.follow_step(computed, self.seed)
@@ -286,6 +293,7 @@ class TritonEngine:
 
     def load(self, state: dict[str, Tensor], step: int) -> None:
         self.optimizer.load({key.removeprefix("adam/"): tensor for key, tensor in state.items() if key.startswith("adam/")})
+        self.worst_norm.zero_()
         if "dead" in state and step % self.INTERVAL:
             self.dead_M.copy_(state["dead"])
             self._start_interval(step, self._hyper(step))
@@ -339,6 +347,6 @@ class TritonEngine:
         copies = sum(copy.nbytes for copy in other.optimizer.operands.values() if copy.untyped_storage() not in weights)
         with Held() as held, launches_to(lambda launch: None):
             other.rows = Rows.of(torch.empty(tokens, sae.d_in, device="meta"))
-            other.kind = sae.prepare_step(tokens)
+            other.kind = sae.prepare_step()
             other._compute()
         return copies + held.peak

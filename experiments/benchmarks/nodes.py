@@ -69,7 +69,7 @@ def engine_on_meta(
         settings = EngineSettings(lambda _: 1e-3, 1000, 1.0, 10**6, moments)
         engine = TritonEngine(sae, settings, torch.empty(sae.num_latents, dtype=torch.int64), Execution(precision=precision).dot)
         engine.rows = Rows.of(torch.empty(tokens, D))
-        engine.kind = sae.prepare_step(tokens)
+        engine.kind = sae.prepare_step()
         if dead:
             B = sae.num_experts * dead
             lists = torch.empty(B, dtype=torch.int64), torch.empty(B, dtype=torch.bool), torch.empty(sae.num_latents, dtype=torch.int32)

@@ -39,8 +39,8 @@ DENSE_UP_TO = 112
 RECOMPUTE_FROM = 0.39
 
 
-def choose_plan(tokens: int, num_latents: int, num_experts: int, k: int, slots: int = 1, regime: Regime | None = None) -> Plan:
-    """The plan for T tokens, M latents, E experts, K active latents and S experts per token; `regime` overrides the choice.
+def choose_plan(tokens: int, num_latents: int, num_experts: int, k: int, slots: int = 1, regime: Regime | None = None, why: str = "as asked") -> Plan:
+    """The plan for T tokens, M latents, E experts, K active latents and S experts per token; `regime` overrides the choice, for the reason `why`.
 
     dense if S * F <= 112 * K, sparse otherwise; gradients recomputed if sparse and M > 0.39 * T * K, buffered otherwise.
     """
@@ -49,7 +49,7 @@ def choose_plan(tokens: int, num_latents: int, num_experts: int, k: int, slots: 
         regime = Regime.dense if width <= limit else Regime.sparse
         reason = f"{width} latents per token {'<=' if regime is Regime.dense else '>'} {DENSE_UP_TO} * k = {limit}"
     else:
-        regime, reason = Regime(regime), "as asked"
+        regime, reason = Regime(regime), why
     if regime is Regime.dense:
         return Plan(regime, GradientMode.buffered, reason)
     pairs = round(RECOMPUTE_FROM * tokens * k)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 MOST_DEAD = 16384
 """Most dead latents of an expert that AuxK works on at once: it bounds their share of a step's memory and time."""
 
+MOST_EXPERTS = 4096
+"""Whose logits the router's kernels hold in registers."""
+
 
 class FusedTraining(SparseAutoencoder):
     """For SAEs whose whole training step kernels compute: what `TritonEngine` asks of them."""
@@ -51,9 +54,12 @@ class FusedTraining(SparseAutoencoder):
     def plan(self, tokens: int) -> Plan:
         """How the kernels will compute a batch of so many tokens, and why."""
 
-    def prepare_step(self, tokens: int) -> Hashable:
+    def prepare_step(self) -> Hashable:
         """What the host decides before a step: the kind of work it does, and on what, each of which is captured in a graph of its own."""
         return None
+
+    def stepped(self, tokens: int) -> None:
+        """What the host notes after a step."""
 
     @abstractmethod
     def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor) -> "StepTensors":
@@ -128,7 +134,6 @@ class FusedEncoder(FusedTraining):
             self.num_experts, self.experts_per_token, self.config.k, self.joint_topk, router.balance * self.d_out if router else 0.0,
             router is not None and router.is_trained, dot, self.plan(len(rows)),
         )  # fmt: skip
-        rows = rows.map(lambda rows_TD: rows_TD.to(self.activation_scale.dtype))
         return self._named(training_step(rows.x_TD, rows.target_TD, self.activation_scale, self.target_scale, weights, settings, dead))
 
 
@@ -150,6 +155,8 @@ def why_not_fused(sae: SparseAutoencoder) -> str | None:
         return f"the Triton kernels train {trained}, not by inference={sae.inference.name}"
     if why := sae.why_not_in_kernels():
         return why
+    if sae.num_experts > MOST_EXPERTS:
+        return f"the Triton kernels route to {MOST_EXPERTS} experts at most, not to {sae.num_experts}"
     frozen = [key for key, parameter in sae.named_parameters(recurse=False) if not parameter.requires_grad]
     if frozen:
         return f"{', '.join(frozen)} are frozen, which the Triton kernels do not know"

@@ -1,7 +1,6 @@
 """The training step of SAEs that search the dictionary of one expert per token as fused Triton kernels; its gradients are those of autograd."""
 
 from collections.abc import Hashable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor, nn
 
 from switch_kernels import Backend, Execution, Plan, Regime, choose_plan
 from switch_kernels.backend import Dot
-from switch_kernels.pursuit import padded_columns, why_not_in_kernels
+from switch_kernels.pursuit import padded_columns
+from switch_kernels.pursuit import why_not_in_kernels as why_not_searched
 from switch_sae.models.fused import FusedTraining
 from switch_sae.models.gram import refresh_tokens
 from switch_sae.models.inference import Inference, ridge_of
@@ -50,15 +50,17 @@ class FusedSearch(FusedTraining):
         if self.W_dec_MD.dtype != torch.float32:
             return f"the Triton kernels train weights of float32, not {str(self.W_dec_MD.dtype).removeprefix('torch.')}"
         columns = padded_columns(self.config.candidates)
-        return why_not_in_kernels(Execution(Backend.triton), torch.float32, self.config.most, columns)
+        return why_not_searched(Execution(Backend.triton), torch.float32, self.config.most, columns)
 
     def plan(self, tokens: int) -> Plan:
-        plan = choose_plan(tokens, self.num_latents, self.num_experts, self.config.k, regime=Regime.sparse)
-        return replace(plan, reason=plan.reason.replace("as asked", "what a search finds"))
+        return choose_plan(tokens, self.num_latents, self.num_experts, self.config.k, 1, Regime.sparse, "as every search")
 
-    def prepare_step(self, tokens: int) -> Hashable:
-        self.renew_gram = self.grams.is_due(self.W_dec_MD, self.num_experts, self.num_shared, tokens, refresh_tokens(self.config))
+    def prepare_step(self) -> Hashable:
+        self.renew_gram = self.grams.is_due(self.W_dec_MD, self.num_experts, self.num_shared, refresh_tokens(self.config))
         return self.renew_gram, self.grams.of_step.data_ptr()
+
+    def stepped(self, tokens: int) -> None:
+        self.grams.took(tokens, self.renew_gram)
 
     def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor) -> "StepTensors":
         from switch_kernels.gpu.gram import gram_matrices_
@@ -73,7 +75,7 @@ class FusedSearch(FusedTraining):
             self.num_experts, self.num_shared, self.config.most, ridge_of(self), router.balance * self.d_out, router.is_trained, router.rivals, dot,
             self.plan(len(rows)),
         )  # fmt: skip
-        return self._named(self._search_step(rows.x_TD.to(torch.float32), operands, weights, settings, seed, dead))
+        return self._named(self._search_step(rows.x_TD, operands, weights, settings, seed, dead))
 
     def _search_step(
         self,

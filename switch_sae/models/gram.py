@@ -102,24 +102,26 @@ class GramCache:
         assert self._in_training is not None
         return self._in_training
 
-    def is_due(self, W_MD: Tensor, experts: int, shared: int, tokens: int, every: int) -> bool:
-        """Whether a training step on so many tokens should write `of_step` anew, where it stays for as long as weights stay where they are."""
-        last, due = self._in_training, self._age >= every
-        if last is None or last.device != W_MD.device:
-            candidates = shared + (len(W_MD) - shared) // experts
-            self._in_training = torch.empty(experts, candidates, padded_columns(candidates), device=W_MD.device)
-            due = True
-        self._age = tokens + (0 if due else self._age)
-        return due
+    def is_due(self, W_MD: Tensor, experts: int, shared: int, every: int) -> bool:
+        """Whether a training step of kernels should write `of_step` anew, in float32; it stays where it is as long as weights do. `took` follows."""
+        candidates = shared + (len(W_MD) - shared) // experts
+        shape = experts, candidates, padded_columns(candidates)
+        if not self._fits(shape, torch.float32, W_MD.device):
+            self._in_training, self._age = torch.empty(shape, device=W_MD.device), every
+        return self._age >= every
+
+    def took(self, tokens: int, anew: bool) -> None:
+        """After a step on so many tokens, which wrote `of_step` anew or not."""
+        self._age = tokens + (0 if anew else self._age)
 
     def for_step(self, W_MD: Tensor, experts: int, shared: int, tokens: int, every: int) -> Tensor:
         """Of these weights or of those up to `every` tokens ago, for a training step on so many tokens."""
         last = self._in_training
-        if last is None or self._age >= every or (last.dtype, last.device) != (precise(W_MD[:0]).dtype, W_MD.device):
-            last = self._in_training = _gram(W_MD, experts, shared)
-            self._age = 0
-        self._age += tokens
-        return last
+        anew = last is None or self._age >= every or (last.dtype, last.device) != (precise(W_MD[:0]).dtype, W_MD.device)
+        if anew:
+            self._keep(_gram(W_MD, experts, shared))
+        self.took(tokens, anew)
+        return self.of_step
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold for steps to go on bit for bit; empty where nothing was trained with Gram matrices."""
@@ -127,11 +129,22 @@ class GramCache:
 
     def load(self, state: dict[str, Tensor], like: Tensor) -> None:
         """From `state`, to the device of a weight."""
+        self._age = int(state["gram_age"]) if state else 0
         if state:
-            last, gram = self._in_training, state["gram"].to(like.device)
-            if last is not None and (last.shape, last.dtype, last.device) == (gram.shape, gram.dtype, gram.device):
-                gram = last.copy_(gram)  # a captured graph may read it there
-            self._in_training, self._age = gram, int(state["gram_age"])
+            self._keep(state["gram"].to(like.device, copy=True))
+        else:
+            self._in_training = None
+
+    def _fits(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+        last = self._in_training
+        return last is not None and (tuple(last.shape), last.dtype, last.device) == (shape, dtype, device)
+
+    def _keep(self, gram_ECP: Tensor) -> None:
+        """For training steps, in the place of the last where that is possible: a captured graph may read it there."""
+        if self._in_training is not None and self._fits(tuple(gram_ECP.shape), gram_ECP.dtype, gram_ECP.device):
+            self._in_training.copy_(gram_ECP)
+        else:
+            self._in_training = gram_ECP
 
 
 def _gram(W_MD: Tensor, experts: int, shared: int) -> Tensor:

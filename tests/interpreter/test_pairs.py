@@ -110,11 +110,12 @@ def check(problem: Problem, out: torch.dtype | None, extra_dec: Extra | None = N
 
 
 def test_pairs_are_sorted_by_latent_in_token_order() -> None:
-    for M, key in ((6, torch.int16), (2**15, torch.int16), (2**15 + 1, torch.int32)):
+    for M, key in ((6, torch.int16), (2**16 - 1, torch.int16), (2**16, torch.int32)):
         indices_TK = torch.tensor([[3, M - 1], [0, 3], [M - 1, 3]], dtype=torch.int32)
         order = pairs_by_latent(indices_TK, M)
         assert order.pair_P.tolist() == [2, 0, 3, 5, 1, 4] and order.pair_P.dtype == torch.int32
-        assert order.latent_P.tolist() == [0, 3, 3, 3, M - 1, M - 1] and order.latent_P.dtype == key
+        lowest = order.nobody - M
+        assert order.latent_P.tolist() == [lowest + j for j in (0, 3, 3, 3, M - 1, M - 1)] and order.latent_P.dtype == key
         assert order.start_M1[[0, 1, 2, 3, 4, M - 1, M]].tolist() == [0, 1, 1, 1, 4, 4, 6] and order.start_M1.dtype == torch.int32
 
 

@@ -34,7 +34,7 @@ class LatentPairs:
     pair_P: Tensor
     """int32: pair numbers t * K + k, sorted by latent; ties keep token order."""
     latent_P: Tensor
-    """The latent of each, ascending; int16 where that holds all latents, less 2^15 of more, else int32."""
+    """The latent of each, ascending: int16, less 2^15, for fewer than 2^16 latents, else int32."""
     start_M1: Tensor
     """int32 [M + 1]: latent j owns pairs start[j] to start[j + 1] - 1."""
     nobody: int
@@ -46,31 +46,25 @@ def pairs_by_latent(indices_TK: Tensor, num_latents: int, marks_TK: Tensor | Non
 
     With `marks_TK` (float32) only pairs whose mark is above 0 belong to a latent: start_M1[M] counts them, and the others come behind.
     """
-    # a radix sort takes half the passes on half the bits
-    if marks_TK is None:
-        key_dtype, lowest = torch.int16 if num_latents <= 2**15 else torch.int32, 0
-        keys_P = indices_TK.flatten().to(key_dtype)
-    else:
-        key_dtype, lowest = (torch.int16, -(2**15)) if num_latents < 2**16 else (torch.int32, 0)
-        keys_P = torch.empty(indices_TK.numel(), dtype=key_dtype, device=indices_TK.device)
-        launch(_mark_keys, (cdiv(len(keys_P), 1024),), indices_TK, marks_TK, keys_P, len(keys_P), num_latents, lowest, BLOCK=1024)
+    # a radix sort takes half the passes on half the bits, which hold 2^16 - 1 latents and nobody
+    key_dtype, lowest = (torch.int16, -(2**15)) if num_latents < 2**16 else (torch.int32, 0)
+    pairs, device = indices_TK.numel(), indices_TK.device
+    keys_P = torch.empty(pairs, dtype=key_dtype, device=device)
+    launch(_write_keys, (cdiv(pairs, 1024),), indices_TK, marks_TK, keys_P, pairs, num_latents, lowest, BLOCK=1024)
     latent_P, pair_P = torch.sort(keys_P, stable=True)
-    start_M1 = torch.empty(num_latents + 1, dtype=torch.int32, device=indices_TK.device)
-    if marks_TK is None:
-        start_M1[num_latents:].fill_(indices_TK.numel())
-    starts = start_M1 if marks_TK is not None else start_M1[:num_latents]
-    torch.searchsorted(
-        latent_P, torch.arange(lowest, lowest + len(starts), dtype=key_dtype, device=indices_TK.device), out_int32=True, out=starts
-    )  # fmt: skip
+    start_M1 = torch.empty(num_latents + 1, dtype=torch.int32, device=device)
+    latents_M1 = torch.arange(lowest, lowest + num_latents + 1, dtype=key_dtype, device=device)
+    torch.searchsorted(latent_P, latents_M1, out_int32=True, out=start_M1)
     return LatentPairs(pair_P.to(torch.int32), latent_P, start_M1, num_latents + lowest)
 
 
 @triton.jit(do_not_specialize=["P", "M", "lowest"])
-def _mark_keys(indices, marks, keys, P, M, lowest, BLOCK: tl.constexpr):
+def _write_keys(indices, marks, keys, P, M, lowest, BLOCK: tl.constexpr):
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     latent = tl.load(indices + p, mask=p < P, other=0)
-    mark = tl.load(marks + p, mask=p < P, other=0.0)
-    tl.store(keys + p, (tl.where(mark > 0.0, latent, M) + lowest).to(keys.dtype.element_ty), mask=p < P)
+    if marks is not None:
+        latent = tl.where(tl.load(marks + p, mask=p < P, other=0.0) > 0.0, latent, M)
+    tl.store(keys + p, (latent + lowest).to(keys.dtype.element_ty), mask=p < P)
 
 
 class Terms(NamedTuple):

@@ -115,11 +115,9 @@ def pursuit_step(
     decoded = Decoded.of(batch, weights, *found)
     revived = None
     if dead is not None:
-        unit, nowhere_D = torch.ones((), device=x_TD.device), torch.zeros_like(weights.b_pre_D)
-        residual_TD = decoded.residual(batch)
-        rows_ND = gather_rows(residual_TD, unit, nowhere_D, order_N, 1, s.operand_dtype)
-        revived = revive(batch, decoded, rows_ND, weights.W_dec_MD, None, weights, dead, residual_TD, s, tied=True)
-    decoder = pairs.Terms(decoded.weights_TL, decoded.grad_TD, x_TD.shape[1], extra=revived.dec if revived else None)
+        rows_ND = decoded.residual_rows(batch, order_N, s.operand_dtype)
+        revived = revive(batch, decoded, rows_ND, weights.W_dec_MD, None, weights, dead, s)
+    decoder = pairs.Terms(decoded.values_TL, decoded.grad_TD, x_TD.shape[1], extra=revived.dec if revived else None)
     of_latents = pairs.pairs_by_latent(decoded.indices_TL, weights.W_dec_MD.shape[0], decoded.values_TL)
     return complete(batch, decoded, weights, of_latents, decoder, None, revived, s)
 
@@ -132,8 +130,8 @@ class Decoded:
     """float32; 0 in slots that are not in use."""
     indices_TL: Tensor
     """int32."""
-    weights_TL: Tensor
     grad_TD: Tensor
+    """d loss / d reconstruction, in the operands' dtype: -grad_scale times the residual."""
     column_parts: Tensor
     loss_R: Tensor
     """float32 [T + n]: squared errors, with those of the rivals."""
@@ -143,26 +141,40 @@ class Decoded:
     def of(cls, batch: Batch, weights: SearchWeights, values_RL: Tensor, indices_RL: Tensor) -> "Decoded":
         tokens, D = batch.x_TD.shape
         loss = sparse.decode_loss(
-            values_RL, indices_RL, None, None, weights.W_dec_MD, D, weights.b_pre_D, batch.x_TD, batch.scale, batch.grad_scale, batch.in_order.order_N
-        )
-        own = (tensor[:tokens] for tensor in (values_RL, indices_RL, loss.weights_TK, loss.grad_TD))
-        values_TL, indices_TL, weights_TL, grad_TD = own
-        return cls(values_TL, indices_TL, weights_TL, grad_TD, row_sum_parts(grad_TD, D), loss.loss_T, values_RL)
+            values_RL, indices_RL, None, None, weights.W_dec_MD, D, weights.b_pre_D, batch.x_TD, batch.scale, batch.grad_scale,
+            batch.in_order.order_N, fixed=True,
+        )  # fmt: skip
+        grad_TD = loss.grad_TD[:tokens]
+        return cls(values_RL[:tokens], indices_RL[:tokens], grad_TD, row_sum_parts(grad_TD, D), loss.loss_T, values_RL)
 
     def residual(self, batch: Batch) -> Tensor:
         """x - recon, scaled, float32 [T, D]."""
         tokens, D = batch.x_TD.shape
         return residual_rows(self.grad_TD, None, None, 1, tokens, D, batch.grad_scale)
 
+    def residual_rows(self, batch: Batch, order_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """[N, Dp]: the residuals of tokens in some order."""
+        columns, device = self.grad_TD.shape[1], self.grad_TD.device
+        factor = torch.full((), -1 / batch.grad_scale, device=device)
+        return gather_rows(self.grad_TD, factor, torch.zeros(columns, device=device), order_N, 1, dtype)
 
-def revive(batch: Batch, decoded: Decoded, rows_ND: Tensor, W_in_MD: Tensor, b_in_M: Tensor | None, weights: SearchWeights, dead: DeadLatents,
-           residual_TD: Tensor, s: SearchSettings, tied: bool) -> Auxk:  # fmt: skip
+
+def revive(
+    batch: Batch,
+    decoded: Decoded,
+    rows_ND: Tensor,
+    W_in_MD: Tensor,
+    b_in_M: Tensor | None,
+    weights: SearchWeights,
+    dead: DeadLatents,
+    s: SearchSettings,
+) -> Auxk:
     """AuxK of the batch's own tokens. Rows of rivals have codes, of which nothing comes: no residual is theirs."""
     tokens, D = batch.x_TD.shape
     order = batch.in_order
     rows = Rows(rows_ND, order.order_N, order.row_R[:tokens], order.start_E1, None, 1)
     variance = variance_of(decoded.loss_R[:tokens], decoded.column_parts, tokens, batch.grad_scale)
-    return auxk(rows, W_in_MD, b_in_M, weights.W_dec_MD, dead, residual_TD, variance, D, s.dot, tied)
+    return auxk(rows, W_in_MD, b_in_M, weights.W_dec_MD, dead, decoded.residual(batch), variance, D, s.dot, tied=b_in_M is None)
 
 
 def complete(
@@ -171,7 +183,7 @@ def complete(
 ) -> StepTensors:  # fmt: skip
     """All gradients and loss terms, from what each latent's pairs add up."""
     (tokens, D), routed, dot = batch.x_TD.shape, batch.routed, s.dot
-    counts_E = routed.counts_BE.sum(0, dtype=torch.int32)
+    counts_E = batch.in_order.counts_E if batch.rival_n is None else routed.counts_BE.sum(0, dtype=torch.int32)
     factor = s.balance * s.num_experts / (tokens * tokens)
     columns: dict[str, Columns] = {}
     competition: Competition | None = None
@@ -189,13 +201,14 @@ def complete(
         columns["b_enc_M"] = Columns(tuple(grads.bias_M.shape), grads.bias_M, revived.bias_M if revived else None)
     balance = Balance(routed.prob_sums_BE, counts_E, factor) if s.balance > 0 else None
     done = finish(columns, [grads.square_parts], decoded.loss_R[:tokens], tokens, balance)
-    terms = {"mse": done.mse, **(more_terms or {})}
+    terms = {"mse": done.mse}
+    if revived is not None:
+        terms["auxk"] = revived.term
     if balance is not None:
         terms["load_balance"] = done.load_balance
     if competition is not None:
         terms["competition"] = competition.parts.sum()
-    if revived is not None:
-        terms["auxk"] = revived.term
+    terms |= more_terms or {}
     recipe = grads if recomputed else None
     return StepTensors(
         terms, Gradients(grads.encoder_MD, grads.decoder_MD, recipe, done.gradients, done.square), done.squared_error,

@@ -14,7 +14,7 @@ from switch_kernels.gpu.auxk import DeadLatents
 from switch_kernels.gpu.batch_missed import encoder_weights, missed_rows
 from switch_kernels.gpu.batch_select import keep_above, row_candidates, threshold_
 from switch_kernels.gpu.candidate_products import candidate_products
-from switch_kernels.gpu.dispatch import count_experts, gather_rows, sort_pairs
+from switch_kernels.gpu.dispatch import count_experts, sort_pairs
 from switch_kernels.gpu.pursuit_step import Batch, Decoded, SearchSettings, SearchWeights, complete, dispatch, revive
 from switch_kernels.gpu.step import StepTensors
 
@@ -56,37 +56,33 @@ def refit_step(
         exact_ND, encoder.W_dec_MD, latents_RL, count_R, batch.expert_R, order.order_N, weights.gram_ECP, s.shared, s.ridge
     )  # fmt: skip
     decoded = Decoded.of(batch, weights, refitted_RL, latents_RL)
-    residual_TD = decoded.residual(batch) if dead is not None or encoder.missed_count else None
-    missed_T, value_T, wanted_T = _missed(batch, rows_ND, residual_TD, weights, encoder, s)
+    missed_T, value_T, wanted_T = _missed(batch, decoded, rows_ND, weights, encoder, s)
     grad_TL1, losses = encoder_weights(
         values_RL[:tokens], refitted_RL[:tokens], count_R[:tokens], value_T, wanted_T, tokens, encoder.missed, encoder.missed_count
     )  # fmt: skip
     terms = {"match": losses[0]} | ({"missed": losses[1]} if encoder.missed_count else {})
     revived = None
     if dead is not None:
-        assert residual_TD is not None
-        revived = revive(batch, decoded, rows_ND, encoder.W_enc_MD, encoder.b_enc_M, weights, dead, residual_TD, s, tied=False)
+        revived = revive(batch, decoded, rows_ND, encoder.W_enc_MD, encoder.b_enc_M, weights, dead, s)
     indices_TL1 = torch.cat([latents_RL[:tokens], missed_T[:, None]], dim=1)
     marks_TL1 = torch.cat([values_RL[:tokens], wanted_T[:, None]], dim=1)
     of_latents = pairs.pairs_by_latent(indices_TL1, weights.W_dec_MD.shape[0], marks_TL1)
     extra = (None, None) if revived is None else (revived.dec, revived.enc)
-    decoder = pairs.Terms(F.pad(decoded.weights_TL, (0, 1)), decoded.grad_TD, D, extra=extra[0])
+    decoder = pairs.Terms(F.pad(decoded.values_TL, (0, 1)), decoded.grad_TD, D, extra=extra[0])
     encoding = pairs.Terms(grad_TL1, rows_ND, D, order.row_R[:tokens], extra=extra[1])
     return complete(batch, decoded, weights, of_latents, decoder, encoding, revived, s, terms)
 
 
 def _missed(
-    batch: Batch, rows_ND: Tensor, residual_TD: Tensor | None, weights: SearchWeights, encoder: Encoder, s: SearchSettings
+    batch: Batch, decoded: Decoded, rows_ND: Tensor, weights: SearchWeights, encoder: Encoder, s: SearchSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(latent int32, its value by the encoder, the value it should have) of each token: what would have helped most; 0s where nothing would."""
     tokens, count, device = batch.tokens, encoder.missed_count, rows_ND.device
     if not count:
         return torch.zeros(tokens, dtype=torch.int32, device=device), *torch.zeros(2, tokens, device=device)
-    assert residual_TD is not None
     expert_n1 = batch.routed.expert_TS[:count]
     order = sort_pairs(expert_n1, count_experts(expert_n1, s.num_experts), s.num_experts)
-    unit, nowhere_D = torch.ones((), device=device), torch.zeros_like(weights.b_pre_D)
-    left_ND = gather_rows(residual_TD, unit, nowhere_D, order.order_N, 1, s.operand_dtype)
+    left_ND = decoded.residual_rows(batch, order.order_N, s.operand_dtype)
     left_NC = candidate_products(left_ND, weights.W_dec_MD, None, order.start_E1, s.shared, s.dot)
     missed_T, (value_T, wanted_T) = torch.empty(tokens, dtype=torch.int32, device=device), torch.empty(2, tokens, device=device)
     missed_rows(

@@ -23,8 +23,8 @@ class TokenLoss:
     """d loss / d reconstruction, [T, Dp] in the decoder operand's dtype; pad columns zero."""
     weights_TK: Tensor
     """gate * value, float32: what multiplies the decoder rows."""
-    grad_pre_TK: Tensor
-    """d loss / d pre-activation, float32: zero where the value is."""
+    grad_pre_TK: Tensor | None
+    """d loss / d pre-activation, float32: zero where the value is; None where nobody asked."""
     grad_gate_TS: Tensor | None
     """d loss / d gate, float32; None without gates."""
     loss_T: Tensor
@@ -138,7 +138,8 @@ def _decode_loss(
     x += tl.where(t < T, t, t - T) * D
     x_scale = tl.load(scale)
     square = tl.zeros((WIDTH,), tl.float32)
-    products = tl.zeros((ROWS, WIDTH // LANE), tl.float32)  # sums over the columns of a lane; over lanes only once, after the loop
+    if grad_pre is not None:
+        products = tl.zeros((ROWS, WIDTH // LANE), tl.float32)  # sums over the columns of a lane; over lanes only once, after the loop
     for c0 in range(0, DP, WIDTH):
         c = c0 + tl.arange(0, WIDTH)
         if D % WIDTH == 0:
@@ -150,10 +151,12 @@ def _decode_loss(
         square += error * error
         g = error * grad_scale
         tl.store(grad + t * DP + c, g.to(grad.dtype.element_ty), mask=c < DP)
-        products += tl.sum(tl.reshape(w * g[None, :], (ROWS, WIDTH // LANE, LANE)), axis=2)
-    product = tl.sum(products, axis=1)
+        if grad_pre is not None:
+            products += tl.sum(tl.reshape(w * g[None, :], (ROWS, WIDTH // LANE, LANE)), axis=2)
     tl.store(loss + t, tl.sum(square, axis=0))
-    tl.store(grad_pre + t * K + k, tl.where(live, gate * product, 0.0), mask=k < K)
+    if grad_pre is not None:
+        product = tl.sum(products, axis=1)
+        tl.store(grad_pre + t * K + k, tl.where(live, gate * product, 0.0), mask=k < K)
     if HAS_GATE:
         for s in tl.static_range(S):
             tl.store(grad_gate + t * S + s, tl.sum(tl.where(live & (slot == s), value * product, 0.0), axis=0))
@@ -171,14 +174,15 @@ def decode_loss(
     scale: Tensor,
     grad_scale: float,
     order_N: Tensor | None = None,
+    fixed: bool = False,
 ) -> TokenLoss:
     """Reconstruction, squared error and all gradients that are local to a token, reading each active decoder row once.
 
     recon = sum_s gate * value * W_dec[index] + b_pre; err = recon - x * scale; g = grad_scale * err. Of a mean over T tokens of squared errors
     grad_scale is 2 / T. Values are after the ReLU and before the gate; `slot_TK` (int32) says which of S gates each belongs to, and without it
     each slot owns K / S neighbours. Without `gate_TS` gates are 1. With `order_N` (int32 [N], -1: none; one slot) programs run in that order, so
-    that tokens of one expert share its rows in L2. Indices must be valid even where the value is 0. Values may have more rows than x: those behind
-    are of its first tokens once more.
+    that tokens of one expert share its rows in L2. Values that are `fixed` get no gradient, and have no gate. Indices must be valid even where the
+    value is 0. Values may have more rows than x: those behind are of its first tokens once more.
     """
     T, K = values_TK.shape
     S = gate_TS.shape[1] if gate_TS is not None else 1
@@ -196,7 +200,7 @@ def decode_loss(
     result = TokenLoss(
         grad_TD=empty(T, Dp, dtype=W_dec_MD.dtype),
         weights_TK=empty(T, K),
-        grad_pre_TK=empty(T, K),
+        grad_pre_TK=None if fixed else empty(T, K),
         grad_gate_TS=empty(T, S) if gate_TS is not None else None,
         loss_T=empty(T),
     )

@@ -211,8 +211,13 @@ def _select(x_TD: Tensor, target_TD: Tensor, scale: Tensor, target_scale: Tensor
 
 
 def variance_of(error_parts: Tensor, column_parts: Tensor, tokens: int, grad_scale: float) -> Tensor:
-    """float32 []: sum_t ||e_t - mean(e)||^2 = sum_t ||e_t||^2 - ||sum_t e_t||^2 / T, from what the loss has added up: no pass over the errors."""
-    return error_parts.sum() - (column_parts.sum(0) / grad_scale).square().sum() / tokens
+    """float32 []: sum_t ||e_t - mean(e)||^2 = sum_t ||e_t||^2 - ||sum_t e_t||^2 / T, from what the loss has added up: no pass over the errors.
+
+    A difference that is all rounding counts as 0.
+    """
+    total = error_parts.sum()
+    variance = total - (column_parts.sum(0) / grad_scale).square().sum() / tokens
+    return torch.where(variance > 1e-5 * total, variance, 0.0)
 
 
 class _Dense:
@@ -280,6 +285,7 @@ class _Sparse:
         batch, s = self.batch, self.s
         recomputed = s.plan.gradients is GradientMode.recomputed
         slot_TK = batch.slot_TK if s.slots > 1 else None
+        assert self.loss.grad_pre_TK is not None
         decoder = pairs.Terms(self.loss.weights_TK, self.loss.grad_TD, batch.target_TD.shape[1], extra=extra_dec)
         encoder = pairs.Terms(self.loss.grad_pre_TK, batch.rows_ND, batch.x_TD.shape[1], batch.row_R, slot_TK, s.slots, extra_enc)
         of_latents = pairs.pairs_by_latent(batch.indices_TK, self.num_latents)
