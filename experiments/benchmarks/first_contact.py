@@ -26,7 +26,7 @@ from experiments.benchmarks.peers import ROOT
 from experiments.benchmarks.recording import interpreter
 from switch_kernels import Backend, Regime
 
-SUITE = ("targets", "stages", "architectures", "contenders", "parity")
+SUITE = ("targets", "searches", "stages", "architectures", "contenders", "parity")
 """Sections of the benchmark; its roofs and correctness, eager before graphs, come first."""
 PARTS = ("versions", "compile", "replay", "memory", "suite")
 
