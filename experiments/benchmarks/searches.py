@@ -20,6 +20,7 @@ from switch_sae.rows import Rows
 from switch_sae.training import StepResult, Trainer, TrainerConfig, prepare
 
 CPU = torch.device("cpu")
+SMALL = Shape(T=16, D=12, M=36, E=3, K=2)
 STEPS = 4
 """Gram matrices are renewed at every second."""
 GRADIENT_LIMIT = {Precision.float32: 1e-4, Precision.bf16: 1e-2}
@@ -62,9 +63,9 @@ class SearchCase:
 
 def search_cases(tiny: bool) -> list[SearchCase]:
     """All that one step is checked for: pursuit with fixed k and with the stop rule, refits, shared latents, dead ones; both precisions."""
-    shape = Shape(T=40, D=20, M=96, E=3, K=4) if tiny else Shape(T=400, D=200, M=1200, E=4, K=24)
     if tiny:
-        return [SearchCase("switch_pursuit", shape), SearchCase("switch_refit, shared", shape, Precision.float32, dead=3)]
+        return [SearchCase("switch_pursuit", SMALL), SearchCase("switch_refit, shared", SMALL, Precision.float32, dead=3)]
+    shape = Shape(T=400, D=200, M=1200, E=4, K=24)
     cases = [SearchCase(name, shape, precision) for precision in (Precision.bf16, Precision.float32) for name in SEARCHES]
     return [replace(case, dead=5) if case.precision is Precision.float32 and "shared" in case.name else case for case in cases]
 
@@ -72,7 +73,7 @@ def search_cases(tiny: bool) -> list[SearchCase]:
 def search_graph_cases(tiny: bool) -> list[SearchCase]:
     """All whose replayed steps are compared with eager ones."""
     if tiny:
-        return [SearchCase("switch_pursuit, stop rule, shared", Shape(T=16, D=12, M=24, E=2, K=2))]
+        return [SearchCase("switch_pursuit, stop rule, shared", SMALL)]
     return [replace(case, dead=0) for case in search_cases(tiny)]
 
 
