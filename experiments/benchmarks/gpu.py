@@ -61,6 +61,7 @@ from experiments.benchmarks.contenders import (
 )
 from experiments.benchmarks.gates import eager
 from experiments.benchmarks.record import RESULTS, append, commit
+from experiments.benchmarks.recording import interpreter
 from experiments.benchmarks.roofline import floor
 from experiments.benchmarks.stages import kernel_times, optimizer_contest, profile, stage_table, stage_times
 from experiments.benchmarks.suite import COLUMNS, SECTIONS, Budget, Suite, is_fatal, say
@@ -386,6 +387,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     backend = Backend.triton if device.type == "cuda" or interpreted else Backend.torch
+    if interpreted:
+        interpreter()
     about = versions(device, options.commit)
     say(", ".join(f"{key} {value}" for key, value in about.items()) + f", python {sys.version.split()[0]}, backend {backend.value}; {clocks()}")
     record = (lambda rows: None) if options.quick else recorder(TABLE, options.out)
