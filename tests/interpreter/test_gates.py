@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from experiments.benchmarks import gates, searches
+from experiments.benchmarks import architectures, gates, searches
 from experiments.benchmarks.cases import Case, graph_cases
 from experiments.benchmarks.contenders import OurStep, activations, build_sae
 from experiments.benchmarks.nodes import engine_on_meta, step_on_meta
-from switch_kernels import Backend, Precision, Regime, Shape, resolve
+from switch_kernels import PYTORCH, Backend, Precision, Regime, Shape, resolve
 from switch_kernels.gpu import pursuit_step
 from switch_kernels.gpu.launch import launches_to
 from switch_sae.engines import TritonEngine
@@ -97,6 +97,15 @@ def test_graphs_of_searches_are_compared_where_gram_matrices_are_renewed_at_ever
     findings = gates.check_search_graph(searches.search_graph_cases(True)[0], CPU)
     assert all(finding.holds for finding in findings) and len(findings) == 2
     assert kinds == [(0, 1), (0, 0)] * 2 + [(192, 1), (192, 0)] * 2  # three experts' dead latents, padded to 64 each
+
+
+def test_a_look_at_a_search_in_kernels_gives_the_cpu_their_rivals(monkeypatch):
+    shape, executions = searches.SMALL, [resolve(Backend.triton, Precision.float32, CPU), PYTORCH]
+    monkeypatch.setattr(architectures, "resolve", lambda *_: executions.pop(0))
+    monkeypatch.setattr(architectures, "WARM", 0)
+    config = searches.SearchCase("switch_pursuit, stop rule, shared", shape).config()
+    seen = architectures.look("switch_pursuit, stop", config, CPU, shape, activations(shape, 2, CPU), steps=1)
+    assert seen.holds and 0 < seen.gradient_error < 1e-4 and seen.loss_error < 1e-5 and "sparse latents" in seen.how and not executions
 
 
 def described(argument):
