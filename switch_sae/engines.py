@@ -1,7 +1,7 @@
 """How one training step is computed: by autograd on any device (`TorchEngine`), or by fused Triton kernels on a GPU (`TritonEngine`)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -155,10 +155,10 @@ class TritonEngine:
         self.dead_M = torch.zeros(sae.num_latents, dtype=torch.bool, device=self.device)
         self.dead: Any = None
         self.next_reading = 0
-        self.kind = 0
+        self.kind: Hashable = None
         """What `FusedTraining.prepare_step` said of the step."""
-        self.graphs: dict[tuple[int, int], tuple[Any, Any]] = {}
-        self.eager_steps: dict[tuple[int, int], int] = {}
+        self.graphs: dict[tuple[int, Hashable], tuple[Any, Any]] = {}
+        self.eager_steps: dict[tuple[int, Hashable], int] = {}
         self.stream: Any = None
         self.events: list[tuple[Any, Any, bool]] = []
         """Start and end of the steps that nobody has read yet, and whether each was replayed."""
@@ -217,7 +217,7 @@ class TritonEngine:
         self.sae.follow_step(computed, self.seed)
         return computed, grad_norm
 
-    def _key(self) -> tuple[int, int]:
+    def _key(self) -> tuple[int, Hashable]:
         """Dead latents (rounded up) and the kind of step, for each of which there is a graph."""
         return 0 if self.dead is None else self.dead.latent_B.shape[0], self.kind
 

@@ -6,9 +6,8 @@
 
 Needs torch, triton, numpy and safetensors; where the project is not installed, PYTHONPATH=kernels in front. eai-sparsify's kernels are compared if
 the package can be found on PYTHONPATH (its own dependencies are not needed: pip install --no-deps --target FOLDER eai-sparsify==1.3.3), or with
-`--peers`, which fetches it. A precision is timed only where its steps agree with float64 PyTorch,
-eager, and its replayed graphs with eager steps, bit for bit. Sections run by importance; what the time does not
-allow is skipped with a line that says so.
+`--peers`, which fetches it. A precision is timed only where its steps agree with float64 PyTorch, eager, and its replayed graphs with eager steps,
+bit for bit. Sections run by importance; what the time does not allow is skipped with a line that says so.
 """
 
 import argparse
@@ -231,8 +230,8 @@ class Benchmark(Suite):
         several = architectures.configs(sizes)
         for name in self.each(list(several)):
             self.free()
-            if self.untrusted_searches.get(Precision.float32) and architectures.is_search(several[name], sizes.D):
-                say(f"   {name:<32}NOT TIMED, {self.untrusted_searches[Precision.float32]}")
+            if (why := self.untrusted_searches.get(Precision.float32)) and architectures.is_search(several[name], sizes.D):
+                say(f"   {name:<32}NOT TIMED, {why}")
                 continue
             try:
                 seen = architectures.look(name, several[name], self.device, sizes, x_BTD, 3 if self.tiny else architectures.STEPS)

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarks.cases import MAIN, Case
-from switch_kernels import Dispatch, Execution, Moments, Precision, Shape, choose_plan
+from experiments.benchmarks.nodes import SEARCHES, engine_on_meta
+from switch_kernels import Backend, Dispatch, Execution, Moments, Precision, Shape, choose_plan
 from switch_kernels.gpu import batch_missed, batch_select, dispatch, gram, inference, pursuit, route, topk
 from switch_kernels.gpu.adam import FusedAdam
 from switch_kernels.gpu.auxk import DeadLatents
+from switch_kernels.gpu.candidate_products import local_products
 from switch_kernels.gpu.step import Settings, Weights, training_step
 from switch_kernels.gpu.update_small import Schedule
 from switch_kernels.pursuit import padded_columns
+from switch_sae.models import SAES
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,6 +64,23 @@ def many_experts(E: int, T: int = 8192, D: int = 768) -> None:
     route.router_gradients(route.route_backward(routed, meta(T, 1), counts_E, 1.0), x_TD, meta(), W_ED, b_D, "bf16")
 
 
+@torch.no_grad()
+def infer_search(config: Any) -> None:
+    """Encoding and decoding by an SAE that searches, in both precisions."""
+    with torch.device("meta"):
+        sae = SAES[SAES.key_of(config)](config, MAIN.D).eval()
+    for precision in (Precision.bf16, Precision.float32):
+        sae.execution = Execution(Backend.triton, precision)
+        found = sae(meta(MAIN.T, MAIN.D)).latents
+        inference.decode(found.values_TK, found.indices_TK, sae.W_dec_MD, sae.execution.dot)  # which its operator skips on meta tensors
+
+
+def train_search(config: Any) -> None:
+    """Steps of an SAE that searches, with and without dead latents, in both precisions."""
+    for precision, dead in ((Precision.bf16, 256), (Precision.float32, 0)):
+        engine_on_meta(config, MAIN.T, MAIN.D, precision, dead)()
+
+
 WIDE = replace(MAIN, M=131072)
 TRAIN: dict[Case, dict[str, Any]] = {
     Case(MAIN, dead=256): {"x_dtype": torch.bfloat16},
@@ -80,6 +100,8 @@ TRAIN: dict[Case, dict[str, Any]] = {
 """With what differs from a plain step."""
 CASES: dict[str, Callable[[], None]] = {f"train {case}": partial(train, case, **changes) for case, changes in TRAIN.items()}
 CASES["evaluate"] = partial(evaluate, MAIN)
+for name, config in SEARCHES.items():
+    CASES |= {f"train {name}": partial(train_search, config), f"infer {name}": partial(infer_search, config)}
 CASES |= {f"router of {E} experts": partial(many_experts, E) for E in (256, 4096)}
 
 
@@ -89,7 +111,7 @@ def search(experts: int, own: int, k: int, blocks: int, shared: int = 0, D: int 
     gram_GCP = meta(experts, candidates, padded_columns(candidates))
     limit_N = meta(T, dtype=torch.int64) if limited else None
     for dot in ("bf16", "ieee"):
-        products_NC = pursuit.local_products(meta(T, D), meta(shared + experts * own, D), meta(experts + 1, dtype=torch.int64), shared, None, dot)
+        products_NC = local_products(meta(T, D), meta(shared + experts * own, D), meta(experts + 1, dtype=torch.int64), shared, None, dot)
     pursuit.matching_pursuit(products_NC, gram_GCP, expert_N, k, blocks, 1e-3, meta(), limit_N)
 
 
@@ -97,7 +119,7 @@ def refit(experts: int, own: int, most: int, shared: int, D: int = 768, T: int =
     """What the encoder of `switch_refit` multiplies, then least squares on what it chose."""
     M, int64, pairs = shared + experts * own, torch.int64, T * most // 2
     for dot in ("bf16", "ieee"):
-        pursuit.local_products(meta(T, D), meta(M, D), meta(experts + 1, dtype=int64), shared, meta(M), dot)
+        local_products(meta(T, D), meta(M, D), meta(experts + 1, dtype=int64), shared, meta(M), dot)
     gram_GCP = meta(experts, shared + own, padded_columns(shared + own))
     numbers = (meta(size, dtype=int64) for size in (pairs, T, T, T))
     pursuit.refit_pairs(meta(T, D), meta(M, D), *numbers, gram_GCP, shared, 1e-3, most)

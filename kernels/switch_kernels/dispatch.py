@@ -1,6 +1,6 @@
 """Sorting a batch by expert, once, so that every expert sees one contiguous slice of rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -21,17 +21,33 @@ class Dispatch:
 
     expert_TS: Tensor
     """The experts of each token, int64 in [0, E)."""
-    order_N: Tensor
-    """Pair of each sorted row, int64."""
-    start_E1: Tensor
-    """E + 1 row boundaries, int64."""
+    num_experts: int
+    """E."""
+    known: list[Tensor] = field(default_factory=list)
+    """order_N and start_E1, once somebody asked: kernels sort for themselves. No `cached_property`, whose lock torch.compile cannot enter."""
 
     def __repr__(self) -> str:
         return f"Dispatch({len(self.expert_TS)} tokens to {self.slots} of {self.num_experts} experts each)"
 
+    def _in_order(self) -> list[Tensor]:
+        if not self.known:
+            num_pairs, device = self.expert_TS.numel(), self.expert_TS.device
+            if self.is_identity:
+                self.known.extend([torch.arange(num_pairs, device=device), torch.arange(2, device=device) * num_pairs])
+            else:
+                sorted_N, order_N = torch.sort(self.expert_TS.flatten(), stable=True)
+                self.known.extend([order_N, torch.searchsorted(sorted_N, torch.arange(self.num_experts + 1, device=device))])
+        return self.known
+
     @property
-    def num_experts(self) -> int:
-        return self.start_E1.shape[0] - 1
+    def order_N(self) -> Tensor:
+        """Pair of each sorted row, int64."""
+        return self._in_order()[0]
+
+    @property
+    def start_E1(self) -> Tensor:
+        """E + 1 row boundaries, int64."""
+        return self._in_order()[1]
 
     @property
     def slots(self) -> int:
@@ -58,23 +74,17 @@ class Dispatch:
         """Stable sort of pairs by expert. Expert numbers must lie in [0, num_experts): ValueError on a CPU, where looking is free."""
         if num_experts == 1 and expert_TS.shape[1] == 1:
             return cls.to_one_expert(expert_TS.shape[0], expert_TS.device)
-        sorted_N, order_N = torch.sort(expert_TS.flatten(), stable=True)
-        start_E1 = torch.searchsorted(sorted_N, torch.arange(num_experts + 1, device=sorted_N.device))
-        if (
-            sorted_N.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and len(sorted_N)
-            and not 0 <= sorted_N[0] <= sorted_N[-1] < num_experts
-        ):
-            wrong = sorted_N[0] if sorted_N[0] < 0 else sorted_N[-1]
-            raise ValueError(f"expert index {int(wrong)} is out of range: it must be at least 0 and below num_experts={num_experts}.")
-        return cls(expert_TS, order_N, start_E1)
+        if expert_TS.device.type == "cpu" and not torch.compiler.is_compiling() and expert_TS.numel():
+            lowest, highest = (int(number) for number in expert_TS.aminmax())
+            if lowest < 0 or highest >= num_experts:
+                wrong = lowest if lowest < 0 else highest
+                raise ValueError(f"expert index {wrong} is out of range: it must be at least 0 and below num_experts={num_experts}.")
+        return cls(expert_TS, num_experts)
 
     @classmethod
     def to_one_expert(cls, num_tokens: int, device: torch.device | str = "cpu") -> "Dispatch":
         """All tokens to expert 0: the dispatch of a dense SAE."""
-        expert_TS = torch.zeros(num_tokens, 1, dtype=torch.int64, device=device)
-        return cls(expert_TS, torch.arange(num_tokens, device=device), torch.tensor([0, num_tokens], device=device))
+        return cls(torch.zeros(num_tokens, 1, dtype=torch.int64, device=device), 1)
 
     def gather(self, x_TX: Tensor) -> Tensor:
         """Token order to expert order, [N, X]: row n is the token of pair order_N[n]."""

@@ -65,7 +65,7 @@ def _encode_topk(
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(values, indices, values before the gate, slot of each, x - b_pre, and the fields of a `LatentOrder`, empty unless `order`)."""
-    dispatch = Dispatch(expert_TS, order_N, start_E1)
+    dispatch = Dispatch(expert_TS, start_E1.shape[0] - 1, [order_N, start_E1])
     centred_TD = x_TD - b_pre_D
     if engine == "torch":
         active_RK, indices_RK = _select_rows(centred_TD, W_enc_MD, b_enc_M, dispatch, k if joint else k // dispatch.slots)

@@ -4,7 +4,7 @@ Kernels opt in, by exact class: what they do not know, autograd computes. `why_n
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,9 +51,9 @@ class FusedTraining(SparseAutoencoder):
     def plan(self, tokens: int) -> Plan:
         """How the kernels will compute a batch of so many tokens, and why."""
 
-    def prepare_step(self, tokens: int) -> int:
-        """What the host decides before a step: a number for the kind of work it does, each of which is captured in a graph of its own."""
-        return 0
+    def prepare_step(self, tokens: int) -> Hashable:
+        """What the host decides before a step: the kind of work it does, and on what, each of which is captured in a graph of its own."""
+        return None
 
     @abstractmethod
     def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor) -> "StepTensors":

@@ -1,6 +1,6 @@
 """The training step of SAEs that search the dictionary of one expert per token as fused Triton kernels; its gradients are those of autograd."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -56,9 +56,9 @@ class FusedSearch(FusedTraining):
         plan = choose_plan(tokens, self.num_latents, self.num_experts, self.config.k, regime=Regime.sparse)
         return replace(plan, reason=plan.reason.replace("as asked", "what a search finds"))
 
-    def prepare_step(self, tokens: int) -> int:
+    def prepare_step(self, tokens: int) -> Hashable:
         self.renew_gram = self.grams.is_due(self.W_dec_MD, self.num_experts, self.num_shared, tokens, refresh_tokens(self.config))
-        return int(self.renew_gram)
+        return self.renew_gram, self.grams.of_step.data_ptr()
 
     def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor) -> "StepTensors":
         from switch_kernels.gpu.gram import gram_matrices_

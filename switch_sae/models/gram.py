@@ -25,7 +25,7 @@ def local_products(
     With Triton one kernel computes them in float32 from operands of the execution's precision, and the host need not know where experts start.
     """
     if execution.is_triton and x_ND.dtype == W_MD.dtype == torch.float32:
-        from switch_kernels.gpu.pursuit import local_products as in_kernel
+        from switch_kernels.gpu.candidate_products import local_products as in_kernel
 
         return in_kernel(x_ND, W_MD, dispatch.start_E1, shared, bias_M, execution.dot)
     experts, offsets = dispatch.num_experts, dispatch.offsets
@@ -89,7 +89,7 @@ class GramCache:
 
     def current(self, W_MD: Tensor, experts: int, shared: int) -> Tensor:
         """Of these very weights."""
-        if W_MD.is_inference():  # has no version
+        if W_MD.is_inference() or (W_MD.is_cuda and torch.cuda.is_current_stream_capturing()):  # no version; memory that belongs to a graph
             return _gram(W_MD, experts, shared)
         version = (W_MD._version, W_MD.data_ptr(), W_MD.dtype, W_MD.device, experts, shared)
         if self._of_version is None or self._version != version:

@@ -39,6 +39,7 @@ from switch_sae.models.gram import local_products, precise, refresh_tokens, to_g
 from switch_sae.models.latents import DenseLatents, Latents, SparseLatents
 
 if TYPE_CHECKING:
+    from switch_kernels.gpu.search import Dictionaries
     from switch_sae.models.base import SparseAutoencoder
 
 RIDGE = 1e-3
@@ -91,16 +92,16 @@ def searched_by(sae: "SparseAutoencoder") -> Execution:
 def why_not_searched_in_kernels(sae: "SparseAutoencoder") -> str | None:
     """Why PyTorch and not Triton computes the refits or the pursuit of an SAE, in words for its plan line; None if Triton does."""
     refits, most = sae.inference is Inference.refit, getattr(sae.config, "most", None)
+    candidates = sae.num_shared + sae.latents_per_expert
     if most is None:
         if sae.k is None:
             return "nothing bounds how many latents a token takes"
-        most = sae.k * (2 if sae.by_threshold else 1)
+        most = sae.k if not sae.by_threshold else candidates if refits else 2 * sae.k
     if refits and not (sae.is_routed and getattr(sae, "refits_by_gram", lambda: True)()):
         return "the kernels refit from the Gram matrix of a token's one expert"
     if not refits and sae.searches_lists:
         return "the kernels search dictionaries that many tokens share, and here each has a list of latents of its own"
-    columns = 0 if refits else padded_columns(sae.num_shared + sae.latents_per_expert)
-    return why_not_in_kernels(searched_by(sae), sae.decoder_weight().dtype, most, columns)
+    return why_not_in_kernels(searched_by(sae), sae.decoder_weight().dtype, most, padded_columns(candidates))
 
 
 def search_plan(sae: "SparseAutoencoder") -> str:
@@ -121,6 +122,12 @@ def refit(sae: "SparseAutoencoder", x_TD: Tensor, latents: Latents, expert_T: Te
     ||z_i W_i||^2. Tokens with more than D active latents keep their values: least squares has
     no one solution there.
     """
+    if isinstance(latents, SparseLatents) and expert_T is not None and why_not_searched_in_kernels(sae) is None:
+        from switch_kernels.gpu.search import refit as in_kernels
+
+        given, norm_M = _dictionaries(sae, len(x_TD), gram_ECP)
+        values_TK = in_kernels(x_TD, sae.b_out_D, expert_T[:, None], given, latents.values_TK, latents.indices_TK)
+        return replace(latents, values_TK=values_TK if norm_M is None else values_TK / norm_M[latents.indices_TK])
     if gram_ECP is None and expert_T is not None:
         gram_ECP = gram_now(sae, len(x_TD))
     residual_TD = precise(x_TD - sae.b_out_D).detach()
@@ -175,7 +182,7 @@ def refit_pairs(
     W_MD, norm_M = _unit_rows(sae)
     start_N, refitted_P = count_N.cumsum(0) - count_N, residual_ND.new_zeros(len(latent_P))
     if expert_N is not None and gram_ECP is not None:
-        if most is not None and why_not_in_kernels(searched_by(sae), residual_ND.dtype, most) is None:
+        if most is not None and why_not_in_kernels(searched_by(sae), residual_ND.dtype, most, gram_ECP.shape[2]) is None:
             from switch_kernels.gpu.pursuit import refit_pairs as in_kernel
 
             shared, ridge = sae.num_shared, ridge_of(sae)
@@ -252,17 +259,48 @@ def pursue(
             return union_products(residual_TD, W_MD, dispatch, sae.num_shared, searched_by(sae))
 
         return pursue_in_lists(sae, x_TD, candidate_TC, k, blocks, threshold, expert_by_expert, gram_ECP, limit_T)
+    if limit_T is None and why_not_searched_in_kernels(sae) is None:
+        from switch_kernels.gpu.search import pursue as in_kernels
+
+        given, norm_M = _dictionaries(sae, len(x_TD), gram_ECP)
+        found_TK = in_kernels(x_TD, sae.b_out_D, dispatch.expert_TS, given, k, blocks, threshold, searched_by(sae).dot)
+        return _found(sae, x_TD, *found_TK, norm_M)
     W_MD, norm_M, gram_ECP = _searched_rows(sae, len(x_TD), gram_ECP)
-    shared = sae.num_shared
     with torch.no_grad():
-        residual_ND = dispatch.gather(precise(x_TD - sae.b_out_D))
+        residual_ND, shared = dispatch.gather(precise(x_TD - sae.b_out_D)), sae.num_shared
         products_NC = local_products(residual_ND, W_MD, dispatch, shared, execution=searched_by(sae))
         expert_N = dispatch.expert_N
         limit_N = None if limit_T is None else dispatch.gather(limit_T)
         found = matching_pursuit(products_NC, gram_ECP, expert_N, k, blocks, ridge_of(sae), threshold, limit_N, searched_by(sae))
         indices_NK = to_global(found.indices_NK, expert_N, shared, sae.latents_per_expert)
-        values_NK = found.values_NK if norm_M is None else found.values_NK / norm_M[indices_NK]
-        return SparseLatents(dispatch.scatter(values_NK.to(x_TD.dtype)), dispatch.scatter(indices_NK), sae.num_latents)
+        return _found(sae, x_TD, dispatch.scatter(found.values_NK), dispatch.scatter(indices_NK), norm_M)
+
+
+def select_in_kernels(
+    sae: "SparseAutoencoder", x_TD: Tensor, encoder: tuple[Tensor, Tensor], expert_T1: Tensor, most: int, threshold: Tensor, gram_ECP: Tensor | None
+) -> SparseLatents:
+    """At most so many latents of each token's dictionary, those that an encoder (W_enc_MD, b_enc_M) has above the threshold, refitted unless
+    `sae.inference` is the encoder. Only where `why_not_searched_in_kernels` has no reason.
+    """
+    from switch_kernels.gpu.search import select
+
+    given, norm_M = (None, None) if sae.inference is Inference.encoder else _dictionaries(sae, len(x_TD), gram_ECP)
+    sizes = sae.num_experts, sae.num_shared, most
+    return _found(sae, x_TD, *select(x_TD, sae.b_in_D, expert_T1, *encoder, *sizes, threshold, searched_by(sae).dot, given), norm_M)
+
+
+def _dictionaries(sae: "SparseAutoencoder", tokens: int, gram_ECP: Tensor | None) -> "tuple[Dictionaries, Tensor | None]":
+    """What kernels search, and the norms of the rows where they were divided by them."""
+    from switch_kernels.gpu.search import Dictionaries
+
+    W_MD, norm_M, gram_ECP = _searched_rows(sae, tokens, gram_ECP)
+    return Dictionaries(W_MD, gram_ECP, sae.num_shared, ridge_of(sae)), norm_M
+
+
+def _found(sae: "SparseAutoencoder", x_TD: Tensor, values_TK: Tensor, indices_TK: Tensor, norm_M: Tensor | None) -> SparseLatents:
+    """Of values for rows of unit norm."""
+    values_TK = values_TK if norm_M is None else values_TK / norm_M[indices_TK]
+    return SparseLatents(values_TK.to(x_TD.dtype), indices_TK, sae.num_latents)
 
 
 def pursue_in_lists(
@@ -286,8 +324,7 @@ def pursue_in_lists(
         residual_TD = precise(x_TD - sae.b_out_D).contiguous()
         products_TC = row_products(residual_TD, candidate_TC, W_MD) if products is None else products(residual_TD, W_MD)
         found = matching_pursuit_in_lists(products_TC, candidate_TC, gram_1MP[0], k, blocks, ridge_of(sae), threshold, limit_T)
-        values_TK = found.values_NK if norm_M is None else found.values_NK / norm_M[found.indices_NK]
-        return SparseLatents(values_TK.to(x_TD.dtype), found.indices_NK, sae.num_latents)
+        return _found(sae, x_TD, *found, norm_M)
 
 
 def ridge_of(sae: "SparseAutoencoder") -> float:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switch_kernels import Dispatch, sparse_decode
+from switch_kernels import Backend, Dispatch, Execution, Precision, sparse_decode
 from switch_sae.checks import all_at_least, at_least
 from switch_sae.models.base import Flops, SAEConfig, SAEOutput, SparseAutoencoder
 from switch_sae.models.gram import refresh_tokens
-from switch_sae.models.inference import RIDGE, Inference, equal_blocks, gram_flops, pursue, pursuit_flops
+from switch_sae.models.inference import RIDGE, Inference, equal_blocks, gram_flops, pursue, pursuit_flops, why_not_searched_in_kernels
 from switch_sae.models.latents import Latents, SparseLatents
 from switch_sae.models.losses import coherence_loss, geometric_median, local_auxk_loss, reconstruction_loss
 from switch_sae.models.pairs import decode_pairs
@@ -188,9 +188,12 @@ class PursuitSAE(SparseAutoencoder):
         return self.theta if self.training else self.threshold
 
     def _decode(self, values_TK: Tensor, indices_TK: Tensor) -> Tensor:
-        if self.by_threshold:  # about half of the slots are not in use
-            token_P, slot_P = (values_TK > 0).nonzero(as_tuple=True)
+        execution, learns = self.execution, self.training and torch.is_grad_enabled()
+        if self.by_threshold and (learns or why_not_searched_in_kernels(self) is not None):  # about half of the slots are not in use
+            token_P, slot_P = (values_TK != 0).nonzero(as_tuple=True)
             recon_TD = decode_pairs(values_TK[token_P, slot_P], indices_TK[token_P, slot_P], token_P, len(values_TK), self.W_dec_MD)
         else:
-            recon_TD = sparse_decode(values_TK, indices_TK, self.W_dec_MD, None, self.execution)
+            if self.by_threshold and not execution.is_triton:  # whose kernel skips them, and the host need not know which they are
+                execution = Execution(Backend.triton, Precision.float32, "as the search")
+            recon_TD = sparse_decode(values_TK, indices_TK, self.W_dec_MD, None, execution)
         return (recon_TD + self.b_out_D) / self.target_scale

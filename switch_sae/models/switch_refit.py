@@ -24,6 +24,8 @@ from switch_sae.models.inference import (
     refit_flops,
     refit_pairs,
     searched_by,
+    select_in_kernels,
+    why_not_searched_in_kernels,
 )
 from switch_sae.models.latents import SparseLatents
 from switch_sae.models.losses import local_auxk_loss
@@ -208,6 +210,9 @@ class SwitchRefitSAE(SwitchPursuitSAE):
     def _find(self, x_TD: Tensor, dispatch: Dispatch, gram_ECP: Tensor | None = None) -> SparseLatents:
         if self.inference is Inference.pursuit:
             return pursue_with_threshold(self, x_TD, dispatch, self.config.k, self._theta(), gram_ECP)
+        if why_not_searched_in_kernels(self) is None:
+            encoder = self.W_enc_MD, self.b_enc_M
+            return select_in_kernels(self, x_TD, encoder, dispatch.expert_TS, self.config.most, self._theta(), gram_ECP)
         proposal = self._propose(x_TD, dispatch, self._above(self._theta()))
         if self.inference is Inference.encoder:
             return self._latents(proposal, proposal.values_P)

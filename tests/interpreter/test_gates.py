@@ -93,10 +93,10 @@ def test_graphs_of_searches_are_compared_where_gram_matrices_are_renewed_at_ever
     monkeypatch.setattr(gates, "INTERVAL", 1)
     kinds = []
     step = TritonEngine._compute
-    monkeypatch.setattr(TritonEngine, "_compute", lambda self: (kinds.append(self._key()), step(self))[1])
+    monkeypatch.setattr(TritonEngine, "_compute", lambda self: (kinds.append((self._key()[0], self.kind[0])), step(self))[1])
     findings = gates.check_search_graph(searches.search_graph_cases(True)[0], CPU)
     assert all(finding.holds for finding in findings) and len(findings) == 2
-    assert kinds == [(0, 1), (0, 0)] * 2 + [(192, 1), (192, 0)] * 2  # three experts' dead latents, padded to 64 each
+    assert kinds == [(0, True), (0, False)] * 2 + [(192, True), (192, False)] * 2  # three experts' dead latents, padded to 64 each
 
 
 def test_a_look_at_a_search_in_kernels_gives_the_cpu_their_rivals(monkeypatch):

@@ -215,3 +215,31 @@ def test_twice_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = problem.run(torch.bfloat16), problem.run(torch.bfloat16)
     for name in ("decoder_MD", "encoder_MD", "bias_M", "square_parts"):
         assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+@pytest.mark.parametrize("M", [7, 2**15, 40_000, 70_000])
+def test_pairs_without_a_mark_belong_to_no_latent(M):
+    """Keys of 16 bits up to M = 2^16 - 1, which hold one more number than latents."""
+    generator = torch.Generator().manual_seed(0)
+    indices_TK = torch.randint(M, (300, 4), generator=generator, dtype=torch.int32)
+    indices_TK[::9] = M - 1
+    marks_TK = (torch.rand(300, 4, generator=generator) - 0.5).clamp_min(0)
+    found = pairs_by_latent(indices_TK, M, marks_TK)
+    marked_P = (marks_TK > 0).flatten().nonzero()[:, 0]
+    of_latents = indices_TK.flatten()[marked_P].sort(stable=True)
+    assert torch.equal(found.pair_P[: len(marked_P)].long(), marked_P[of_latents.indices])
+    assert torch.equal(found.start_M1.long(), torch.searchsorted(of_latents.values, torch.arange(M + 1, dtype=torch.int32)))
+    assert found.start_M1[-1] == len(marked_P) and (found.latent_P[len(marked_P) :] == found.nobody).all()
+
+
+def test_chunks_of_nobodys_pairs_are_not_summed():
+    """Their rows are not even read: here they would be NaN."""
+    indices_TK, marks_TK = torch.zeros(600, 1, dtype=torch.int32), torch.zeros(600, 1)
+    indices_TK[:5], marks_TK[:5] = 2, 1.0
+    table = torch.full((600, 16), torch.nan)
+    table[:5] = 1.0
+    grads = latent_gradients(pairs_by_latent(indices_TK, 4, marks_TK), Terms(marks_TK, table, 16), None, torch.float32)
+    expected_MD = torch.zeros(4, 16)
+    expected_MD[2] = 5.0
+    assert torch.equal(grads.decoder_MD, expected_MD) and grads.encoder_MD is None and grads.bias_M is None
+    assert torch.equal(grads.square_parts, expected_MD.square().sum(1)[None])

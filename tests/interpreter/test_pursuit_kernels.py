@@ -153,13 +153,16 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_training_steps_equal_those_of_pytorch(name):
-    by_torch, by_triton = built(CONFIGS[name]), built(CONFIGS[name])
+    config, why = CONFIGS[name], "the Triton kernels train encoders"
+    if hasattr(config, "coherence"):  # a loss that their own kernels do not know: autograd trains them, and kernels search
+        config, why = replace(config, coherence=0.01), "the Triton kernels know no loss of coherence"
+    by_torch, by_triton = built(config), built(config)
     plain, fast = (
         Trainer(sae, TrainerConfig(lr=1e-3), total_steps=2, batch_size=T, execution=execution)
         for sae, execution in ((by_torch, Execution()), (by_triton, EXACT))
     )
     assert plain.choice == (search_plan(by_torch) if by_torch.inference is Inference.pursuit else "") and not searched_by(by_torch).is_triton
-    assert f"no Triton kernels train {type(by_torch).__name__}" in fast.choice or "the Triton kernels train encoders" in fast.choice
+    assert why in fast.choice
     assert fast.choice.endswith(f"; {by_torch.inference.name} in Triton kernels")
     for step in range(2):
         expected, found = (trainer.step(Rows.of(batch(step))) for trainer in (plain, fast))
@@ -174,10 +177,10 @@ def test_the_host_waits_for_nothing_in_a_search(name):
     sae = built(CONFIGS[name])
     sae.search = EXACT
     x_TD, gram_ECP = sae._scaled(batch(0)), sae.grams.current(sae.W_dec_MD, E, sae.num_shared)
-    dispatch = Dispatch(*(getattr(sae.route(batch(0))[1], field) for field in ("expert_TS", "order_N", "start_E1")))
+    dispatch = Dispatch(sae.route(batch(0))[1].expert_TS, E)
     with Waits() as fast:
         sae._find(x_TD, dispatch, gram_ECP)
-    assert fast.seen == [] and "offsets" not in vars(dispatch)
+    assert fast.seen == [] and not dispatch.known, "kernels sort for themselves"
     sae.search = Execution()
     with Waits() as plain:
         sae._find(x_TD, dispatch, gram_ECP)

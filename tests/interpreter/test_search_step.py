@@ -5,6 +5,8 @@ engine. Kernels draw other rivals than PyTorch: what they drew is handed to it (
 import pytest
 import torch
 
+from experiments.benchmarks.cases import MAIN
+from experiments.benchmarks.nodes import SEARCHES, engine_on_meta, is_operator, nodes_of
 from experiments.benchmarks.searches import same_rivals
 from switch_kernels import Backend, Execution, Moments, Plan, Precision, Regime
 from switch_kernels.gpu.adam import FusedAdam
@@ -152,3 +154,22 @@ def test_low_precision_stays_near(name):
         terms = exact.loss_terms(Rows.of(x_TD.double()), exact(x_TD.double()))
     for term, value in terms.items():
         assert found.terms[term].item() == pytest.approx(value.item(), rel=2e-2), term
+
+
+@pytest.mark.parametrize(("name", "most"), [("switch_pursuit", 31), ("switch_pursuit, stop rule, 1024 shared", 32), ("switch_refit", 58)])
+def test_a_step_has_few_nodes_and_calls_no_library_for_products(name, most):
+    """At the benchmark's main sizes, with Gram matrices; autograd's step of `switch_pursuit` had about 175 operators."""
+    names = nodes_of(engine_on_meta(SEARCHES[name], MAIN.T, MAIN.D))
+    assert len(names) <= most and "_gram" in names
+    sorts = {"sort.stable", "arange.start", "searchsorted.Tensor_out", "_to_copy.default"}
+    small = {
+        "cat.default",
+        "sum.default",
+        "sum.dim_IntList",
+        "add_.Tensor",
+        "zeros.default",
+        "ones.default",
+        "zeros_like.default",
+        "constant_pad_nd.default",
+    }
+    assert {node for node in names if is_operator(node)} <= {f"aten.{node}" for node in sorts | small}

@@ -1,9 +1,10 @@
 """Matching pursuit with block refits, and non-negative least squares on given supports: one row per program, from Gram matrices.
 
-A row's state stays in registers: its correlations, and the inverse Cholesky factor R = L^-1 of its support, which grows by one latent at a time: the
-new row of R follows from two products with R, so that nothing is solved step by step. Gram matrices stay float32: in bfloat16 their diagonal would be
-rounded by more than the ridge, and near duplicates would have no factor. They are not copied to shared memory either: rows come in the order of
-experts, so that the Gram matrix of one expert (170 latents: 130 kB) stays in the L1 cache, which on Hopper is the same memory.
+A row's state stays in registers. In pursuit: its correlations, and the inverse Cholesky factor R = L^-1 of its support, which grows by one latent at
+a time: the new row of R follows from two products with R, so that nothing is solved step by step. In a refit, whose support is known: its system,
+which is swept. Gram matrices stay float32: in bfloat16 their diagonal would be rounded by more than the ridge, and near duplicates would have no
+factor. They are not copied to shared memory either: rows come in the order of experts, so that the Gram matrix of one expert (170 latents: 130 kB)
+stays in the L1 cache, which on Hopper is the same memory.
 """
 
 import torch
@@ -11,9 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from switch_kernels.backend import Dot
-from switch_kernels.gpu.gemm import find_rows
-from switch_kernels.gpu.launch import cdiv, launch, next_power_of_2
+from switch_kernels.gpu.launch import launch, next_power_of_2
 
 
 @triton.jit
@@ -201,7 +200,24 @@ def _warps(slots: int, width: int) -> int:
     return max(1, slots * slots // 1024, width // 1024)
 
 
-@triton.jit(do_not_specialize=["stride", "most"])
+@triton.jit
+def _sweep(A_SS, z_S, s, SLOTS: tl.constexpr):
+    """The symmetric A and the right side z of A x = z after pivot s of a Gauss-Jordan elimination; z is x after all pivots.
+
+    Row s is column s, before and after, so that one sum over rows and one update of rank 1 do all: with d - 1 in the pivot's place that update
+    divides the pivot's row, its column and z_s by d, too. What it leaves on the diagonal of earlier pivots is not read again. On supports of trained
+    SAEs it is as exact as a Cholesky factor (experiments/LOG.md), and half the work of one that grows.
+    """
+    slot = tl.arange(0, SLOTS)
+    row_S = tl.sum(tl.where((slot == s)[:, None], A_SS, 0.0), axis=0)
+    pivot = tl.sum(tl.where(slot == s, row_S, 0.0), axis=0)
+    row_S = tl.where(slot == s, pivot - 1.0, row_S)
+    scaled_S = row_S / pivot
+    z_S -= scaled_S * tl.sum(tl.where(slot == s, z_S, 0.0), axis=0)
+    return A_SS - scaled_S[:, None] * row_S[None, :], z_S
+
+
+@triton.jit(do_not_specialize=["stride", "most", "few", "many"])
 def _refit_pairs(
     residuals,
     W_MD,
@@ -217,6 +233,8 @@ def _refit_pairs(
     F,
     stride,
     most,
+    few,
+    many,
     shared,
     ridge,
     D: tl.constexpr,
@@ -233,6 +251,8 @@ def _refit_pairs(
     else:
         start = tl.load(starts + n)
     count = tl.load(counts + n).to(tl.int32)
+    if (count <= few) | (count > many):
+        return
     group = tl.load(groups + n).to(tl.int64)
     latents += start
     gram += group * C * P
@@ -245,22 +265,24 @@ def _refit_pairs(
         products += atoms * tl.load(residuals + d_1W, mask=d_1W < D, other=0.0)
     product_S = tl.sum(products, axis=1)
     active_S = slot < count
-    local_S = tl.where(active_S & (latent_S >= shared), latent_S - group * F, latent_S)
+    local_S = tl.where(active_S & (latent_S >= shared), latent_S - group * F, latent_S).to(tl.int32)
     z_S = tl.zeros((SLOTS,), tl.float32)
     again = count > 0
     while again:
-        R_SS = tl.zeros((SLOTS, SLOTS), tl.float32)
-        RT_SS = R_SS
-        y_S = tl.zeros((SLOTS,), tl.float32)
+        A_SS = tl.zeros((SLOTS, SLOTS), tl.float32)
+        for s in range(0, count):  # row by row: all addresses at once would not fit the registers beside it
+            at = tl.sum(tl.where(slot == s, local_S, 0), axis=0)
+            row_S = tl.load(gram + at * P + local_S, mask=active_S, other=0.0) + tl.where(slot == s, ridge, 0.0)
+            A_SS = tl.where((slot == s)[:, None], row_S[None, :], A_SS)
+        z_S = tl.where(active_S, product_S, 0.0)
         for s in range(0, count):
             if tl.sum((active_S & (slot == s)).to(tl.int32), axis=0) > 0:
-                index = tl.sum(tl.where(slot == s, local_S, 0), axis=0)
-                product = tl.sum(tl.where(slot == s, product_S, 0.0), axis=0)
-                R_SS, RT_SS, y_S = _grow(R_SS, RT_SS, y_S, local_S, gram + index * P, index, product, s, ridge, SLOTS)
-        z_S = _solution(R_SS, y_S)
-        again = tl.sum((active_S & (z_S <= 0.0)).to(tl.int32), axis=0) > 0  # NaN stays, and ends it
-        active_S = active_S & (z_S > 0.0)
-    tl.store(refitted + start + slot, z_S, mask=slot < (count if order is None else most))
+                A_SS, z_S = _sweep(A_SS, z_S, s, SLOTS)
+        wrong_S = active_S & (z_S <= 0.0)  # NaN stays, and ends it
+        again = tl.sum(wrong_S.to(tl.int32), axis=0) > 0
+        active_S = active_S & (wrong_S == 0)
+    z_S = tl.where(active_S, z_S, 0.0)
+    tl.store(refitted + start + slot, z_S, mask=slot < count)
 
 
 def refit_pairs(
@@ -291,7 +313,7 @@ def refit_tokens(
 
     Rows of residual_ND (float32, its row stride free) are in the order of experts, order_N (int32) the token of each or -1.
     """
-    refitted_TL = torch.empty(latent_TL.shape, dtype=torch.float32, device=residual_ND.device)
+    refitted_TL = torch.zeros(latent_TL.shape, dtype=torch.float32, device=residual_ND.device)
     _refit(residual_ND, W_MD, latent_TL, gram_ECP, expert_T, None, count_T, order_N, refitted_TL, shared, ridge, latent_TL.shape[1])
     return refitted_TL
 
@@ -300,99 +322,33 @@ def _refit(
     residual_ND: Tensor, W_MD: Tensor, latents: Tensor, gram_GCP: Tensor, group: Tensor, starts: Tensor | None, counts: Tensor,
     order_N: Tensor | None, refitted: Tensor, shared: int, ridge: float, most: int,
 ) -> None:  # fmt: skip
-    slots, D = next_power_of_2(most), W_MD.shape[1]
-    warps = _warps(slots, 0)
-    launch(
-        _refit_pairs,
-        (len(residual_ND),),
-        residual_ND,
-        W_MD.contiguous(),
-        latents,
-        gram_GCP.contiguous(),
-        group,
-        starts,
-        counts,
-        order_N,
-        refitted,
-        *gram_GCP.shape[1:],
-        (len(W_MD) - shared) // len(gram_GCP),
-        residual_ND.stride(0),
-        most,
-        shared,
-        ridge,
-        D=D,
-        SLOTS=slots,
-        WIDTH=min(next_power_of_2(D), 128, max(16, (1024 * warps if warps > 1 else 512) // slots)),  # a lone warp has R and its transpose to hold too
-        num_warps=warps,
-        num_stages=1,
-    )
-
-
-@triton.jit(do_not_specialize=["N", "C", "E", "F", "shared"])
-def _local_products(
-    x_ND,
-    W_MD,
-    bias_M,
-    start_E1,
-    out_NC,
-    N,
-    C,
-    F,
-    shared,
-    D,
-    E,
-    EP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LOW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    expert, row, stop = find_rows(tl.program_id(0), start_E1, N, E, EP, ROWS, 1)
-    if (expert < E) & (row < stop):
-        n_R1 = row + tl.arange(0, ROWS)[:, None].to(tl.int64)
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        latent = tl.where(column < shared, column, column + expert * F).to(tl.int64)
-        products = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for first in range(0, D, DEPTH):
-            d_1D = first + tl.arange(0, DEPTH)[None, :]
-            x = tl.load(x_ND + n_R1 * D + d_1D, mask=(n_R1 < stop) & (d_1D < D), other=0.0)
-            w = tl.load(W_MD + latent[:, None] * D + d_1D, mask=(column < C)[:, None] & (d_1D < D), other=0.0)
-            if LOW:
-                x, w = x.to(tl.bfloat16), w.to(tl.bfloat16)
-            products = tl.dot(x, tl.trans(w), products, input_precision="ieee")  # which bfloat16 operands ignore
-        if HAS_BIAS:
-            products += tl.load(bias_M + latent, mask=column < C, other=0.0)[None, :]
-        tl.store(out_NC + n_R1 * C + column[None, :], products, mask=(n_R1 < stop) & (column < C)[None, :])
-
-
-def local_products(x_ND: Tensor, W_MD: Tensor, start_E1: Tensor, shared: int, bias_M: Tensor | None, dot: Dot) -> Tensor:
-    """float32 [N, C]: the products of rows in the order of experts with the rows of W that each may use: `shared` first ones, then its expert's."""
-    experts = len(start_E1) - 1
-    rows, columns, depth = (64, 32, 16) if dot == "ieee" else (64, 64, 32)  # products of float32 are made in registers, which would spill
-    latents = (len(W_MD) - shared) // experts
-    out_NC = torch.empty(len(x_ND), shared + latents, dtype=torch.float32, device=x_ND.device)
-    if not out_NC.numel():
-        return out_NC
-    launch(
-        _local_products,
-        (cdiv(len(x_ND) + experts * (rows - 1), rows), cdiv(shared + latents, columns)),
-        x_ND.contiguous(),
-        W_MD.contiguous(),
-        W_MD if bias_M is None else bias_M,
-        start_E1,
-        out_NC,
-        len(x_ND),
-        shared + latents,
-        latents,
-        shared,
-        x_ND.shape[1],
-        experts,
-        EP=max(256, next_power_of_2(experts + 1)),
-        ROWS=rows,
-        COLUMNS=columns,
-        DEPTH=depth,
-        LOW=dot == "bf16",
-        HAS_BIAS=bias_M is not None,
-    )
-    return out_NC
+    """In two launches: rows of at most half as many latents take a quarter of the registers, and of the time."""
+    full, W_MD, gram_GCP = next_power_of_2(most), W_MD.contiguous(), gram_GCP.contiguous()
+    for slots in (full // 2, full) if full >= 32 else (full,):
+        warps = _warps(slots, 0)
+        launch(
+            _refit_pairs,
+            (len(residual_ND),),
+            residual_ND,
+            W_MD,
+            latents,
+            gram_GCP,
+            group,
+            starts,
+            counts,
+            order_N,
+            refitted,
+            *gram_GCP.shape[1:],
+            (len(W_MD) - shared) // len(gram_GCP),
+            residual_ND.stride(0),
+            most,
+            slots // 2 if 32 <= slots == full else 0,
+            slots,
+            shared,
+            ridge,
+            D=W_MD.shape[1],
+            SLOTS=slots,
+            WIDTH=16 if warps == 1 else 64,  # wider tiles give a lone warp a layout in which a sweep takes twice as many instructions
+            num_warps=warps,
+            num_stages=1,
+        )

@@ -5,14 +5,16 @@ decoder and its bias. No device data is read on the host and no shape depends on
 out every time.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from switch_kernels.backend import Dot, operand_dtype
-from switch_kernels.gpu import gemm, pairs, pursuit, sparse
+from switch_kernels.gpu import pairs, pursuit, sparse
 from switch_kernels.gpu.auxk import Auxk, DeadLatents, Rows, auxk
+from switch_kernels.gpu.candidate_products import candidate_products
 from switch_kernels.gpu.dispatch import Sorted, count_experts, gather_rows, sort_pairs
 from switch_kernels.gpu.finish import Balance, Columns, finish
 from switch_kernels.gpu.gemm_decode import residual_rows
@@ -90,21 +92,13 @@ class Batch:
 def dispatch(x_TD: Tensor, scale: Tensor, weights: SearchWeights, s: SearchSettings, seed: Tensor) -> Batch:
     """Routes, draws rivals, sorts by experts."""
     routed = route(x_TD, scale, weights.W_router_ED, weights.b_router_D, 1, s.dot)
-    expert_R, rival_n, count = routed.expert_TS.view(-1), None, -int(-s.rivals * x_TD.shape[0] // 1)
-    counts_BE = routed.counts_BE
+    expert_R, counts_BE, rival_n = routed.expert_TS.view(-1), routed.counts_BE, None
+    count = math.ceil(s.rivals * x_TD.shape[0])
     if count:
         rival_n = draw_rivals(routed, count, seed)
         expert_R = torch.cat([expert_R, rival_n])
         counts_BE = count_experts(expert_R[:, None], s.num_experts)
     return Batch(x_TD, scale, routed, rival_n, expert_R, sort_pairs(expert_R[:, None], counts_BE, s.num_experts))
-
-
-def candidate_products(rows_ND: Tensor, W_MD: Tensor, bias_M: Tensor | None, start_E1: Tensor, shared: int, dot: Dot) -> Tensor:
-    """float32 [N, C]: the products of rows with those of W that each may use. Both are operands of the same width."""
-    if shared:
-        return pursuit.local_products(rows_ND, W_MD, start_E1, shared, bias_M, dot)
-    F = W_MD.shape[0] // (start_E1.shape[0] - 1)
-    return gemm.encode(rows_ND, W_MD, bias_M, start_E1, F, 1, dot, dtype=torch.float32)[1]
 
 
 def pursuit_step(

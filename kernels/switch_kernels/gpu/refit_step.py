@@ -13,8 +13,9 @@ from switch_kernels.gpu import pairs, pursuit
 from switch_kernels.gpu.auxk import DeadLatents
 from switch_kernels.gpu.batch_missed import encoder_weights, missed_rows
 from switch_kernels.gpu.batch_select import keep_above, row_candidates, threshold_
+from switch_kernels.gpu.candidate_products import candidate_products
 from switch_kernels.gpu.dispatch import count_experts, gather_rows, sort_pairs
-from switch_kernels.gpu.pursuit_step import Batch, Decoded, SearchSettings, SearchWeights, candidate_products, complete, dispatch, revive
+from switch_kernels.gpu.pursuit_step import Batch, Decoded, SearchSettings, SearchWeights, complete, dispatch, revive
 from switch_kernels.gpu.step import StepTensors
 
 

@@ -15,7 +15,7 @@ from switch_kernels.gpu.route import LEAST_WIDTH, TILE, Routed, padded_experts
 
 LEAST: tl.constexpr = tl.constexpr(-1e30)
 """Stands for the key of an expert that cannot be drawn: finite, so that whatever the logits are some expert is."""
-BLOCK = 64
+BLOCK = 16
 """Tokens of a program that compares costs."""
 
 
@@ -42,7 +42,7 @@ def draw_rivals(routed: Routed, count: int, seed: Tensor) -> Tensor:
             f"{num_experts} experts, {routed.expert_TS.shape[1]} of them per token, leave no one rival. Use one per token, of two or more."
         )
     width = max(LEAST_WIDTH, padded_experts(num_experts))
-    rows = min(BLOCK, TILE // width)
+    rows = min(64, TILE // width)
     rival_n = torch.empty(count, dtype=torch.int32, device=routed.logits_TE.device)
     launch(_draw_rivals, (cdiv(count, rows),), routed.logits_TE, routed.expert_TS, seed, rival_n, count, num_experts, ROWS=rows, WIDTH=width)
     return rival_n
@@ -80,6 +80,7 @@ def compete(routed: Routed, rival_n: Tensor, loss_T: Tensor, values_TK: Tensor, 
         *(count, tokens, num_experts, k),
         ROWS=BLOCK,
         WIDTH=min(64, next_power_of_2(k)),
+        num_warps=2,
     )
     return competition
 
