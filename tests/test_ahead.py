@@ -8,6 +8,7 @@ import torch
 from experiments.benchmarks.cases import TINY, Case
 
 triton = pytest.importorskip("triton")
+launches_to = importlib.import_module("switch_kernels.gpu.launch").launches_to
 ahead = importlib.import_module("experiments.benchmarks.ahead")  # needs triton, as do the kernels
 
 
@@ -46,3 +47,20 @@ def test_what_does_not_compile_is_named(cache, monkeypatch, capfd):
 
 def test_dead_latents_are_as_many_as_a_step_pads_them_to():
     assert [ahead.as_padded(Case(TINY, dead=dead)).dead for dead in (0, 5, 64, 65, 256)] == [0, 64, 64, 128, 256]
+
+
+def test_searches_and_architectures_are_compiled_where_their_sections_run():
+    def kernels(*sections):
+        seen = set()
+        with launches_to(lambda launch: seen.add(launch.kernel.fn.__name__)):
+            for run in ahead.requests(list(sections), True).values():
+                run()
+        return seen
+
+    searched = {"_gram", "_pursue", "_refit_pairs", "_draw_rivals", "_follow_l0", "_row_candidates", "_missed_rows"}
+    assert not searched & kernels("targets")
+    assert searched <= kernels("searches") and searched <= kernels("architectures")
+    named = [name for name in ahead.requests(["architectures"], True) if name.startswith("architecture ")]
+    assert {"architecture topk", "architecture switch_refit", "architecture switch_pursuit, stop"} <= set(named) and len(named) < 10
+    dead = {(case.name, dead) for case, dead in ahead.search_steps(False)}
+    assert {("switch_refit", 128), ("switch_refit, shared", 256), ("switch_refit", 64), ("switch_refit", 0)} <= dead

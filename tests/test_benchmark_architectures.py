@@ -1,16 +1,17 @@
 """The benchmark's look at every architecture on a GPU, without one: what it covers, what it finds, what it says."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from experiments.benchmarks import architectures
-from experiments.benchmarks.architectures import BATCHES, TINY_SIZES, configs, look, waits_of
+from experiments.benchmarks.architectures import BATCHES, TINY_SIZES, configs, is_search, look, waits_of, why_autograd
 from experiments.benchmarks.contenders import activations
 from experiments.benchmarks.gpu import Benchmark
 from experiments.benchmarks.suite import Budget
-from switch_kernels import Backend
+from switch_kernels import Backend, Precision
 from switch_sae.models import ROUTERS, SAES, SwitchSAE
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def test_another_gradient_is_named(monkeypatch):
 
     def changed(*arguments):
         loss, moments, trainer = first(*arguments)
-        moments["adam/W_dec_MD/exp_avg"] *= 1 + 0.02 * (len(calls) > 0)
+        moments["adam/W_dec_MD/exp_avg"] *= 1 + 0.02 * (len(calls) == 0)  # the device comes first
         calls.append(1)
         return loss, moments, trainer
 
@@ -42,6 +43,24 @@ def test_another_gradient_is_named(monkeypatch):
     monkeypatch.setattr(architectures, "_first_step", changed)
     seen = look("topk", configs(TINY_SIZES)["topk"], CPU, TINY_SIZES, activations(TINY_SIZES, BATCHES, CPU), steps=1)
     assert seen.gradient_error == pytest.approx(0.02, rel=0.01) and "W_dec_MD" in seen.worst and not seen.holds
+
+
+def test_searches_in_kernels_are_told_from_what_autograd_computes():
+    found = configs(TINY_SIZES)
+    searches = {name for name, config in found.items() if is_search(config, TINY_SIZES.D)}
+    assert searches == {"switch_pursuit", "switch_pursuit, stop", "switch_refit"}
+    assert why_autograd(found["topk"], TINY_SIZES.D) is None and "no Triton kernels train" in why_autograd(found["sketch"], TINY_SIZES.D)
+    seen = look("switch_refit", found["switch_refit"], CPU, TINY_SIZES, activations(TINY_SIZES, BATCHES, CPU), steps=1)
+    assert replace(seen, gradient_error=0.02).holds and not replace(seen, gradient_error=0.04).holds
+
+
+def test_searches_whose_checks_failed_are_not_timed(monkeypatch, capsys):
+    suite = Benchmark(CPU, Backend.torch, True, Budget(5), lambda rows: None, {})
+    monkeypatch.setattr(architectures, "configs", lambda sizes, own=configs: {name: own(sizes)[name] for name in ("topk", "switch_pursuit")})
+    suite.untrusted_searches = {Precision.float32: "eager search: 1 checks failed"}
+    suite.run_architectures([])
+    text = capsys.readouterr().out
+    assert text.count("NOT TIMED, eager search: 1 checks failed") == 1 and "topk" in text and not suite.failures
 
 
 def test_waits_are_counted_where_pytorch_warns_of_them(monkeypatch):

@@ -280,18 +280,18 @@ def test_every_case_is_compiled_ahead_once_and_the_targets_come_first():
 def test_kernels_are_summed_by_stage_and_unknown_ones_are_shown():
     least = floor(MAIN, Roofs(), plan="dense, buffered")
     kernels = [KernelTime("_route", 1.0, 4.0, 3.0), KernelTime("_update_rows", 90.0, 200.0, 190.0), KernelTime("_update_rows", 90.0, 180.0, 170.0)]
-    stages = {stage.name: stage for stage in stage_times([*kernels, KernelTime("_new", 1.0, 5.0, 5.0)], least)}
+    stages = {stage.name: stage for stage in stage_times([*kernels, KernelTime("_new", 1.0, 5.0, 5.0), KernelTime("_pursue", 1.0, 7.0, 6.0)], least)}
     assert stages["update"].launches == 2 and stages["update"].cold_us == 380 and stages["update"].floor_us == least.stages["update"]
     assert stages["weight gradients"].floor_us == least.stages["weight gradients"] + least.stages["clip"]
     assert stages["other"].floor_us is None and stages["encode"].launches == 0
+    assert stages["search"].floor_us is None and stages["search"].cold_us == 7
     text = stage_table(list(stages.values()), [*kernels, KernelTime("_new", 1.0, 5.0, 5.0)], 700.0)
     assert "_new" in text and "389 us cold" in text and "700 us" in text
 
 
 def test_every_kernel_that_a_step_launches_belongs_to_a_stage():
     folder = Path(gpu.__file__).parents[2] / "kernels" / "switch_kernels" / "gpu"
-    sources = sorted(set(folder.glob("*.py")) - {folder / "pursuit.py", folder / "gram.py"})  # searches are part of no fused step
-    calls = [node for path in sources for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    calls = [node for path in sorted(folder.glob("*.py")) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     launched = {
         call.args[0].id for call in calls if isinstance(call.func, ast.Name) and call.func.id == "launch" and isinstance(call.args[0], ast.Name)
     }
@@ -399,6 +399,18 @@ def test_one_precision_that_is_wrong_keeps_the_others(suite, capsys, monkeypatch
     suite.graph = False
     suite.run_correctness([])
     assert Precision.bf16 not in suite.untrusted  # --no-graph: eager steps are what is timed
+
+
+def test_searches_that_are_wrong_keep_what_does_not_search(suite, capsys, monkeypatch):
+    suite.run_searches([])
+    assert "SKIPPED" in capsys.readouterr().out and not suite.untrusted_searches
+    suite.backend = Backend.triton
+    monkeypatch.setattr(gates, "check_search", lambda case, device: [Finding("gradient", float(case.precision is Precision.bf16), 0.1)])
+    monkeypatch.setattr(gates, "check_search_graph", lambda case, device: [Finding("bits", 0, 0)])
+    suite.run_searches([])
+    assert suite.untrusted_searches == {Precision.bf16: "eager search: 1 checks failed"} and not suite.untrusted
+    assert suite.failures == ["correctness of searches in bf16"]
+    assert "searches in bf16 is NOT TIMED: eager search: 1 checks failed" in capsys.readouterr().out
 
 
 def test_after_the_gpu_is_lost_and_after_time_is_up_nothing_is_trusted(suite, monkeypatch):

@@ -40,7 +40,7 @@ def test_the_plan_without_a_gpu_says_what_is_left_out(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     skipped = {part.name: part.skipped for part in plan(None, Path("out"), 1.0, True, None)}
     assert skipped.pop("replay") == "no --recording was given" and skipped.pop("versions") == skipped.pop("suite") == ""
-    assert set(skipped.values()) == {"there is no GPU"} and len(skipped) == 3
+    assert set(skipped.values()) == {"there is no GPU"} and len(skipped) == 4
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     parts = {part.name: part for part in plan(Path("launches.zip"), Path("out"), 1.0, True, "abc")}
     assert not parts["replay"].skipped and not parts["memory, sparse"].skipped and parts["suite"].command[-2:] == ["--commit", "abc"]
@@ -52,10 +52,10 @@ def test_the_plan_with_a_gpu_is_all_of_it(monkeypatch):
     monkeypatch.setattr(first_contact.shutil, "which", lambda name: f"/somewhere/{name}")
     parts = plan(Path("launches.zip"), Path("out"), 8.3, False, None)
     assert not any(part.skipped for part in parts)
-    assert [part.name for part in parts] == ["versions", "compile", "replay", "memory, dense", "memory, sparse", "suite"]
+    assert [part.name for part in parts] == ["versions", "compile", "replay", "memory, dense", "memory, sparse", "memory, searches", "suite"]
     assert parts[1].command[3:] == ["--capability", "9.0", "--recording", "launches.zip", "--sections", *first_contact.SUITE]
     assert parts[3].command[0] == "/somewhere/compute-sanitizer" and "--quick" not in parts[-1].command
-    assert sum(part.seconds for part in parts[:5]) < 660  # each limit is a last resort; together they still leave the first call an end
+    assert sum(part.seconds for part in parts[:6]) < 750  # each limit is a last resort; together they still leave the first call an end
 
 
 def test_it_goes_to_its_end_here(tmp_path, capsys):

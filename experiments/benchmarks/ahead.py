@@ -26,12 +26,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from experiments.benchmarks import architectures, gates
 from experiments.benchmarks.cases import MAIN, Case, compile_groups
 from experiments.benchmarks.compile_kernels import Job, StubDriver, collect, labels
 from experiments.benchmarks.kernel_cases import evaluate
-from experiments.benchmarks.nodes import step_on_meta
+from experiments.benchmarks.nodes import engine_on_meta, step_on_meta
 from experiments.benchmarks.recording import Recorded, Recording, kernel_of, rebuilt
+from experiments.benchmarks.searches import SearchCase, search_cases, search_graph_cases
 from experiments.benchmarks.suite import SECTIONS
+from switch_kernels import Precision, Shape
 from switch_kernels.gpu.gemm_tiles import compiling_for
 from switch_kernels.gpu.launch import launch, next_power_of_2
 
@@ -47,7 +50,32 @@ class Driver(StubDriver):
 def requests(sections: list[str], tiny: bool) -> dict[str, Callable[[], None]]:
     """One step of every case that these sections run, on meta tensors, by importance."""
     cases = [case for group in compile_groups(tiny, sections) for case in group]
-    return {str(case): partial(step, case) for case in cases} | {"evaluate": partial(evaluate, MAIN)}
+    wanted = {str(case): partial(step, case) for case in cases}
+    if "searches" in sections:
+        wanted |= {f"{case}, {dead} dead, step": partial(search_step, case, dead) for case, dead in search_steps(tiny)}
+    if "architectures" in sections:
+        sizes = architectures.TINY_SIZES if tiny else architectures.SIZES
+        for name, config in architectures.configs(sizes).items():
+            if architectures.why_autograd(config, sizes.D) is None:
+                wanted[f"architecture {name}"] = partial(architecture_step, config, sizes)
+    return wanted | {"evaluate": partial(evaluate, MAIN)}
+
+
+def search_steps(tiny: bool) -> list[tuple[SearchCase, int]]:
+    """What the checks of SAEs that search run, with as many dead latents of an expert as a step has room for in each."""
+    found = []
+    for case in dict.fromkeys(replace(case, dead=0) for case in [*search_cases(tiny), *search_graph_cases(tiny)]):
+        most = min(gates.MORE, case.shape.F // 2) * (2 if "shared" in case.name else 1)
+        found += [(case, dead) for dead in dict.fromkeys((0, 64, max(64, next_power_of_2(most))))]
+    return found
+
+
+def search_step(case: SearchCase, dead: int) -> None:
+    engine_on_meta(case.config(), case.shape.T, case.shape.D, case.precision, dead)()
+
+
+def architecture_step(config: Any, s: Shape) -> None:
+    engine_on_meta(config, s.T, s.D, Precision.float32)()
 
 
 def step(case: Case) -> None:

@@ -10,6 +10,7 @@ OUT/summary.txt says it after every part. With TRITON_CACHE_DIR set to a folder 
 """
 
 import argparse
+import math
 import os
 import shutil
 import subprocess
@@ -21,13 +22,17 @@ from pathlib import Path
 import torch
 
 from experiments.benchmarks.cases import TINY, Case
+from experiments.benchmarks.contenders import OurStep, activations, build_sae
 from experiments.benchmarks.gpu import clocks, versions
 from experiments.benchmarks.peers import ROOT
 from experiments.benchmarks.recording import interpreter
-from switch_kernels import Backend, Regime
+from experiments.benchmarks.searches import CPU, SEARCHES, SMALL, SearchCase, SearchStep, build_search
+from switch_kernels import Backend, Regime, resolve
 
-SUITE = ("targets", "stages", "architectures", "contenders", "parity")
+SUITE = ("targets", "searches", "stages", "architectures", "contenders", "parity")
 """Sections of the benchmark; its roofs and correctness, eager before graphs, come first."""
+STEPS = (*(regime.value for regime in Regime), "searches")
+"""Whose memory is checked."""
 PARTS = ("versions", "compile", "replay", "memory", "suite")
 
 
@@ -67,13 +72,13 @@ def plan(recording: Path | None, out: Path, minutes: float, quick: bool, commit:
         Part("compile", module("ahead", "--capability", capability, *of_recording, "--sections", *SUITE), 180, no_gpu),
         Part("replay", module("replay", "replay", str(recording)), 240, no_recording or ("" if has_gpu or interpreted else no_gpu)),
     ]
-    for regime in Regime:
-        step = module("first_contact", "--one-step", regime.value)
+    for kind in STEPS:
+        step = module("first_contact", "--one-step", kind)
         if interpreted and not has_gpu:  # the step by itself
-            parts.append(Part(f"memory, {regime.value}", step, 300))
+            parts.append(Part(f"memory, {kind}", step, 300))
         else:
             checked = [str(sanitizer), "--tool", "memcheck", "--error-exitcode", "9", *step]
-            parts.append(Part(f"memory, {regime.value}", checked, 90, no_gpu or ("" if sanitizer else "compute-sanitizer is not installed")))
+            parts.append(Part(f"memory, {kind}", checked, 90, no_gpu or ("" if sanitizer else "compute-sanitizer is not installed")))
     return [*parts, Part("suite", module("gpu", *suite), 60 * minutes + 70)]
 
 
@@ -107,18 +112,28 @@ def run(part: Part, out: Path) -> str:
     return f"CUT OFF after {took}" if late else f"holds, {took}" if process.returncode == 0 else f"FAILED with exit code {process.returncode}, {took}"
 
 
-def one_step(regime: Regime) -> None:
-    """A tiny training step with dead latents, eager."""
-    from experiments.benchmarks.contenders import OurStep, activations, build_sae
-
+def one_step(kind: str) -> None:
+    """A tiny training step with dead latents, eager: in one of the regimes, or of SAEs that search."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         interpreter()
-    shape = replace(TINY, S=2) if regime is Regime.sparse else TINY
-    x_TD = activations(shape, 1, device)[0]
-    loss = OurStep(build_sae(shape, x_TD), Case(shape, regime=regime, dead=5), Backend.triton).loss(x_TD).item()
-    print(f"   one step of {shape}, {regime.value}: loss {loss:.4f}")
-    sys.exit(0 if loss == loss and abs(loss) < float("inf") else 1)
+    if kind == "searches":
+        losses = [search_loss(name, device) for name in SEARCHES if "shared" in name]
+    else:
+        shape = replace(TINY, S=2) if kind == Regime.sparse.value else TINY
+        x_TD = activations(shape, 1, device)[0]
+        losses = [OurStep(build_sae(shape, x_TD), Case(shape, regime=Regime(kind), dead=5), Backend.triton).loss(x_TD).item()]
+    print(f"   one step, {kind}: loss {losses}")
+    sys.exit(0 if all(map(math.isfinite, losses)) else 1)
+
+
+def search_loss(name: str, device: torch.device) -> float:
+    """Of a tiny step."""
+    case = SearchCase(name, SMALL)
+    x_TD = activations(case.shape, 1, CPU)[0]
+    step = SearchStep(build_search(case, x_TD).to(device), case.shape.T, resolve(Backend.triton, case.precision, device))
+    step.mark_dead(0, 3)
+    return step.loss(x_TD.to(device)).item()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -132,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="what to record as the commit, where the checkout has no git history")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, on a CPU too")
     parser.add_argument("--versions", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--one-step", type=Regime, help=argparse.SUPPRESS)
+    parser.add_argument("--one-step", choices=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.versions:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

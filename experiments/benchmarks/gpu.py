@@ -6,9 +6,8 @@
 
 Needs torch, triton, numpy and safetensors; where the project is not installed, PYTHONPATH=kernels in front. eai-sparsify's kernels are compared if
 the package can be found on PYTHONPATH (its own dependencies are not needed: pip install --no-deps --target FOLDER eai-sparsify==1.3.3), or with
-`--peers`, which fetches it. A precision is timed only where its steps agree with float64 PyTorch,
-eager, and its replayed graphs with eager steps, bit for bit. Sections run by importance; what the time does not
-allow is skipped with a line that says so.
+`--peers`, which fetches it. A precision is timed only where its steps agree with float64 PyTorch, eager, and its replayed graphs with eager steps,
+bit for bit. Sections run by importance; what the time does not allow is skipped with a line that says so.
 """
 
 import argparse
@@ -61,6 +60,7 @@ from experiments.benchmarks.contenders import (
 )
 from experiments.benchmarks.gates import eager
 from experiments.benchmarks.record import RESULTS, append, commit
+from experiments.benchmarks.recording import interpreter
 from experiments.benchmarks.roofline import floor
 from experiments.benchmarks.stages import kernel_times, optimizer_contest, profile, stage_table, stage_times
 from experiments.benchmarks.suite import COLUMNS, SECTIONS, Budget, Suite, is_fatal, say
@@ -230,6 +230,9 @@ class Benchmark(Suite):
         several = architectures.configs(sizes)
         for name in self.each(list(several)):
             self.free()
+            if (why := self.untrusted_searches.get(Precision.float32)) and architectures.is_search(several[name], sizes.D):
+                say(f"   {name:<32}NOT TIMED, {why}")
+                continue
             try:
                 seen = architectures.look(name, several[name], self.device, sizes, x_BTD, 3 if self.tiny else architectures.STEPS)
             except Exception as error:
@@ -383,6 +386,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     backend = Backend.triton if device.type == "cuda" or interpreted else Backend.torch
+    if interpreted:
+        interpreter()
     about = versions(device, options.commit)
     say(", ".join(f"{key} {value}" for key, value in about.items()) + f", python {sys.version.split()[0]}, backend {backend.value}; {clocks()}")
     record = (lambda rows: None) if options.quick else recorder(TABLE, options.out)

@@ -42,12 +42,19 @@ CASES: dict[str, tuple[Case, torch.dtype]] = {
 expert fires for every token (`steps`): its pairs fill whole chunks, which only then have sums of their own."""
 
 
+PURSUIT: dict[str, Any] = {"architecture": "switch_pursuit", "num_latents": 80, "k": 8, "num_experts": 2}
+STOP: dict[str, Any] = {"architecture": "switch_pursuit", "num_latents": 96, "k": 8, "num_experts": 2, "shared": 16, "stop": True}
+REFIT: dict[str, Any] = {"architecture": "switch_refit", "num_latents": 96, "k": 8, "num_experts": 2, "shared": 16}
 SEARCHES: dict[str, dict[str, Any]] = {
-    "pursuit": {"architecture": "switch_pursuit", "num_latents": 120, "k": 8, "num_experts": 3},
-    "pursuit, stop rule": {"architecture": "switch_pursuit", "num_latents": 136, "k": 8, "num_experts": 3, "shared": 16, "stop": True},
-    "refit": {"architecture": "switch_refit", "num_latents": 136, "k": 8, "num_experts": 3, "shared": 16},
+    "pursuit, float32": PURSUIT | {"precision": Precision.float32},
+    "pursuit": PURSUIT,
+    "pursuit, stop rule, float32": STOP | {"precision": Precision.float32},
+    "pursuit, stop rule, AuxK": STOP | {"dead": 5},
+    "refit, AuxK, float32": REFIT | {"precision": Precision.float32, "dead": 5},
+    "refit": REFIT | {"tokens": 128},
 }
-"""SAEs whose encoding is recorded too: their search is in kernels where nothing else is."""
+"""SAEs that search: a training step of each is recorded, and the encoding of those in float32. `dead` latents of each expert are dead; only so many
+tokens fill whole chunks, with the pairs of the first latent."""
 
 
 @dataclass(frozen=True)
@@ -276,26 +283,51 @@ def steps(name: str, case: Case, dtype: torch.dtype) -> tuple[Callable[[], objec
     return lambda: step(x_TD), infer
 
 
-@torch.no_grad()
-def search(architecture: str, **settings: Any) -> None:
-    """Latents of some activations, by refits or pursuit in kernels."""
+def searches(
+    architecture: str, precision: Precision = Precision.bf16, tokens: int = 24, dead: int = 0, **settings: Any
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """(one training step in mid-run of an SAE that searches, its encoding), from fixed seeds; `dead` latents of each expert and of the shared ones
+    are dead.
+    """
     from switch_sae.models import SAES
     from switch_sae.rows import Rows
-    from switch_sae.training import prepare
+    from switch_sae.training import Trainer, TrainerConfig, prepare
 
     generator = torch.Generator().manual_seed(11)
-    x_TD = torch.randn(96, SMALL.D, generator=generator) @ torch.randn(SMALL.D, SMALL.D, generator=generator)
-    sae = SAES.build(SAES[architecture].Config(**settings), SMALL.D, generator)
+    x_TD = torch.randn(128, SMALL.D, generator=generator) @ torch.randn(SMALL.D, SMALL.D, generator=generator)
+    sae: Any = SAES.build(SAES[architecture].Config(**settings), SMALL.D, generator)
     prepare(sae, Rows.of(x_TD), normalize_activations=True)
-    sae.search = Execution(Backend.triton, Precision.float32, "a recording")
-    sae.eval().encode(x_TD)
+    first = slice(0, 1) if sae.num_shared else slice(0, None, sae.latents_per_expert)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+        sae.W_dec_MD[first] = sae.W_dec_MD[0]
+        sae.W_dec_MD.div_(sae.W_dec_MD.norm(dim=1, keepdim=True))
+        if sae.has_encoder:
+            sae.W_enc_MD[first] = sae.W_dec_MD[first]
+        x_TD = (
+            x_TD[:tokens] + 20.0 / sae.activation_scale * sae.W_dec_MD[0]
+        )  # the first latent of each expert is found for every token, as in `steps`
+    trainer = Trainer(sae, TrainerConfig(dead_after_tokens=2**62), 1000, len(x_TD), Execution(Backend.triton, precision, "a recording"))
+    engine: Any = trainer.engine
+    for mean, square in engine.optimizer.moments.values():
+        mean.copy_(torch.randn(mean.shape, generator=generator) * 1e-2)
+        square.copy_(torch.randn(square.shape, generator=generator).square() * 1e-4)
+    trainer.tokens_since_fired_M[: min(dead, sae.num_shared)] = 2**62
+    trainer.tokens_since_fired_M[sae.num_shared :].view(sae.num_experts, -1)[:, 1 : 1 + dead] = 2**62
+
+    @torch.no_grad()
+    def encode() -> None:
+        sae.eval().encode(x_TD)
+
+    return lambda: trainer.step(Rows.of(x_TD)), encode
 
 
 def record(
-    path: Path, cases: dict[str, tuple[Case, torch.dtype]], say: Callable[[str], None] = print, searches: dict[str, dict[str, Any]] | None = None
+    path: Path, cases: dict[str, tuple[Case, torch.dtype]], say: Callable[[str], None] = print, wanted: dict[str, dict[str, Any]] | None = None
 ) -> None:
-    """Writes every launch of one training step of each case, of the first case's encoding and decoding and of the first float32 one's, and of
-    `searches`.
+    """Writes every launch of one training step of each case, of the first case's encoding and decoding and of the first float32 one's; of the SAEs
+    that search, `wanted`, one step, and an encoding where it is in float32.
     """
     from switch_kernels.gpu.launch import launches_to
 
@@ -314,10 +346,18 @@ def record(
                 with launches_to(recorder):
                     infer()
         say(f"   {name}: {len(recorder.launches)} launches so far, {time.monotonic() - started:.0f} s")
-    for name, settings in (searches or {}).items():
-        recorder.case = name
-        with poisoned_memory(), launches_to(recorder):
-            search(**settings)
+    for name, settings in (wanted or {}).items():
+        started = time.monotonic()
+        with poisoned_memory():
+            train, encode = searches(**settings)
+            recorder.case = name
+            with launches_to(recorder):
+                train()
+            if settings.get("precision") is Precision.float32:
+                recorder.case = f"{name}, forward"
+                with launches_to(recorder):
+                    encode()
+        say(f"   {name}: {len(recorder.launches)} launches so far, {time.monotonic() - started:.0f} s")
     if silent := {r.kernel for r in recorder.launches} - {r.kernel for r in recorder.launches if r.before != r.after}:
         raise ValueError(f"no launch of {', '.join(sorted(silent))} wrote anything, so a replay would check nothing: choose other cases.")
     recorder.write(path)

@@ -4,9 +4,9 @@
     python -m experiments.benchmarks.replay replay launches.zip                          # on a GPU; mostly compilation
     TRITON_INTERPRET=1 python -m experiments.benchmarks.replay replay launches.zip       # in the interpreter: every byte equal
 
-A recording holds every launch of some small training steps and of encoding and decoding: the arguments before, and what the launch changed. Kernels
-are found by module and name. A replayed launch must leave integers, copies and all that it only reads as they were recorded; what it computes in
-floating point may differ by `LIMITS`. Recordings hold no code and are made again whenever a kernel's arguments change.
+A recording holds every launch of some small training steps, also of SAEs that search, and of encoding and decoding: the arguments before, and what
+the launch changed. Kernels are found by module and name. A replayed launch must leave integers, copies and all that it only reads as they were
+recorded; what it computes in floating point may differ by `LIMITS`. Recordings hold no code and are made again whenever a kernel's arguments change.
 """
 
 import argparse
@@ -41,7 +41,10 @@ LIMITS = {torch.float32: (2e-3, 2e-5), torch.bfloat16: (1e-2, 1e-4)}
 multiply-adds and one rounding at the end can differ; a number that cancelled to almost nothing is measured against its row and its column."""
 MANY = 16
 """A row or column of fewer numbers says nothing of the size of each: they may be different quantities side by side."""
-COPIES = ("_count_experts", "_sum_counts", "_place_pairs", "_select_rows", "_scatter_latents", "_keep_topk", "_mark_fired")
+COPIES = (
+    *("_count_experts", "_sum_counts", "_place_pairs", "_select_rows", "_scatter_latents", "_keep_topk", "_mark_fired"),
+    *("_row_candidates", "_count_digits", "_keep_above", "_mark_keys"),
+)
 """Kernels that move numbers and compute none: every bit must be right."""
 
 
@@ -177,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.action == "record":
         interpreter()
         with tiles_of_a_gpu():
-            record(options.file, CASES, searches=SEARCHES)
+            record(options.file, CASES, wanted=SEARCHES)
         return
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":

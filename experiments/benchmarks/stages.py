@@ -16,9 +16,13 @@ from switch_sae.models import TopKSAE
 KERNELS_OF = {
     "router, dispatch": (
         *("_route", "_router_logits", "_route_backward", "_router_gradients"),
-        *("_count_experts", "_sum_counts", "_place_pairs", "_gather_rows"),
+        *("_count_experts", "_sum_counts", "_place_pairs", "_gather_rows", "_draw_rivals", "_compete"),
     ),
     "encode": ("_encode_kernel",),
+    "search": (
+        *("_gram", "_local_products", "_pursue", "_refit_pairs"),
+        *("_row_candidates", "_count_digits", "_keep_above", "_missed_rows", "_encoder_weights", "_add_losses"),
+    ),
     "top-k": ("_select_rows", "_select_jointly", "_scatter_latents"),
     "decode, loss, dz": (
         "_decode_loss_kernel",
@@ -28,11 +32,11 @@ KERNELS_OF = {
         "_decode_loss",
         "_residual_rows",
     ),
-    "weight gradients": ("_weight_gradient_kernel", "_sum_chunks_of_rows", "sum_chunks", "gradient_rows"),
-    "update": ("_update_rows", "_update_small", "update_latents"),
+    "weight gradients": ("_weight_gradient_kernel", "_sum_chunks_of_rows", "sum_chunks", "gradient_rows", "_mark_keys"),
+    "update": ("_update_rows", "_update_small", "update_latents", "_follow_l0", "_follow_theta"),
     "other": ("_row_sum_parts", "_sum_parts", "_finish_sums", "_begin_update", "_mark_fired", "_keep_topk", "_sparse_decode"),
 }
-"""By stage. The clip's norm is computed with the weight gradients; "other" has no floor."""
+"""By stage. The clip's norm is computed with the weight gradients; "other" and "search" have no floor."""
 STAGE_OF = {kernel: stage for stage, kernels in KERNELS_OF.items() for kernel in kernels}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from experiments.benchmarks.cases import MAIN, TINY, Case, shape_cases, target_cases
 from experiments.benchmarks.checks import NotTrustedError
 from experiments.benchmarks.contenders import OurStep, activations, build_sae, skew
-from experiments.benchmarks.gates import parts, untrusted
+from experiments.benchmarks.gates import Part, parts, search_parts, untrusted
 from experiments.benchmarks.peers import ROOT
 from experiments.benchmarks.roofline import Roofs, calibrate, count_nodes, floor, synchronize, times_and_host_us
 from switch_kernels import Backend, Moments, Precision, Shape
@@ -28,6 +28,7 @@ SECTIONS = {
     "roofs": 20,
     "correctness": 90,
     "targets": 40,
+    "searches": 90,
     "parity": 120,
     "contenders": 80,
     "stages": 40,
@@ -128,6 +129,8 @@ class Suite:
         self.failures: list[str] = []
         self.untrusted: dict[Precision, str] = {}
         """Why a precision's checks did not hold."""
+        self.untrusted_searches: dict[Precision, str] = {}
+        """Likewise of SAEs that search: the others' speeds do not depend on them."""
         self._batches: tuple[tuple[int, int], Tensor] | None = None
 
     def run(self, sections: list[str]) -> int:
@@ -226,17 +229,29 @@ class Suite:
 
     def run_correctness(self, sections: list[str]) -> None:
         several = parts(self.tiny, self.device, self.backend, self.graph)
+        self.untrusted = self._check(several, "")
+        if {part.precision for part in several} <= set(self.untrusted):
+            raise NotTrustedError("; ".join(f"{precision.value}: {why}" for precision, why in self.untrusted.items()))
+
+    def run_searches(self, sections: list[str]) -> None:
+        """Of SAEs that search: by themselves, after the targets, which a kernel of theirs that loses the GPU then does not cost."""
+        several = search_parts(self.tiny, self.device, self.backend, self.graph)
+        if not several:
+            say("   SKIPPED: searches in kernels are Triton's, and the backend is PyTorch")
+        self.untrusted_searches = self._check(several, "searches in ")
+
+    def _check(self, several: list[Part], of: str) -> dict[Precision, str]:
+        """By precision that did not hold, why; it is said, and counts as a failure."""
 
         def failed(what: str, error: Exception) -> bool:
             self.failed(what, error)
             return is_fatal(error)
 
-        self.untrusted = untrusted(several, say, failed, lambda: self.budget.remaining() <= 0)
-        for precision, why in self.untrusted.items():
-            self.failures.append(f"correctness in {precision.value}")
-            say(f"   {precision.value} is NOT TIMED: {why}")
-        if {part.precision for part in several} <= set(self.untrusted):
-            raise NotTrustedError("; ".join(f"{precision.value}: {why}" for precision, why in self.untrusted.items()))
+        found = untrusted(several, say, failed, lambda: self.budget.remaining() <= 0)
+        for precision, why in found.items():
+            self.failures.append(f"correctness {'of' if of else 'in'} {of}{precision.value}")
+            say(f"   {of}{precision.value} is NOT TIMED: {why}")
+        return found
 
     def why_untrusted(self, case: Case) -> str | None:
         """Why this case's speed would mean nothing. PyTorch computes everything in float32."""

@@ -22,6 +22,8 @@ CASES = {
     "dense": (Case(SMALL, regime=Regime.dense, dead=3), torch.float32),
     "sparse": (Case(replace(SMALL, T=8, S=2, K=4), Precision.float32, regime=Regime.sparse), torch.float32),
 }
+FEW = {"num_latents": 20, "k": 2, "num_experts": 2, "shared": 4, "tokens": 8, "precision": Precision.float32}
+SEARCHES = {"pursuit": {"architecture": "switch_pursuit", "stop": True, **FEW}, "refit": {"architecture": "switch_refit", "dead": 2, **FEW}}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("recording") / "launches.zip"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "CHUNK", 2)  # a latent's pairs fill a chunk even here
-        recording.record(path, CASES)
+        recording.record(path, CASES, wanted=SEARCHES)
     return path
 
 
@@ -157,9 +159,11 @@ def test_recordings_name_no_place(path):
 
 
 def test_the_cases_reach_every_kernel_in_the_tiles_of_a_gpu():
-    from experiments.benchmarks.kernel_cases import evaluate, grams, refit, search, train
+    from experiments.benchmarks.kernel_cases import evaluate, train
+    from experiments.benchmarks.nodes import engine_on_meta
     from switch_kernels.gpu import gemm_tiles
     from switch_kernels.gpu.launch import launches_to
+    from switch_sae.models import SAES
 
     folder = Path(switch_kernels.gpu.__file__).parent
     calls = [node for source in folder.glob("*.py") for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Call)]
@@ -175,8 +179,9 @@ def test_the_cases_reach_every_kernel_in_the_tiles_of_a_gpu():
         for case, dtype in recording.CASES.values():
             train(case, dtype)
         evaluate(recording.SMALL)
-        search(3, 40, 8, 2, D=16, T=8)
-        refit(3, 40, 16, 16, D=16, T=8)
-        grams(3, 40, 16, D=16)
+        for given in recording.SEARCHES.values():
+            settings = {"precision": Precision.bf16, "tokens": 24, "dead": 0, **given}
+            precision, tokens, dead, architecture = (settings.pop(name) for name in ("precision", "tokens", "dead", "architecture"))
+            engine_on_meta(SAES[architecture].Config(**settings), tokens, recording.SMALL.D, precision, 64 if dead else 0)()
     assert gemm_tiles.interpreted() and max(tiles) == 128
     assert names == seen

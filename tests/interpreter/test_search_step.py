@@ -2,21 +2,18 @@
 engine. Kernels draw other rivals than PyTorch: what they drew is handed to it (`same_rivals`).
 """
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 from experiments.benchmarks.cases import MAIN
 from experiments.benchmarks.nodes import SEARCHES, engine_on_meta, is_operator, nodes_of
+from experiments.benchmarks.searches import same_rivals
 from switch_kernels import Backend, Execution, Moments, Plan, Precision, Regime
-from switch_kernels.gpu import pursuit_step, rivals
 from switch_kernels.gpu.adam import FusedAdam
 from switch_kernels.plan import GradientMode
 from switch_sae.engines import TritonEngine, trainable
 from switch_sae.models import SAES, fused_search
 from switch_sae.models.routers import CompetitionRouter
-from switch_sae.models.routers.base import Rivals
 from switch_sae.rows import Rows
 from switch_sae.training import Trainer, TrainerConfig, prepare
 
@@ -51,29 +48,6 @@ def build(name: str):
     return sae
 
 
-@contextmanager
-def same_rivals(monkeypatch):
-    """Inside, `CompetitionRouter.rivals` gives the rivals that the kernels drew last."""
-    drawn = []
-
-    def drawing(routed, count, seed):
-        drawn.append(rivals.draw_rivals(routed, count, seed))
-        return drawn[-1]
-
-    def given(self, routing):
-        if not self.rival_share:
-            return None
-        rival_n1 = drawn[-1].long()[:, None]
-        probs_nE, expert_n1 = routing.probs_TE[: len(rival_n1)], routing.expert_TS[: len(rival_n1)]
-        own_n1, other_n1 = probs_nE.gather(1, expert_n1), probs_nE.gather(1, rival_n1)
-        return Rivals(rival_n1, (own_n1 / (own_n1 + other_n1))[:, 0])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pursuit_step, "draw_rivals", drawing)
-        patch.setattr(CompetitionRouter, "rivals", given)
-        yield drawn
-
-
 def dead_of(sae, some: bool) -> torch.Tensor:
     dead_M = torch.zeros(sae.num_latents, dtype=torch.bool)
     if some:
@@ -95,7 +69,7 @@ def test_losses_and_gradients_equal_autograd(name, some_dead, monkeypatch, poiso
     monkeypatch.setattr(fused_search, "choose_plan", lambda *_, **__: Plan(Regime.sparse, GradientMode.buffered, "test"))
     sae, exact = build(name), build(name).double()
     x_TD, dead_M = activations(), dead_of(sae, some_dead)
-    with same_rivals(monkeypatch):
+    with same_rivals():
         found = step_of(sae, x_TD, dead_M, "ieee")
         terms = exact.loss_terms(Rows.of(x_TD.double()), exact(x_TD.double()), dead_M if some_dead else None)
     assert found.terms.keys() == terms.keys()
@@ -114,14 +88,14 @@ def test_losses_and_gradients_equal_autograd(name, some_dead, monkeypatch, poiso
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_training_equals_the_pytorch_engine(name, monkeypatch):
+def test_training_equals_the_pytorch_engine(name):
     config = TrainerConfig(lr=1e-2, warmup_steps=0, dead_after_tokens=9 * T)  # the kernels look for dead latents at readings only
     fused, plain = build(name), build(name)
     for sae in (fused, plain):
         sae.config.gram_tokens = 2 * T  # every second step reads Gram matrices that are older
     trainers = [Trainer(sae, config, 100, T, execution) for sae, execution in ((fused, EXACT), (plain, Execution()))]
     assert type(trainers[0].engine) is TritonEngine and "sparse latents" in trainers[0].choice
-    with same_rivals(monkeypatch):
+    with same_rivals():
         for step in range(4):
             mine, theirs = (trainer.step(Rows.of(activations(step))).numbers() for trainer in trainers)
             assert mine.keys() == theirs.keys()
@@ -172,10 +146,10 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_reported(name):
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_low_precision_stays_near(name, monkeypatch):
+def test_low_precision_stays_near(name):
     sae, exact = build(name), build(name).double()
     x_TD = activations(rows=64)
-    with same_rivals(monkeypatch):
+    with same_rivals():
         found = step_of(sae, x_TD, dead_of(sae, False), "bf16")
         terms = exact.loss_terms(Rows.of(x_TD.double()), exact(x_TD.double()))
     for term, value in terms.items():
