@@ -101,7 +101,7 @@ TRAIN: dict[Case, dict[str, Any]] = {
 CASES: dict[str, Callable[[], None]] = {f"train {case}": partial(train, case, **changes) for case, changes in TRAIN.items()}
 CASES["evaluate"] = partial(evaluate, MAIN)
 for name, config in SEARCHES.items():
-    CASES |= {f"train {name}": partial(train_search, config), f"infer {name}": partial(infer_search, config)}
+    CASES |= {f"train {name} M={MAIN.M}": partial(train_search, config), f"infer {name} M={MAIN.M}": partial(infer_search, config)}
 CASES |= {f"router of {E} experts": partial(many_experts, E) for E in (256, 4096)}
 
 

@@ -43,7 +43,7 @@ MANY = 16
 """A row or column of fewer numbers says nothing of the size of each: they may be different quantities side by side."""
 COPIES = (
     *("_count_experts", "_sum_counts", "_place_pairs", "_select_rows", "_scatter_latents", "_keep_topk", "_mark_fired"),
-    *("_row_candidates", "_count_digits", "_keep_above", "_mark_keys"),
+    *("_row_candidates", "_count_digits", "_keep_above", "_write_keys"),
 )
 """Kernels that move numbers and compute none: every bit must be right."""
 

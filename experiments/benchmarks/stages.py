@@ -32,7 +32,7 @@ KERNELS_OF = {
         "_decode_loss",
         "_residual_rows",
     ),
-    "weight gradients": ("_weight_gradient_kernel", "_sum_chunks_of_rows", "sum_chunks", "gradient_rows", "_mark_keys"),
+    "weight gradients": ("_weight_gradient_kernel", "_sum_chunks_of_rows", "sum_chunks", "gradient_rows", "_write_keys"),
     "update": ("_update_rows", "_update_small", "update_latents", "_follow_l0", "_follow_theta"),
     "other": ("_row_sum_parts", "_sum_parts", "_finish_sums", "_begin_update", "_mark_fired", "_keep_topk", "_sparse_decode"),
 }
