@@ -131,7 +131,7 @@ kernels: $(VENV)/triton-$(OLD_TRITON)  ## compile the GPU kernels without a GPU 
 	$(PY) -m experiments.benchmarks.compile_kernels --check --target sm_90
 	$(PY) -m experiments.benchmarks.compile_kernels --check --target sm_80 gfx942 --only M=32768
 	PYTHONPATH=$< $(PY) -m experiments.benchmarks.compile_kernels --check --target sm_90 --only M=32768
-	PYTHONPATH=$< $(INTERPRETED)
+	PYTHONPATH=$< TRITON_INTERPRET=1 $(PY) -m pytest -n 2 tests/interpreter -m "not whole_steps"
 
 check: $(VENV)/.installed  ## formatting, lint, types
 	$(VENV)/bin/ruff format --check .

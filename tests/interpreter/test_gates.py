@@ -18,6 +18,7 @@ from switch_sae.engines import TritonEngine
 from switch_sae.models.routers import CompetitionRouter
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.whole_steps
 
 
 def test_graph_cases_are_of_both_regimes_and_precisions():

@@ -25,6 +25,8 @@ CASES = {
 FEW = {"num_latents": 20, "k": 2, "num_experts": 2, "shared": 4, "tokens": 8, "precision": Precision.float32}
 SEARCHES = {"pursuit": {"architecture": "switch_pursuit", "stop": True, **FEW}, "refit": {"architecture": "switch_refit", "dead": 2, **FEW}}
 
+pytestmark = pytest.mark.whole_steps
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):

@@ -16,7 +16,7 @@ from switch_sae.models.latents import SparseLatents
 from switch_sae.rows import Rows
 from switch_sae.training import prepare
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.whole_steps]
 
 EXACT, LOW = (Execution(Backend.triton, precision, "test") for precision in (Precision.float32, Precision.bf16))
 D, T, M, K, E, S = 13, 10, 42, 4, 3, 6

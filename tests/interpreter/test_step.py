@@ -175,6 +175,7 @@ def test_low_precision_errs_at_most_twice_as_much_as_pytorch_in_bfloat16(plan):
     assert (mine_TM - exact_TM).norm() <= 2 * (dense_TM.double() * routing.gate_TS - exact_TM).norm()
 
 
+@pytest.mark.whole_steps
 def test_a_step_is_bitwise_reproducible_and_resumes_exactly():
     x, config = [activations(step) for step in range(5)], TrainerConfig(lr=1e-2, warmup_steps=0, dead_after_tokens=2 * T, moments=Moments.bfloat16)
 
@@ -218,6 +219,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_is_reported():
         trainer.state_dict()
 
 
+@pytest.mark.whole_steps
 def test_one_expert_equals_topk_exactly():
     topk, switch = build(CONFIGS["topk"]), build(SwitchSAE.Config(num_latents=M, k=3, num_experts=1))
     with torch.no_grad():
