@@ -384,18 +384,16 @@ def main(arguments: list[str] | None = None) -> None:
     if options.minutes <= 0 or options.jobs < 1:
         parser.error("--minutes and --jobs must be positive")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    backend = Backend.triton if device.type == "cuda" or interpreted else Backend.torch
-    if interpreted:
+    if interpreted := device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         interpreter()
+    backend = Backend.triton if device.type == "cuda" or interpreted else Backend.torch
     about = versions(device, options.commit)
     say(", ".join(f"{key} {value}" for key, value in about.items()) + f", python {sys.version.split()[0]}, backend {backend.value}; {clocks()}")
     record = (lambda rows: None) if options.quick else recorder(TABLE, options.out)
     suite = Benchmark(device, backend, options.quick, Budget(options.minutes), record, about, options.jobs, options.peers, not options.no_graph)
     with eager() if options.no_graph else nullcontext():
         status = suite.run(options.sections)
-    if not options.quick:
-        say(f"recorded in {TABLE}" + (f" and {options.out}" if options.out else ""))
+    say("" if options.quick else f"recorded in {TABLE}" + (f" and {options.out}" if options.out else ""))
     sys.exit(status)
 
 

@@ -34,7 +34,17 @@ KERNELS_OF = {
     ),
     "weight gradients": ("_weight_gradient_kernel", "_sum_chunks_of_rows", "sum_chunks", "gradient_rows", "_write_keys"),
     "update": ("_update_rows", "_update_small", "update_latents", "_follow_l0", "_follow_theta"),
-    "other": ("_row_sum_parts", "_sum_parts", "_finish_sums", "_begin_update", "_mark_fired", "_keep_topk", "_sparse_decode"),
+    "other": (
+        "_row_sum_parts",
+        "_sum_parts",
+        "_finish_sums",
+        "_begin_update",
+        "_mark_fired",
+        "_keep_topk",
+        "_square_columns",
+        "_divide",
+        "_sparse_decode",
+    ),
 }
 """By stage. The clip's norm is computed with the weight gradients; "other" and "search" have no floor."""
 STAGE_OF = {kernel: stage for stage, kernels in KERNELS_OF.items() for kernel in kernels}

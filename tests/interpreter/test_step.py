@@ -118,6 +118,7 @@ def test_gates_that_underflow_give_no_gradient_and_no_nan(plan):
         assert (gradients[name] - gradient).norm() <= 2e-5 * gradient.norm() + 1e-4, name
 
 
+@pytest.mark.whole_steps
 @pytest.mark.parametrize(
     ("name", "plan"), [*(("switch", plan) for plan in PLANS), *((name, "sparse, recomputed") for name in CONFIGS if name != "switch")]
 )

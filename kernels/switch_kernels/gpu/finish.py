@@ -179,7 +179,7 @@ def _sum_parts(
 
 
 @triton.jit
-def _sum_range(numbers, begin, end, TILE: tl.constexpr):
+def sum_range(numbers, begin, end, TILE: tl.constexpr):
     acc = tl.zeros((TILE,), tl.float32)
     for first in range(begin, end, TILE):
         i = first + tl.arange(0, TILE)
@@ -189,8 +189,8 @@ def _sum_range(numbers, begin, end, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["of_squares", "of_errors", "end", "tokens"])
 def _finish_sums(sums_Q, scalars, of_squares, of_errors, end, tokens, factor, TILE: tl.constexpr):
-    error = _sum_range(sums_Q, of_squares, of_errors, TILE)
-    tl.store(scalars, _sum_range(sums_Q, 0, of_squares, TILE))
+    error = sum_range(sums_Q, of_squares, of_errors, TILE)
+    tl.store(scalars, sum_range(sums_Q, 0, of_squares, TILE))
     tl.store(scalars + 1, error)
     tl.store(scalars + 2, error / tokens)
-    tl.store(scalars + 3, _sum_range(sums_Q, of_errors, end, TILE) * factor)
+    tl.store(scalars + 3, sum_range(sums_Q, of_errors, end, TILE) * factor)

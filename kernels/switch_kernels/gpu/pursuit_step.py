@@ -13,14 +13,14 @@ from torch import Tensor
 
 from switch_kernels.backend import Dot, operand_dtype
 from switch_kernels.gpu import pairs, pursuit, sparse
-from switch_kernels.gpu.auxk import Auxk, DeadLatents, Rows, auxk
+from switch_kernels.gpu.auxk import Auxk, DeadLatents, Rows, auxk, scales_of
 from switch_kernels.gpu.candidate_products import candidate_products
 from switch_kernels.gpu.dispatch import Sorted, count_experts, gather_rows, sort_pairs
 from switch_kernels.gpu.finish import Balance, Columns, finish
 from switch_kernels.gpu.gemm_decode import residual_rows
 from switch_kernels.gpu.rivals import Competition, compete, draw_rivals
 from switch_kernels.gpu.route import Routed, route, route_backward, router_gradients
-from switch_kernels.gpu.step import Gradients, StepTensors, variance_of
+from switch_kernels.gpu.step import Gradients, StepTensors
 from switch_kernels.gpu.update import row_sum_parts
 from switch_kernels.plan import GradientMode, Plan
 
@@ -173,8 +173,8 @@ def revive(
     tokens, D = batch.x_TD.shape
     order = batch.in_order
     rows = Rows(rows_ND, order.order_N, order.row_R[:tokens], order.start_E1, None, 1)
-    variance = variance_of(decoded.loss_R[:tokens], decoded.column_parts, tokens, batch.grad_scale)
-    return auxk(rows, W_in_MD, b_in_M, weights.W_dec_MD, dead, decoded.residual(batch), variance, D, s.dot, tied=b_in_M is None)
+    scales = scales_of(decoded.loss_R[:tokens], decoded.column_parts, tokens, batch.grad_scale, dead.coefficient)
+    return auxk(rows, W_in_MD, b_in_M, weights.W_dec_MD, dead, decoded.residual(batch), scales, D, s.dot, tied=b_in_M is None)
 
 
 def complete(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from switch_kernels.backend import Dot, operand_dtype
 from switch_kernels.gpu import gemm, gemm_decode, gemm_weights, pairs, sparse
-from switch_kernels.gpu.auxk import DeadLatents, Rows, auxk
+from switch_kernels.gpu.auxk import DeadLatents, Rows, auxk, scales_of
 from switch_kernels.gpu.dispatch import count_experts
 from switch_kernels.gpu.encode import encode_pairs
 from switch_kernels.gpu.extra import Extra
@@ -162,9 +162,8 @@ def training_step(
     made = extra_enc = extra_dec = auxk_bias_M = None
     if dead is not None:
         rows = Rows(batch.rows_ND, batch.order_N, batch.row_R, batch.start_E1, batch.gate_TS, s.slots)
-        made = auxk(
-            rows, weights.W_enc_MD, weights.b_enc_M, weights.W_dec_MD, dead, decoded.residual(), decoded.variance(), x_TD.shape[1], s.dot
-        )  # fmt: skip
+        scales = scales_of(decoded.error_parts, decoded.column_parts, tokens, batch.grad_scale, dead.coefficient)
+        made = auxk(rows, weights.W_enc_MD, weights.b_enc_M, weights.W_dec_MD, dead, decoded.residual(), scales, x_TD.shape[1], s.dot)
         extra_enc, extra_dec, auxk_bias_M = made.enc, made.dec, made.bias_M
     grads = decoded.weight_gradients(extra_enc, extra_dec)
     b_in_parts = row_sum_parts(weights.W_enc_MD, D, grads.bias_M, -1.0)
@@ -210,16 +209,6 @@ def _select(x_TD: Tensor, target_TD: Tensor, scale: Tensor, target_scale: Tensor
     )  # fmt: skip
 
 
-def variance_of(error_parts: Tensor, column_parts: Tensor, tokens: int, grad_scale: float) -> Tensor:
-    """float32 []: sum_t ||e_t - mean(e)||^2 = sum_t ||e_t||^2 - ||sum_t e_t||^2 / T, from what the loss has added up: no pass over the errors.
-
-    A difference that is all rounding counts as 0.
-    """
-    total = error_parts.sum()
-    variance = total - (column_parts.sum(0) / grad_scale).square().sum() / tokens
-    return torch.where(variance > 1e-5 * total, variance, 0.0)
-
-
 class _Dense:
     """Decoding and gradients through masked dense latents z_NF and grouped matrix products."""
 
@@ -245,10 +234,6 @@ class _Dense:
         """target - recon, scaled, float32 [T, D], from the gradient rows of each token's first slot."""
         batch, (tokens, D) = self.batch, self.batch.target_TD.shape
         return gemm_decode.residual_rows(self.loss.grad_rows_ND, batch.row_R, batch.gate_TS, self.s.slots, tokens, D, batch.grad_scale)
-
-    def variance(self) -> Tensor:
-        """Of the residual, scaled: what AuxK's loss is measured by."""
-        return variance_of(self.error_parts, self.column_parts, len(self.batch.target_TD), self.batch.grad_scale)
 
     def weight_gradients(self, extra_enc: Extra | None, extra_dec: Extra | None) -> _WeightGradients:
         batch, s = self.batch, self.s
@@ -276,10 +261,6 @@ class _Sparse:
         """As `_Dense.residual`."""
         tokens, D = self.batch.target_TD.shape
         return gemm_decode.residual_rows(self.loss.grad_TD, None, None, 1, tokens, D, self.batch.grad_scale)
-
-    def variance(self) -> Tensor:
-        """Of the residual, scaled: what AuxK's loss is measured by."""
-        return variance_of(self.error_parts, self.column_parts, len(self.batch.target_TD), self.batch.grad_scale)
 
     def weight_gradients(self, extra_enc: Extra | None, extra_dec: Extra | None) -> _WeightGradients:
         batch, s = self.batch, self.s
