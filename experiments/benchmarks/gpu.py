@@ -227,8 +227,7 @@ class Benchmark(Suite):
         sizes = architectures.TINY_SIZES if self.tiny else architectures.SIZES
         x_BTD = activations(sizes, architectures.BATCHES, self.device)
         say(f"   {sizes}\n   {'':<32}{'step us':>9}{'host us':>9}{'waits':>6}{'encode + decode us':>20}{'waits':>6}{'loss':>9}{'gradients':>10}")
-        several = architectures.configs(sizes)
-        for name in self.each(list(several)):
+        for name in self.each(list(several := architectures.configs(sizes))):
             self.free()
             if (why := self.untrusted_searches.get(Precision.float32)) and architectures.is_search(several[name], sizes.D):
                 say(f"   {name:<32}NOT TIMED, {why}")
@@ -393,7 +392,8 @@ def main(arguments: list[str] | None = None) -> None:
     suite = Benchmark(device, backend, options.quick, Budget(options.minutes), record, about, options.jobs, options.peers, not options.no_graph)
     with eager() if options.no_graph else nullcontext():
         status = suite.run(options.sections)
-    say("" if options.quick else f"recorded in {TABLE}" + (f" and {options.out}" if options.out else ""))
+    if not options.quick:
+        say(f"recorded in {TABLE}" + (f" and {options.out}" if options.out else ""))
     sys.exit(status)
 
 
