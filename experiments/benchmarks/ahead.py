@@ -31,6 +31,7 @@ from experiments.benchmarks.cases import MAIN, Case, compile_groups
 from experiments.benchmarks.compile_kernels import Job, StubDriver, collect, labels
 from experiments.benchmarks.kernel_cases import evaluate
 from experiments.benchmarks.nodes import engine_on_meta, step_on_meta
+from experiments.benchmarks.record import compile_sooner
 from experiments.benchmarks.recording import Recorded, Recording, kernel_of, rebuilt
 from experiments.benchmarks.searches import SearchCase, search_cases, search_graph_cases
 from experiments.benchmarks.suite import SECTIONS
@@ -144,6 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     major, _, minor = options.capability.partition(".")
     if not (major.isdigit() and minor.isdigit()):
         parser.error(f"--capability {options.capability!r} must be two numbers, as in 9.0")
+    compile_sooner()
     if options.cache is not None:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache.absolute())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the compilers too

@@ -59,7 +59,7 @@ from experiments.benchmarks.contenders import (
     sparsify_modules,
 )
 from experiments.benchmarks.gates import eager
-from experiments.benchmarks.record import RESULTS, append, commit
+from experiments.benchmarks.record import RESULTS, append, commit, compile_sooner
 from experiments.benchmarks.recording import interpreter
 from experiments.benchmarks.roofline import floor
 from experiments.benchmarks.stages import kernel_times, optimizer_contest, profile, stage_table, stage_times
@@ -386,6 +386,7 @@ def main(arguments: list[str] | None = None) -> None:
     if interpreted := device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         interpreter()
     backend = Backend.triton if device.type == "cuda" or interpreted else Backend.torch
+    compile_sooner()
     about = versions(device, options.commit)
     say(", ".join(f"{key} {value}" for key, value in about.items()) + f", python {sys.version.split()[0]}, backend {backend.value}; {clocks()}")
     record = (lambda rows: None) if options.quick else recorder(TABLE, options.out)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experiments.benchmarks.record import compile_sooner
 from experiments.benchmarks.recording import (
     CASES,
     SEARCHES,
@@ -182,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         with tiles_of_a_gpu():
             record(options.file, CASES, wanted=SEARCHES)
         return
+    compile_sooner()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
         interpreter()
