@@ -259,7 +259,7 @@ def _refit_pairs(
     slot = tl.arange(0, SLOTS)
     latent_S = tl.load(latents + slot, mask=slot < count, other=0).to(tl.int64)
     products = tl.zeros((SLOTS, WIDTH), tl.float32)
-    for first in range(0, D, WIDTH):
+    for first in tl.range(0, D, WIDTH, loop_unroll_factor=4):
         d_1W = first + tl.arange(0, WIDTH)[None, :]
         atoms = tl.load(W_MD + (latent_S * D)[:, None] + d_1W, mask=(slot < count)[:, None] & (d_1W < D), other=0.0)
         products += atoms * tl.load(residuals + d_1W, mask=d_1W < D, other=0.0)
@@ -348,7 +348,7 @@ def _refit(
             ridge,
             D=W_MD.shape[1],
             SLOTS=slots,
-            WIDTH=16 if warps == 1 else 64,  # wider tiles give a lone warp a layout in which a sweep takes twice as many instructions
+            WIDTH=16,  # wider tiles give a row a layout in which a sweep takes more instructions, twice as many with one warp
             num_warps=warps,
             num_stages=1,
         )
