@@ -178,7 +178,7 @@ def test_low_precision_errs_at_most_twice_as_much_as_pytorch_in_bfloat16(plan):
 
 @pytest.mark.whole_steps
 def test_a_step_is_bitwise_reproducible_and_resumes_exactly():
-    x, config = [activations(step) for step in range(5)], TrainerConfig(lr=1e-2, warmup_steps=0, dead_after_tokens=2 * T, moments=Moments.bfloat16)
+    x, config = [activations(step) for step in range(3)], TrainerConfig(lr=1e-2, warmup_steps=0, dead_after_tokens=2 * T, moments=Moments.bfloat16)
 
     def trainer() -> Trainer:
         sae = build(CONFIGS["switch"], PLANS["dense"])
@@ -187,19 +187,19 @@ def test_a_step_is_bitwise_reproducible_and_resumes_exactly():
         return Trainer(sae, config, 100, T, LOW)
 
     before = TritonEngine.INTERVAL
-    TritonEngine.INTERVAL = 4
+    TritonEngine.INTERVAL = 2
     try:
         straight, again, resumed = trainer(), trainer(), trainer()
         for batch in x:
             straight.step(Rows.of(batch))
             again.step(Rows.of(batch))
-        for batch in x[:3]:
+        for batch in x[:1]:
             resumed.step(Rows.of(batch))
         saved = resumed.state_dict()
         tensors = {key: tensor.clone() for key, tensor in saved[0].items()}
         other = trainer()
         other.load_state_dict(tensors, saved[1])
-        for batch in x[3:]:
+        for batch in x[1:]:
             result = other.step(Rows.of(batch))
     finally:
         TritonEngine.INTERVAL = before

@@ -146,7 +146,7 @@ def _check_keep(F: int, k: int, dtype: torch.dtype, kind: str, rows: int = 5) ->
 @pytest.mark.parametrize("width", [32, 1024])
 @pytest.mark.parametrize("kind", ["normal", "ties", "negative"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("F", "k"), [(1, 1), (5, 5), (33, 7), (129, 48), (1000, 384)])
+@pytest.mark.parametrize(("F", "k"), [(1, 1), (5, 5), (33, 7), (129, 48), (300, 120)])
 def test_keep_topk_is_exact(F: int, k: int, dtype: torch.dtype, kind: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topk, "KEEP_WIDTH", width)
     _check_keep(F, k, dtype, kind)
