@@ -104,8 +104,7 @@ class GramCache:
 
     def is_due(self, W_MD: Tensor, experts: int, shared: int, every: int) -> bool:
         """Whether a training step of kernels should write `of_step` anew, in float32; it stays where it is as long as weights do. `took` follows."""
-        candidates = shared + (len(W_MD) - shared) // experts
-        shape = experts, candidates, padded_columns(candidates)
+        shape = _shape(W_MD, experts, shared)
         if not self._fits(shape, torch.float32, W_MD.device):
             self._in_training, self._age = torch.empty(shape, device=W_MD.device), every
         return self._age >= every
@@ -116,8 +115,7 @@ class GramCache:
 
     def for_step(self, W_MD: Tensor, experts: int, shared: int, tokens: int, every: int) -> Tensor:
         """Of these weights or of those up to `every` tokens ago, for a training step on so many tokens."""
-        last = self._in_training
-        anew = last is None or self._age >= every or (last.dtype, last.device) != (precise(W_MD[:0]).dtype, W_MD.device)
+        anew = self._age >= every or not self._fits(_shape(W_MD, experts, shared), precise(W_MD[:0]).dtype, W_MD.device)
         if anew:
             self._keep(_gram(W_MD, experts, shared))
         self.took(tokens, anew)
@@ -145,6 +143,12 @@ class GramCache:
             self._in_training.copy_(gram_ECP)
         else:
             self._in_training = gram_ECP
+
+
+def _shape(W_MD: Tensor, experts: int, shared: int) -> tuple[int, int, int]:
+    """[E, C, P]."""
+    candidates = shared + (len(W_MD) - shared) // experts
+    return experts, candidates, padded_columns(candidates)
 
 
 def _gram(W_MD: Tensor, experts: int, shared: int) -> Tensor:

@@ -217,7 +217,7 @@ def _sweep(A_SS, z_S, s, SLOTS: tl.constexpr):
     return A_SS - scaled_S[:, None] * row_S[None, :], z_S
 
 
-@triton.jit(do_not_specialize=["stride", "most", "few", "many"])
+@triton.jit(do_not_specialize=["stride", "most", "few"])
 def _refit_pairs(
     residuals,
     W_MD,
@@ -234,7 +234,6 @@ def _refit_pairs(
     stride,
     most,
     few,
-    many,
     shared,
     ridge,
     D: tl.constexpr,
@@ -251,7 +250,7 @@ def _refit_pairs(
     else:
         start = tl.load(starts + n)
     count = tl.load(counts + n).to(tl.int32)
-    if (count <= few) | (count > many):
+    if (count <= few) | (count > SLOTS):
         return
     group = tl.load(groups + n).to(tl.int64)
     latents += start
@@ -343,7 +342,6 @@ def _refit(
             residual_ND.stride(0),
             most,
             slots // 2 if 32 <= slots == full else 0,
-            slots,
             shared,
             ridge,
             D=W_MD.shape[1],
