@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from switch_kernels.gpu.launch import cdiv, launch, next_power_of_2
-from switch_kernels.gpu.route import LEAST_WIDTH, TILE, Routed, padded_experts
+from switch_kernels.gpu.route import TILE, Routed, logit_width
 
 LEAST: tl.constexpr = tl.constexpr(-1e30)
 """Stands for the key of an expert that cannot be drawn: finite, so that whatever the logits are some expert is."""
@@ -41,7 +41,7 @@ def draw_rivals(routed: Routed, count: int, seed: Tensor) -> Tensor:
         raise ValueError(
             f"{num_experts} experts, {routed.expert_TS.shape[1]} of them per token, leave no one rival. Use one per token, of two or more."
         )
-    width = max(LEAST_WIDTH, padded_experts(num_experts))
+    width = logit_width(num_experts)
     rows = min(64, TILE // width)
     rival_n = torch.empty(count, dtype=torch.int32, device=routed.logits_TE.device)
     launch(_draw_rivals, (cdiv(count, rows),), routed.logits_TE, routed.expert_TS, seed, rival_n, count, num_experts, ROWS=rows, WIDTH=width)

@@ -75,6 +75,11 @@ def padded_experts(num_experts: int) -> int:
     return max(2, next_power_of_2(num_experts))
 
 
+def logit_width(num_experts: int) -> int:
+    """Of a tile over whole rows of logits."""
+    return max(LEAST_WIDTH, padded_experts(num_experts))
+
+
 def precision_of(dot: Dot) -> str:
     """How the router multiplies where the experts multiply by `dot`: three bfloat16 products on the tensor cores stand for one of float32."""
     return "ieee" if dot == "ieee" or interpreted() else THREE_PRODUCTS
@@ -90,7 +95,7 @@ def route(x_TD: Tensor, scale: Tensor, W_ED: Tensor, b_D: Tensor, slots: int, do
     if not 1 <= slots <= num_experts:
         raise ValueError(f"slots={slots} must lie between 1 and the number of experts, {num_experts}.")
     block = block_tokens(num_experts)
-    width = max(LEAST_WIDTH, padded_experts(num_experts))
+    width = logit_width(num_experts)
     blocks = cdiv(tokens, block)
     warps = 8 if block * width == 2 * TILE else 4  # a block that eight warps can hold at once is not split
     rows = min(block, TILE * warps // 4 // width)
@@ -245,7 +250,7 @@ def route_backward(
     that the first n tokens add grad_n at their one expert, and subtract it at their rival.
     """
     tokens, num_experts = routed.logits_TE.shape
-    width = max(LEAST_WIDTH, padded_experts(num_experts))
+    width = logit_width(num_experts)
     rows = min(64, TILE // width)
     grad_TE = torch.empty_like(routed.logits_TE)
     parts_NP, row_R = (grad_gate.parts_NP, grad_gate.row_R) if isinstance(grad_gate, GateParts) else (grad_gate, None)
