@@ -19,8 +19,8 @@ from switch_kernels.gpu.dispatch import Sorted, count_experts, gather_rows, sort
 from switch_kernels.gpu.finish import Balance, Columns, finish
 from switch_kernels.gpu.gemm_decode import residual_rows
 from switch_kernels.gpu.rivals import Competition, compete, draw_rivals
-from switch_kernels.gpu.route import Routed, route, route_backward, router_gradients
-from switch_kernels.gpu.step import Gradients, StepTensors
+from switch_kernels.gpu.route import Routed, route, route_backward
+from switch_kernels.gpu.step import Gradients, StepTensors, router_columns
 from switch_kernels.gpu.update import row_sum_parts
 from switch_kernels.plan import GradientMode, Plan
 
@@ -182,7 +182,7 @@ def complete(
     revived: Auxk | None, s: SearchSettings, more_terms: dict[str, Tensor] | None = None,
 ) -> StepTensors:  # fmt: skip
     """All gradients and loss terms, from what each latent's pairs add up."""
-    (tokens, D), routed, dot = batch.x_TD.shape, batch.routed, s.dot
+    (tokens, D), routed = batch.x_TD.shape, batch.routed
     counts_E = batch.in_order.counts_E if batch.rival_n is None else routed.counts_BE.sum(0, dtype=torch.int32)
     factor = s.balance * s.num_experts / (tokens * tokens)
     columns: dict[str, Columns] = {}
@@ -192,8 +192,7 @@ def complete(
     if s.train_router:
         by_costs = (None, None) if competition is None else (competition.rival_n, competition.grad_n)
         grad_TE = route_backward(routed, None, counts_E, factor, *by_costs)
-        W_parts, b_parts = router_gradients(grad_TE, batch.x_TD, batch.scale, weights.W_router_ED, weights.b_router_D, dot)
-        columns |= {"W_router_ED": Columns(weights.W_router_ED.shape, W_parts), "b_router_D": Columns((D,), b_parts)}
+        columns |= router_columns(grad_TE, batch.x_TD, batch.scale, weights.W_router_ED, weights.b_router_D, s.dot)
     recomputed = s.plan.gradients is GradientMode.recomputed
     grads = pairs.latent_gradients(of_latents, decoder, encoder, None if recomputed else s.operand_dtype)
     columns["b_in_D"] = Columns((D,), decoded.column_parts)

@@ -157,8 +157,7 @@ def training_step(
         if s.train_router:
             assert weights.W_router_ED is not None and weights.b_router_D is not None and decoded.grad_gate is not None
             grad_TE = route_backward(routed, decoded.grad_gate, batch.counts_E, factor)
-            W_parts, b_parts = router_gradients(grad_TE, x_TD, scale, weights.W_router_ED, weights.b_router_D, s.dot)
-            columns |= {"W_router_ED": Columns(weights.W_router_ED.shape, W_parts), "b_router_D": Columns((D,), b_parts)}
+            columns |= router_columns(grad_TE, x_TD, scale, weights.W_router_ED, weights.b_router_D, s.dot)
     made = extra_enc = extra_dec = auxk_bias_M = None
     if dead is not None:
         rows = Rows(batch.rows_ND, batch.order_N, batch.row_R, batch.start_E1, batch.gate_TS, s.slots)
@@ -183,6 +182,12 @@ def training_step(
         terms, Gradients(grads.W_enc_MD, grads.W_dec_MD, grads.recipe, done.gradients, done.square), done.squared_error,
         batch.values_TK, batch.indices_TK, None if routed is None else batch.counts_E,
     )  # fmt: skip
+
+
+def router_columns(grad_TE: Tensor, x_TD: Tensor, scale: Tensor, W_ED: Tensor, b_D: Tensor, dot: Dot) -> dict[str, Columns]:
+    """The gradients of the router's parameters, from that of its logits."""
+    W_parts, b_parts = router_gradients(grad_TE, x_TD, scale, W_ED, b_D, dot)
+    return {"W_router_ED": Columns(W_ED.shape, W_parts), "b_router_D": Columns(b_D.shape, b_parts)}
 
 
 def _select(x_TD: Tensor, target_TD: Tensor, scale: Tensor, target_scale: Tensor, weights: Weights, s: Settings, routed: Routed | None) -> _Batch:
