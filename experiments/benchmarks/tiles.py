@@ -99,7 +99,7 @@ def candidates() -> list[Candidate]:
     ):
         sums = update.SumCut(*sizes)
         found.append(Candidate("row_sums", "MAIN", ("_row_sum_parts", "_sum_parts"), str(tuple(sums)), ((update, "ROW_SUMS", sums),)))
-    for group in (2, 4, 8, 16):
+    for group in (1, 4, 8, 16):
         kernels = ("_encode_kernel", "_select_rows")
         found.append(Candidate("group", "MAIN", kernels, f"groups of {group}", ((encode, "group_of", lambda F, k, group=group: group),)))
     return found

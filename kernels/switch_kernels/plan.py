@@ -1,4 +1,4 @@
-"""Two ways to compute what follows the selection, and where each wins."""
+"""How the kernels select, two ways to compute what follows, and where each wins."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -57,3 +57,42 @@ def choose_plan(tokens: int, num_latents: int, num_experts: int, k: int, slots: 
     return Plan(
         regime, GradientMode.recomputed if many else GradientMode.buffered, f"{reason}; M {'>' if many else '<='} {RECOMPUTE_FROM} * T * k = {pairs}"
     )
+
+
+# What `switch_kernels.gpu.topk` searches, which keeps a row's candidates in registers.
+
+MOST_COLUMNS = 32768
+"""Columns that a program searches at once: 64 in the registers of each lane of 16 warps."""
+LEVEL_COLUMNS = 256
+"""What a second search costs beside the columns that it searches, as so many of them."""
+GROUPS = (8, 32)
+"""Columns per group maximum; few sizes, as each is a kernel of its own, where maxima are written and where they are searched."""
+
+
+def padded_k(k: int) -> int:
+    """The power of two that holds k."""
+    return max(2, 1 << (k - 1).bit_length())
+
+
+def searched_columns(F: int, k: int, group: int) -> tuple[int, int]:
+    """Columns, padded, of the search among the maxima of groups, or among all where `group` is 1, and of that among the k best groups' columns."""
+    return 1 << (-(-F // group) - 1).bit_length(), padded_k(k) * group if group > 1 else 0
+
+
+def group_of(F: int, k: int) -> int:
+    """Columns per group maximum in top-k of F columns: of `GROUPS` what searches fewest of them, cdiv(F, G) maxima then k * G; 1 for no groups.
+
+    The k groups with the largest maxima hold the k largest columns, ties included: a column outside them is beaten by, or ties with and comes
+    after, the maximum of each. At least k groups remain.
+    """
+    best, fewest = 1, searched_columns(F, k, 1)[0]
+    for group in GROUPS:
+        columns = sum(searched_columns(F, k, group)) + LEVEL_COLUMNS
+        if -(-F // group) >= k and columns < fewest:
+            best, fewest = group, columns
+    return best
+
+
+def can_select(F: int, k: int) -> bool:
+    """Whether the registers hold what top-k of F columns searches: up to 2^20 columns with k up to 1,024."""
+    return max(searched_columns(F, k, group_of(F, k))) <= MOST_COLUMNS

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from switch_kernels import Plan, Regime, choose_plan
 from switch_kernels.adam import BETAS
 from switch_kernels.backend import Dot
+from switch_kernels.plan import can_select
 from switch_sae.models.base import SparseAutoencoder
 from switch_sae.models.inference import Inference
 from switch_sae.models.routers.base import Router, RouterKernel
@@ -120,6 +121,10 @@ class FusedEncoder(FusedTraining):
     joint_topk: bool
     regime: Regime | None = None
     """Overrides the planner's choice."""
+
+    def why_not_in_kernels(self) -> str | None:
+        F, k = self.num_latents // self.num_experts, self.config.k if self.joint_topk else self.config.k // self.experts_per_token
+        return None if can_select(F, k) else f"the Triton kernels' registers cannot hold what top-k searches for k={k} of {F} latents"
 
     def plan(self, tokens: int) -> Plan:
         return choose_plan(tokens, self.num_latents, self.num_experts, self.config.k, self.experts_per_token, self.regime)

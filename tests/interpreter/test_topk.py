@@ -6,7 +6,8 @@ from torch import Tensor
 
 from switch_kernels.gpu import topk
 from switch_kernels.gpu.launch import cdiv, next_power_of_2, round_up
-from switch_kernels.gpu.topk import group_of, keep_topk_, mark_fired_, select_jointly, select_rows
+from switch_kernels.gpu.topk import keep_topk_, mark_fired_, select_jointly, select_rows
+from switch_kernels.plan import GROUPS, can_select, group_of, searched_columns
 from switch_sae.models import SwitchSAE, fused
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -70,18 +71,34 @@ def test_any_group_gives_the_same_answer(group: int, kind: str, poisoned_memory:
 
 @pytest.mark.parametrize("kind", ["normal", "ties"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [1, 2])
-def test_long_rows_are_streamed(group: int, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topk, "NARROW_KEYS", 64)
-    monkeypatch.setattr(topk, "WIDE_KEYS", 32)
-    _check_rows(4, 1001, 7, group, dtype, kind)
+@pytest.mark.parametrize(("F", "k"), [(70_001, 20), (30_000, 1500)])
+def test_long_rows_and_large_k(F: int, k: int, dtype: torch.dtype, kind: str) -> None:
+    _check_rows(1, F, k, group_of(F, k), dtype, kind)
+    _check_rows(1, 5001, 300, 1, dtype, kind)
 
 
-@pytest.mark.parametrize("group", [1, 64])
-@pytest.mark.parametrize("kind", ["normal", "ties"])
-def test_rows_of_more_than_65536_columns(kind: str, group: int) -> None:
-    _check_rows(1, 70_001, 20, group, torch.bfloat16, kind)
-    _check_rows(1, 70_001, 20, group, torch.float32, kind)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # a difference that is infinite has the right sign
+def test_numbers_of_every_size_are_told_apart(group: int, dtype: torch.dtype) -> None:
+    """Neighbours among the bits, the smallest numbers, both zeros, which are equal, and rows with fewer than k values above 0."""
+    largest = torch.finfo(dtype).max
+    tiny = 2.0**-133 if dtype == torch.float32 else 2.0**-126  # of smaller ones of bfloat16 the interpreter makes others
+    rows = [
+        torch.cat([torch.full((200,), -1.0), torch.tensor([tiny, 2 * tiny, 3 * tiny, largest, -largest, 1e-30, 1e30, -tiny])]),
+        torch.cat([torch.full((100,), -0.0), torch.full((108,), 0.0)])[torch.arange(208) * 7 % 208],
+        torch.linspace(1.0, 1.01, 208),
+        -torch.linspace(1.0, 1.01, 208),
+        torch.cat([torch.full((9,), float("inf")), torch.full((199,), float("-inf"))]),
+        torch.full((208,), largest),
+    ]
+    pre_NF = torch.stack(rows).to(dtype)
+    zero = torch.zeros(len(rows), 1, dtype=torch.int32)
+    for k in (3, 8, 11):
+        values_RK, indices_RK = select_rows(pre_NF, _group_max(pre_NF, 208, group), 208, group, zero, torch.arange(len(rows)).int(), k)
+        values, indices = _expected(pre_NF, k)
+        assert torch.equal(indices_RK.long(), indices), k
+        assert torch.equal(values_RK, values.clamp(min=0)), k
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,19 +115,22 @@ def test_group_of_leaves_enough_groups() -> None:
     for F in (1, 7, 33, 256, 1000, 1024, 4096, 16384, 131072, 1 << 20):
         for k in (1, 3, 32, 33, 64, 256):
             group = group_of(F, k)
-            assert group == next_power_of_2(group)
-            assert group == 1 or cdiv(F, group) >= next_power_of_2(k)
-            keys = next_power_of_2(cdiv(F, group)) + (next_power_of_2(k) * group if group > 1 else 0)
-            assert keys <= max(2, next_power_of_2(F))
-    assert [group_of(F, 32) for F in (128, 256, 1024, 4096, 16384, 131072)] == [1, 4, 8, 16, 32, 64]
+            assert group in (1, *GROUPS)
+            assert group == 1 or cdiv(F, group) >= k
+            assert sum(searched_columns(F, k, group)) <= next_power_of_2(F)
+            assert can_select(F, k)
+    assert [group_of(F, 32) for F in (128, 256, 512, 1024, 4096, 16384, 131072)] == [1, 1, 1, 8, 8, 32, 32]
+    assert not can_select((1 << 20) + 1, 32) and not can_select(1 << 20, 1025)
 
 
 def test_select_rows_says_what_is_wrong() -> None:
     pre_NF, zero = torch.zeros(1, 8), torch.zeros(1, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match="k=9 must lie between 1 and the number of latents per expert, 8"):
         select_rows(pre_NF, pre_NF, 8, 1, zero, zero[0], 9)
-    with pytest.raises(ValueError, match="group=4 leaves 2 groups of 8 latents; k=3 needs at least 4"):
+    with pytest.raises(ValueError, match="group=4 leaves 2 groups of 8 latents; k=3 needs at least as many"):
         select_rows(pre_NF, pre_NF[:, :2], 8, 4, zero, zero[0], 3)
+    with pytest.raises(ValueError, match="k=1 of 40000 latents searches 65536 columns at once, and 32768 fit the registers"):
+        select_rows(torch.zeros(1, 40000), pre_NF, 40000, 1, zero, zero[0], 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,8 @@ from torch import Tensor
 from switch_kernels.backend import Dot, operand_dtype
 from switch_kernels.gpu import gemm
 from switch_kernels.gpu.dispatch import Sorted, gather_rows, sort_pairs
-from switch_kernels.gpu.topk import group_of, select_rows
+from switch_kernels.gpu.topk import select_rows
+from switch_kernels.plan import group_of
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Exact top-k of pre-activations: ties go to the lowest index, so the result does not depend on the device, the tiling or the run.
 
-A value and its index are packed into one integer whose order is value descending, index ascending; the largest integers are then the answer. A
-bfloat16 value and an index below 2^16 fit 32 bits; all else takes 64. Selection is on the stored pre-activations: in bfloat16, on rounded ones.
+Rows are searched, not sorted: an interval around the k-th largest value is halved, which is a short loop over values in registers, and what reaches
+it moves to the front; only those k are sorted. Selection is on the stored pre-activations: in bfloat16, on rounded ones.
 """
 
 import torch
@@ -10,38 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from switch_kernels.gpu.launch import cdiv, launch, next_power_of_2
+from switch_kernels.plan import MOST_COLUMNS, padded_k, searched_columns
 
-NARROW_KEYS = 1024
-"""32-bit keys that one warp sorts in registers."""
+WARP_COLUMNS = 1024
+"""Columns that one warp searches, 32 in the registers of each lane."""
 WIDE_KEYS = 256
 """64-bit keys that one warp sorts in registers; twice as many spill."""
-MAX_GROUP = 64
-"""Largest group; the product that writes group maxima needs whole groups in its tiles."""
-MAX_CANDIDATES = 2048
-"""Most columns that the second level of `select_rows` sorts."""
 KEEP_WIDTH = 1024
 """Columns that `keep_topk_` reads at once, of rows of any length: one kernel, whatever the number of dead latents."""
-
-
-def _padded_k(k: int) -> int:
-    return max(2, next_power_of_2(k))
-
-
-def group_of(F: int, k: int) -> int:
-    """Columns per group maximum for `select_rows`: the power of two that sorts fewest keys, cdiv(F, G) maxima then G * k columns; 1 for no groups.
-
-    The k groups with the largest maxima hold the k largest columns, ties included: a column outside them is beaten by, or ties with and comes
-    after, the maximum of each. At least next_power_of_2(k) groups remain.
-    """
-    k2 = _padded_k(k)
-    best, fewest = 1, next_power_of_2(F)
-    group = 2
-    while group <= MAX_GROUP and k2 * group <= MAX_CANDIDATES and cdiv(F, group) >= k2:
-        keys = next_power_of_2(cdiv(F, group)) + k2 * group
-        if keys < fewest or (keys == fewest and best > 1):
-            best, fewest = group, keys
-        group *= 2
-    return best
 
 
 def select_rows(pre_NF: Tensor, group_max_NG: Tensor, F: int, group: int, expert_TS: Tensor, row_R: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -51,21 +27,14 @@ def select_rows(pre_NF: Tensor, group_max_NG: Tensor, F: int, group: int, expert
     Descending by value, then ascending by index; selected before the relu, so rows with fewer than k positive entries end in zeros. With group > 1,
     group_max_NG[n, g] must be the exact maximum of columns g * group to (g + 1) * group - 1 of row n as stored; with group 1 it is not read.
     """
-    groups = cdiv(F, group)
-    padded = _padded_k(k)
+    groups, columns = cdiv(F, group), searched_columns(F, k, group)
     if not 1 <= k <= F:
         raise ValueError(f"k={k} must lie between 1 and the number of latents per expert, {F}.")
-    if group > 1 and groups < padded:
-        raise ValueError(f"group={group} leaves {groups} groups of {F} latents; k={k} needs at least {padded}: use group_of(F, k).")
-    float32 = pre_NF.dtype != torch.bfloat16
-    first_length = groups if group > 1 else F
-    by_position = not float32 and group > 1 and F > 1 << 16
-    wide_first = float32 or first_length > 1 << 16
-    first_keys = WIDE_KEYS if wide_first else NARROW_KEYS
-    second_keys = WIDE_KEYS if float32 else NARROW_KEYS // 2 if by_position else NARROW_KEYS
-    warps = min(16, max(cdiv(2 * padded, first_keys), cdiv(padded * group, second_keys) if group > 1 else 1))
-    chunk = max(padded, min(next_power_of_2(first_length), first_keys * warps))
-    pairs = row_R.shape[0]
+    if groups < k:
+        raise ValueError(f"group={group} leaves {groups} groups of {F} latents; k={k} needs at least as many: use group_of(F, k).")
+    if max(columns) > MOST_COLUMNS:
+        raise ValueError(f"k={k} of {F} latents searches {max(columns)} columns at once, and {MOST_COLUMNS} fit the registers: use fewer.")
+    pairs, parts = row_R.shape[0], 4 if k < 256 else 2
     values_RK = torch.empty(pairs, k, dtype=pre_NF.dtype, device=pre_NF.device)
     indices_RK = torch.empty(pairs, k, dtype=torch.int32, device=pre_NF.device)
     launch(
@@ -81,15 +50,13 @@ def select_rows(pre_NF: Tensor, group_max_NG: Tensor, F: int, group: int, expert
         pre_NF.stride(0),
         groups,
         group_max_NG.stride(0),
+        k,
         G=group,
-        K=k,
-        K2=padded,
-        CHUNK=chunk,
-        ONE_CHUNK=first_length <= chunk,
-        WIDE_FIRST=wide_first,
-        WIDE_SECOND=float32,
-        BY_POSITION=by_position,
-        num_warps=warps,
+        K2=padded_k(k),
+        PARTS=parts,
+        WIDTH=max(32, columns[0] // parts),
+        BEST=max(32, columns[1] // parts),
+        num_warps=min(16, max(1, max(columns) // WARP_COLUMNS)),
     )
     return values_RK, indices_RK
 
@@ -101,51 +68,99 @@ def _sortable(bits):
 
 
 @triton.jit
-def _pack(value, index, real, WIDE: tl.constexpr):
-    """Keys that sort by value descending (a NaN of either sign first), then index ascending; what is not real sorts last."""
+def _searchable(value, SHIFT: tl.constexpr):
+    """float32, where a NaN and what is infinite above 0 are the largest finite number: nothing else hides them, and differences have a sign."""
+    LARGEST: tl.constexpr = (2 - 2.0 ** (-7 if SHIFT == 16 else -23)) * 2.0**127
     value = value.to(tl.float32)
-    key = _sortable(tl.where(value == value, value, float("nan")).to(tl.int32, bitcast=True))
-    if WIDE:
-        packed = (key.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
-        return tl.where(real, packed, -0x8000000000000000)
-    else:
-        return tl.where(real, (key & -0x10000) | (0xFFFF - index), -0x80000000)
+    return tl.where(value <= LARGEST, value, LARGEST)
 
 
 @triton.jit
-def _index_of(key, WIDE: tl.constexpr):
-    if WIDE:
-        return 0x7FFFFFFF - key.to(tl.int32)
-    else:
-        return 0xFFFF - (key & 0xFFFF)
+def _key_of(value):
+    """int32 in the order of the values: a NaN of either sign above all, both zeros the same."""
+    value = value.to(tl.float32) + 0.0
+    return _sortable(tl.where(value == value, value, float("nan")).to(tl.int32, bitcast=True))
 
 
 @triton.jit
-def _value_of(key, WIDE: tl.constexpr):
-    """The float32 value of a key."""
-    if WIDE:
-        return _sortable((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
-    else:
-        return (_sortable(key) & -0x10000).to(tl.float32, bitcast=True)
+def _value_of(key, SHIFT: tl.constexpr):
+    """The float32 of a key of `_interval`."""
+    return _sortable(tl.where(key < 0, ((key + 1) << SHIFT) - 1, key << SHIFT)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _top_keys(row, length, K2: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, WIDE: tl.constexpr):
-    """The K2 largest keys of `length` values, descending: CHUNK at a time, each chunk's best merged with the best so far."""
-    i = tl.arange(0, CHUNK)
-    if ONE_CHUNK:
-        top = tl.topk(_pack(tl.load(row + i, mask=i < length, other=0.0), i, i < length, WIDE), K2)
-    else:
-        nothing = tl.arange(0, K2)
-        top = _pack(nothing, nothing, nothing < 0, WIDE)
-        for first in range(0, length, CHUNK):
-            j = first + i
-            more = tl.topk(_pack(tl.load(row + j, mask=j < length, other=0.0), j, j < length, WIDE), K2)
-            top = tl.topk(tl.reshape(tl.join(top, more), (2 * K2,)), K2)
-    return top
+def _reaching(values, bound):
+    """How many values, in rows, reach `bound`: two instructions each, where a sum of comparisons becomes four."""
+    return values.numel + tl.sum(tl.sum((values - bound).to(tl.int32, bitcast=True) >> 31, axis=0), axis=0)
 
 
-@triton.jit(do_not_specialize=["F", "groups"])
+@triton.jit
+def _narrowed(values, K, middle, bound, low, high, count, above):
+    """The half of an interval that begins or ends in the middle, whose value is `bound`."""
+    reached = _reaching(values, bound)
+    enough = reached >= K
+    return tl.where(enough, middle, low), tl.where(enough, high, middle), tl.where(enough, reached, count), tl.where(enough, above, reached)
+
+
+@triton.jit
+def _interval(values, K, low, high, SHIFT: tl.constexpr):
+    """(low, high, count, above), of keys: `count` >= K of the values reach `low`, and `above` < K of them reach `high`. Either count is K, or all
+    values that reach `low` but not `high` are equal.
+
+    A key is a float32's bits in the order of the values, or the upper half of them for bfloat16. Given are a `low` > 0 where the search begins, above
+    which there may also be too few, and a `high` that no value reaches unless it is below 0. Numbers above 0 are halved as numbers, which tells those
+    of like size apart sooner than bits do.
+    """
+    count = _reaching(values, (low << SHIFT).to(tl.float32, bitcast=True))
+    above = 0
+    while (count > K) & (high - low > 1):
+        # of the last key below `high`, which is a number
+        mean = 0.5 * (low << SHIFT).to(tl.float32, bitcast=True) + 0.5 * ((high - 1) << SHIFT).to(tl.float32, bitcast=True)
+        middle = tl.minimum(tl.maximum(mean.to(tl.int32, bitcast=True) >> SHIFT, low + 1), high - 1)
+        bound = (middle << SHIFT).to(tl.float32, bitcast=True)
+        low, high, count, above = _narrowed(values, K, middle, bound, low, high, count, above)
+    if count < K:
+        above = count
+        high = low
+        low = ~(0x7F800000 >> SHIFT)  # minus infinity
+        count = values.numel
+        while (count > K) & (high - low > 1):
+            middle = low + (high - low) // 2
+            low, high, count, above = _narrowed(values, K, middle, _value_of(middle, SHIFT), low, high, count, above)
+    return low, high, count, above
+
+
+@triton.jit
+def _places(values, K, low, high, SHIFT: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """(keep, place, low): which of the values [PARTS, WIDTH] are the K largest, ties in the order of the rows, how many of those lie before each, and
+    a key that all of them reach.
+    """
+    low, high, count, above = _interval(values, K, low, high, SHIFT)
+    keep = values >= _value_of(low, SHIFT)
+    if count > K:  # of what reaches `low` but not `high`, the first K - above stay: those before position `end`
+        position = tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        tie = tl.where(keep & (values < _value_of(high, SHIFT)), position, PARTS * WIDTH)
+        begin = 0
+        end = PARTS * WIDTH
+        while end - begin > 1:
+            middle = (begin + end) // 2
+            before = -tl.sum(tl.sum((tie - middle) >> 31, axis=0), axis=0)
+            enough = before >= K - above
+            end = tl.where(enough, middle, end)
+            begin = tl.where(enough, begin, middle)
+        keep = keep & ((tie < end) | (tie == PARTS * WIDTH))
+    # of every part the sums so far in bits of their own, which hold K
+    BITS: tl.constexpr = 32 // PARTS
+    part = tl.arange(0, PARTS)[:, None]
+    kept = tl.sum(keep.to(tl.int32) << (BITS * part), axis=0)
+    places = tl.cumsum(kept, 0)
+    total = tl.sum(kept, axis=0)
+    for p in tl.static_range(1, PARTS):
+        places += total << (BITS * p)
+    return keep, ((places[None, :] >> (BITS * part)) & ((1 << BITS) - 1)) - 1, low
+
+
+@triton.jit(do_not_specialize=["F", "groups", "K", "FP", "GP"])
 def _select_rows(
     pre_NF,
     group_max_NG,
@@ -157,43 +172,57 @@ def _select_rows(
     FP,
     groups,
     GP,
+    K,
     G: tl.constexpr,
-    K: tl.constexpr,
     K2: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    WIDE_FIRST: tl.constexpr,
-    WIDE_SECOND: tl.constexpr,
-    BY_POSITION: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BEST: tl.constexpr,
 ):
-    """One pair."""
+    """One pair. What was found so far lies in its row of indices_RK, in rising order; all lanes read it there.
+
+    What lies behind the last column counts as minus infinity: it ties with nothing that comes after it.
+    """
+    SHIFT: tl.constexpr = 16 if pre_NF.dtype.element_ty == tl.bfloat16 else 0
     r = tl.program_id(0).to(tl.int64)
     n = tl.load(row_R + r).to(tl.int64)
-    offset = tl.load(expert_R + r) * F
     pre = pre_NF + n * FP
+    found = indices_RK + r * K
+    part = tl.arange(0, PARTS)[:, None]
+    column = part * WIDTH + tl.arange(0, WIDTH)[None, :]
+    first = pre if G == 1 else group_max_NG + n * GP
+    values = _searchable(tl.load(first + column, mask=column < groups, other=float("-inf")), SHIFT)
+    high = (tl.max(tl.max(values.to(tl.int32, bitcast=True), axis=0), axis=0) >> SHIFT) + 1
+    keep, place, low = _places(values, K, tl.full((), 1, tl.int32), high, SHIFT, PARTS, WIDTH)
+    tl.store(found + place, column, mask=keep)
+    tl.debug_barrier()
     if G > 1:
-        best = _index_of(_top_keys(group_max_NG + n * GP, groups, K2, CHUNK, ONE_CHUNK, WIDE_FIRST), WIDE_FIRST)
-        if BY_POSITION:
-            best = tl.sort(best)
-        g = tl.arange(0, G)
-        column = best[:, None] * G + g[None, :]
-        # among groups in ascending order, positions order like columns, and fit a narrow key where columns do not
-        rank = tl.arange(0, K2)[:, None] * G + g[None, :] if BY_POSITION else column
-        keys = _pack(tl.load(pre + column, mask=column < F, other=0.0), rank, column < F, WIDE_SECOND)
-        top = tl.topk(tl.reshape(keys, (K2 * G,)), K2)
-        index = _index_of(top, WIDE_SECOND)
-        if BY_POSITION:
-            index = tl.gather(best, index // G, 0) * G + index % G
-        value = _value_of(top, WIDE_SECOND)
+        candidate = part * BEST + tl.arange(0, BEST)[None, :]
+        live = candidate < K * G
+        column = tl.load(found + candidate // G, mask=live, other=0) * G + candidate % G
+        values = _searchable(tl.load(pre + column, mask=live & (column < F), other=float("-inf")), SHIFT)
+        # the maxima's K-th largest is a first bound for that of the columns
+        keep, place, low = _places(values, K, tl.maximum(low, 1), high, SHIFT, PARTS, BEST)
+        tl.debug_barrier()  # all lanes have read the groups that columns now replace
+        tl.store(found + place, column, mask=keep)
+        tl.debug_barrier()
+    slot = tl.arange(0, K2)
+    live = slot < K
+    column = tl.load(found + slot, mask=live, other=0)
+    key = _key_of(tl.load(pre + column, mask=live, other=0.0))
+    if SHIFT == 16:
+        key = tl.sort(tl.where(live, (key & -0x10000) | (0xFFFF - slot), -0x80000000), descending=True)
+        origin = 0xFFFF - (key & 0xFFFF)
     else:
-        top = _top_keys(pre, F, K2, CHUNK, ONE_CHUNK, WIDE_FIRST)
-        index = _index_of(top, WIDE_FIRST)
-        value = _value_of(top, WIDE_FIRST)
-    i = tl.arange(0, K2)
-    # where, not maximum: a NaN stays a NaN
-    relu = tl.where(value < 0, 0.0, value)
-    tl.store(values_RK + r * K + i, relu.to(values_RK.dtype.element_ty), mask=i < K)
-    tl.store(indices_RK + r * K + i, offset + index, mask=i < K)
+        wide = (key.to(tl.int64) << 32) | (0x7FFFFFFF - slot).to(tl.int64)
+        wide = tl.sort(tl.where(live, wide, -0x8000000000000000), descending=True)
+        origin = 0x7FFFFFFF - wide.to(tl.int32)
+        key = (wide >> 32).to(tl.int32)
+    column = tl.load(found + origin, mask=live, other=0)
+    value = (tl.maximum(key, 0) >> SHIFT << SHIFT).to(tl.float32, bitcast=True)  # relu: a NaN stays a NaN
+    tl.debug_barrier()  # all lanes have read the columns that indices now replace
+    tl.store(values_RK + r * K + slot, value.to(values_RK.dtype.element_ty), mask=live)
+    tl.store(found + slot, tl.load(expert_R + r) * F + column, mask=live)
 
 
 def select_jointly(values_RK: Tensor, indices_RK: Tensor, gate_TS: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +235,7 @@ def select_jointly(values_RK: Tensor, indices_RK: Tensor, gate_TS: Tensor, k: in
     candidates = slots * per_slot
     if not 1 <= k <= candidates:
         raise ValueError(f"k={k} must lie between 1 and the candidates of a token, {slots} slots x {per_slot}.")
-    padded = _padded_k(k)
+    padded = padded_k(k)
     width = max(padded, next_power_of_2(candidates))
     values_TK = torch.empty(tokens, k, dtype=values_RK.dtype, device=values_RK.device)
     indices_TK = torch.empty(tokens, k, dtype=torch.int32, device=values_RK.device)
@@ -251,7 +280,9 @@ def _select_jointly(
     first = t * (S * PER_SLOT)
     value = tl.load(values_RK + first + c, mask=real, other=0.0).to(tl.float32)
     gate = tl.load(gate_TS + t * S + c // PER_SLOT, mask=real, other=0.0)
-    chosen = _index_of(tl.topk(_pack(gate * value, c, real, True), K2), True)
+    key = _key_of(gate * value)
+    keys = tl.where(real, (key.to(tl.int64) << 32) | (0x7FFFFFFF - c).to(tl.int64), -0x8000000000000000)
+    chosen = 0x7FFFFFFF - tl.topk(keys, K2).to(tl.int32)
     i = tl.arange(0, K2)
     live = i < K
     tl.store(values_TK + t * K + i, tl.load(values_RK + first + chosen, mask=live, other=0.0), mask=live)
