@@ -29,8 +29,8 @@ class Outcome:
     """bool [M]: the latents that counted as dead."""
     squared_error: Callable[[], Tensor]
     """sum_t ||target - recon||^2 in units of the raw activations; computed when asked for."""
-    values: Tensor
-    """[T, slots]: the latents' activations."""
+    active: Callable[[], Tensor]
+    """How many pairs of a token and an active latent there were; computed when asked for."""
     load_E: Callable[[], Tensor] | None
     """Experts' shares of the batch; None without a router."""
 
@@ -99,11 +99,11 @@ class TorchEngine:
             fired_M = output.latents.firing_counts() > 0
             sae.group.any_(fired_M)
             self.tokens_since_fired_M.add_(len(rows) * sae.group.size).masked_fill_(fired_M, 0)
-        recon_TD, routing = output.recon_TD.detach(), output.routing
+        recon_TD, routing, values = output.recon_TD.detach(), output.routing, output.latents.values.detach()
         load_E = (lambda: expert_shares(routing.expert_TS, routing.probs_TE.shape[1])) if routing is not None else None
         return Outcome(
             {name: term.detach() for name, term in terms.items()}, grad_norm, dead_M, lambda: (rows.target_TD - recon_TD).pow(2).sum(),
-            output.latents.values.detach(), load_E,
+            lambda: (values > 0).sum(), load_E,
         )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
@@ -207,7 +207,7 @@ class TritonEngine:
         scale = self.sae.target_scale
         pairs_E = computed.pairs_E
         return Outcome(
-            computed.terms, grad_norm, self.dead_M, lambda: computed.squared_error / scale.square(), computed.values_TK,
+            computed.terms, grad_norm, self.dead_M, lambda: computed.squared_error / scale.square(), computed.active_pairs,
             (lambda: pairs_E / pairs_E.sum()) if pairs_E is not None else None,
         )  # fmt: skip
 

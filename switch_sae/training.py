@@ -124,7 +124,7 @@ class StepResult:
         asked = {"fvu": self._fvu(), "dead": self.dead_M.float().mean(), "grad_norm": self.outcome.grad_norm}
         load_E = self.outcome.load_E() if self.outcome.load_E is not None else None
         loads = {} if load_E is None else {"load/max": load_E.max(), "load/min": load_E.min()}
-        read = _read({**terms, **asked, "active": (self.outcome.values > 0).sum(), **loads})
+        read = _read({**terms, **asked, "active": self.outcome.active(), **loads})
         row = {name: read[name] for name in terms}
         row = {"loss": sum(row.values()), **row, **{name: read[name] for name in asked}, "lr": self.lr}
         return row | {"l0": read["active"] / len(self.rows), **{name: read[name] for name in loads}}

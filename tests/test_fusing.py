@@ -81,6 +81,10 @@ def with_gates_after_selection():
     return built(SwitchSAE, replace(SWITCH, experts_per_token=2, gate_in_selection=False))
 
 
+def threshold(**changes):
+    return built(SwitchBatchTopKSAE, SwitchBatchTopKSAE.Config(**{"num_latents": 32, "k": 3, **changes}))
+
+
 def with_another_part():
     sae = built(TopKSAE, TopKSAE.Config(num_latents=16, k=2))
     sae.adapter = torch.nn.Identity()
@@ -102,7 +106,12 @@ VARIANTS = {
     "a method of its own": (with_own_route, "this SwitchSAE has _route of its own"),
     "gates after selection": (with_gates_after_selection, "select gated latents, not by gate_in_selection=False"),
     "shared latents": (lambda: built(SwitchSharedSAE, SwitchSharedSAE.Config(num_latents=32, k=3)), "no Triton kernels train SwitchSharedSAE"),
-    "a threshold": (lambda: built(SwitchBatchTopKSAE, SwitchBatchTopKSAE.Config(num_latents=32, k=3)), "no Triton kernels train SwitchBatchTopKSAE"),
+    "a threshold, shared latents": (lambda: threshold(shared=4, num_latents=36), "one threshold know no shared latents and no linear path"),
+    "a threshold, a linear path": (lambda: threshold(path_rank=2), "one threshold know no shared latents and no linear path"),
+    "a threshold, two experts": (lambda: threshold(experts_per_token=2), "one expert per token, whose gate is in the selection"),
+    "a threshold, ungated": (lambda: threshold(gate_in_selection=False), "one expert per token, whose gate is in the selection"),
+    "a threshold, large experts": (lambda: threshold(num_latents=904, k=1), "hold latents dense, which large experts do not pay for: 113 latents"),
+    "two experts in competition": (lambda: built(SwitchSAE, replace(switch("competition"), experts_per_token=2)), "the competition of two experts"),
     "scaled features": (lambda: built(SwitchScaleSAE, SwitchScaleSAE.Config(num_latents=64, k=3)), "no Triton kernels train SwitchScaleSAE"),
     "a hook": (with_hook, "_forward_hooks of its own"),
     "another recipe": (with_recipe, "not by Recipe"),
@@ -124,7 +133,14 @@ def test_a_variant_is_trained_by_autograd_and_says_why(name):
 
 def test_only_what_the_kernels_were_written_for_is_fused():
     fused = {name for name, config in CONTRACTS.items() if why_not_fused(built(SAES[SAES.key_of(config)], config)) is None}
-    assert fused == {"topk", "switch, softmax", "switch, softmax, two experts per token", "switch_pursuit", "switch_refit"}
+    switches = {"switch, softmax", "switch, softmax, two experts per token", "switch, competition", "switch_batch_topk"}
+    assert fused == {"topk", *switches, "switch_pursuit", "switch_refit"}
+
+
+def test_rows_that_no_program_holds_are_not_fused():
+    with torch.device("meta"):
+        reasons = [why_not_fused(TopKSAE(TopKSAE.Config(num_latents=F, k=2), D)) for F in (2**20, 2**20 + 1)]
+    assert reasons == [None, "the Triton kernels' registers cannot hold what top-k searches for k=2 of 1048577 latents"]
 
 
 def test_a_gate_after_selection_is_fused_where_it_changes_nothing():
@@ -132,7 +148,7 @@ def test_a_gate_after_selection_is_fused_where_it_changes_nothing():
     assert why_not_fused(built(SwitchSAE, replace(SWITCH, k=2, experts_per_token=2, joint_topk=False, gate_in_selection=False))) is None
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTED if name != "softmax"])
+@pytest.mark.parametrize("name", [name for name in ROUTED if name not in ("softmax", "competition")])
 def test_the_reason_names_the_router_that_kernels_do_not_know(name):
     sae = built(SwitchSAE, switch(name))
     trainer = Trainer(sae, TrainerConfig(lr=1e-3), total_steps=10, batch_size=64, execution=ON_A_GPU)

@@ -119,7 +119,7 @@ def test_numbers_wait_for_the_device_once_for_each_dtype(monkeypatch):
     result = trainer.step(next(stream))
     expected = {"fvu": result.fvu(), "dead": result.dead_share(), "grad_norm": result.outcome.grad_norm.item(), "lr": result.lr}
     expected |= {f"loss/{name}": term.item() for name, term in result.terms.items()}
-    expected |= {"l0": (result.outcome.values > 0).sum().item() / BATCH, "loss": sum(term.item() for term in result.terms.values())}
+    expected |= {"l0": result.outcome.active().item() / BATCH, "loss": sum(term.item() for term in result.terms.values())}
     waits = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         real = getattr(torch.Tensor, name)

@@ -118,7 +118,7 @@ def one_step(kind: str) -> None:
     if device.type == "cpu":
         interpreter()
     if kind == "searches":
-        losses = [search_loss(name, device) for name in SEARCHES if "shared" in name]
+        losses = [search_loss(name, device) for name in SEARCHES if "shared" in name or "competition" in name]
     else:
         shape = replace(TINY, S=2) if kind == Regime.sparse.value else TINY
         x_TD = activations(shape, 1, device)[0]

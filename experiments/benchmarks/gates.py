@@ -1,6 +1,6 @@
 """What must hold before a speed is printed, by precision and in two parts: eager steps against float64, then replayed graphs against eager steps.
 
-Of TopK and Switch SAEs (`parts`), then of those that search (`search_parts`).
+Of TopK and Switch SAEs (`parts`), then of those that search, compete or have one threshold (`search_parts`).
 """
 
 import copy
@@ -99,13 +99,13 @@ def check_graph(case: Case, device: torch.device) -> list[Finding]:
 
 
 def check_search_graph(case: SearchCase, device: torch.device) -> list[Finding]:
-    """Likewise of a step that searches, which has a graph with Gram matrices computed anew and one that reads older ones. Each must be captured."""
+    """Likewise of these; a step that searches has a graph with Gram matrices computed anew and one that reads older ones. Each must be captured."""
     shape = case.shape
     x_BTD = activations(shape, 2, CPU)
     sae, execution = build_search(case, x_BTD[0]).to(device), resolve(Backend.triton, case.precision, device)
     runs = [SearchStep(copy.deepcopy(sae), shape.T, execution) for _ in range(2)]
     findings = _compare_runs(runs, x_BTD.to(device), shape.F, 2 * INTERVAL, SearchStep.mark_dead)
-    if device.type == "cuda":
+    if device.type == "cuda" and case.searches:
         renewing = {kind[0] for _, kind in runs[1].trainer.engine.graphs}  # type: ignore[attr-defined]
         findings.append(Finding("kinds of steps without a graph", len({True, False} - renewing), 0))
     return findings

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarks.cases import MAIN, Case
-from experiments.benchmarks.nodes import SEARCHES, engine_on_meta
+from experiments.benchmarks.nodes import RIVALS, SEARCHES, SIZES, engine_on_meta
 from switch_kernels import Backend, Dispatch, Execution, Moments, Precision, Shape, choose_plan
 from switch_kernels.gpu import batch_missed, batch_select, dispatch, gram, inference, pursuit, route, topk
 from switch_kernels.gpu.adam import FusedAdam
@@ -75,8 +75,8 @@ def infer_search(config: Any) -> None:
         inference.decode(found.values_TK, found.indices_TK, sae.W_dec_MD, sae.execution.dot)  # which its operator skips on meta tensors
 
 
-def train_search(config: Any) -> None:
-    """Steps of an SAE that searches, with and without dead latents, in both precisions."""
+def train_architecture(config: Any) -> None:
+    """Steps of an SAE, with and without dead latents, in both precisions."""
     for precision, dead in ((Precision.bf16, 256), (Precision.float32, 0)):
         engine_on_meta(config, MAIN.T, MAIN.D, precision, dead)()
 
@@ -101,7 +101,9 @@ TRAIN: dict[Case, dict[str, Any]] = {
 CASES: dict[str, Callable[[], None]] = {f"train {case}": partial(train, case, **changes) for case, changes in TRAIN.items()}
 CASES["evaluate"] = partial(evaluate, MAIN)
 for name, config in SEARCHES.items():
-    CASES |= {f"train {name} M={MAIN.M}": partial(train_search, config), f"infer {name} M={MAIN.M}": partial(infer_search, config)}
+    CASES |= {f"train {name} M={MAIN.M}": partial(train_architecture, config), f"infer {name} M={MAIN.M}": partial(infer_search, config)}
+for name, config in {**RIVALS, "switch, 8 experts, competition": replace(RIVALS["switch, competition"], **{**SIZES, "num_experts": 8})}.items():
+    CASES[f"train {name} M={MAIN.M}"] = partial(train_architecture, config)
 CASES |= {f"router of {E} experts": partial(many_experts, E) for E in (256, 4096)}
 
 

@@ -20,7 +20,8 @@ from switch_kernels import Execution, Moments, Precision, Regime
 from switch_kernels.gpu.auxk import DeadLatents
 from switch_kernels.gpu.launch import Launch, launches_to
 from switch_sae.engines import EngineSettings, TritonEngine
-from switch_sae.models import SAES, SwitchPursuitSAE, SwitchRefitSAE, SwitchSAE, TopKSAE
+from switch_sae.models import SAES, SwitchBatchTopKSAE, SwitchPursuitSAE, SwitchRefitSAE, SwitchSAE, TopKSAE
+from switch_sae.models.routers import CompetitionRouter
 from switch_sae.rows import Rows
 
 SEARCHES = {
@@ -29,6 +30,13 @@ SEARCHES = {
     "switch_refit": SwitchRefitSAE.Config(num_latents=MAIN.M, k=MAIN.K, num_experts=MAIN.E),
 }
 """SAEs that search, at the benchmark's main sizes."""
+SIZES = {"num_latents": MAIN.M, "k": MAIN.K, "num_experts": MAIN.E}
+RIVALS = {
+    "switch, competition": SwitchSAE.Config(**SIZES, router=CompetitionRouter.Config()),
+    "switch_batch_topk": SwitchBatchTopKSAE.Config(**SIZES),
+    "switch_batch_topk, competition": SwitchBatchTopKSAE.Config(**SIZES, router=CompetitionRouter.Config()),
+}
+"""Those whose router learns by competition, or that select under one threshold."""
 CASES = [Case(replace(MAIN, E=E, S=S), regime=regime, dead=dead) for E, S in ((32, 1), (32, 2), (1, 1)) for regime in Regime for dead in (0, 256)]
 
 
@@ -102,7 +110,7 @@ def is_operator(name: str) -> bool:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     steps = {str(case): step_on_meta(case) for case in CASES}
-    for name, config in SEARCHES.items():
+    for name, config in {**SEARCHES, **RIVALS}.items():
         steps |= {f"{name}, {dead} dead" if dead else name: engine_on_meta(config, MAIN.T, MAIN.D, dead=dead) for dead in (0, 256)}
     for name, compute in steps.items():
         names = nodes_of(compute)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from experiments.benchmarks.cases import Case
 from switch_kernels import Backend, Execution, Moments, Precision, Regime, Shape
+from switch_sae.models.routers import CompetitionRouter
 
 FORMAT = 1
 SMALL = Shape(T=160, D=72, M=288, E=3, K=8)
@@ -45,6 +46,7 @@ expert fires for every token (`steps`): its pairs fill whole chunks, which only 
 PURSUIT: dict[str, Any] = {"architecture": "switch_pursuit", "num_latents": 80, "k": 8, "num_experts": 2}
 STOP: dict[str, Any] = {"architecture": "switch_pursuit", "num_latents": 96, "k": 8, "num_experts": 2, "shared": 16, "stop": True}
 REFIT: dict[str, Any] = {"architecture": "switch_refit", "num_latents": 96, "k": 8, "num_experts": 2, "shared": 16}
+RIVALS: dict[str, Any] = {"architecture": "switch", "num_latents": 80, "k": 4, "num_experts": 2, "router": CompetitionRouter.Config()}
 SEARCHES: dict[str, dict[str, Any]] = {
     "pursuit, float32": PURSUIT | {"precision": Precision.float32},
     "pursuit": PURSUIT,
@@ -52,9 +54,12 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "pursuit, stop rule, AuxK": STOP | {"dead": 5},
     "refit, AuxK, float32": REFIT | {"precision": Precision.float32, "dead": 5},
     "refit": REFIT | {"tokens": 128},
+    "competition": RIVALS,
+    "threshold, gates": {name: value for name, value in RIVALS.items() if name != "router"} | {"architecture": "switch_batch_topk"},
+    "threshold, competition, float32": RIVALS | {"architecture": "switch_batch_topk", "precision": Precision.float32},
 }
-"""SAEs that search: a training step of each is recorded, and the encoding of those in float32. `dead` latents of each expert are dead; only so many
-tokens fill whole chunks, with the pairs of the first latent."""
+"""SAEs that search, compete or have one threshold: a training step of each is recorded, and the encoding of those in float32. `dead` latents of each
+expert are dead; only so many tokens fill whole chunks, with the pairs of the first latent."""
 
 
 @dataclass(frozen=True)
@@ -353,7 +358,7 @@ def record(
             recorder.case = name
             with launches_to(recorder):
                 train()
-            if settings.get("precision") is Precision.float32:
+            if settings.get("precision") is Precision.float32 and "threshold" not in name:  # which PyTorch encodes
                 recorder.case = f"{name}, forward"
                 with launches_to(recorder):
                     encode()

@@ -1,8 +1,8 @@
-"""The least time of a training step of `SwitchPursuitSAE` and `SwitchRefitSAE` on a GPU beside Switch's, by the same roofs: a model, not measured.
+"""The least time of a training step of SAEs that search, compete or have one threshold on a GPU beside Switch's, by the same roofs: not measured.
 
     python -m experiments.benchmarks.search_model
 
-All three are fused and replayed as CUDA graphs. Assumptions, beside those of `roofline`: rows come in the order of experts, so that Gram matrices are
+All are fused and replayed as CUDA graphs. Assumptions, beside those of `roofline`: rows come in the order of experts, so that Gram matrices are
 read from the L1 cache, and searches are bound by the instructions that they issue, counted in sm_90 machine code. Operands are bfloat16; refits
 gather the decoder in float32. Pursuit has no encoder: half of the weights.
 """
@@ -10,7 +10,7 @@ gather the decoder in float32. Pursuit has no encoder: half of the weights.
 from dataclasses import replace
 
 from experiments.benchmarks.cases import MAIN
-from experiments.benchmarks.nodes import SEARCHES, engine_on_meta, nodes_of
+from experiments.benchmarks.nodes import RIVALS, SEARCHES, engine_on_meta, nodes_of
 from experiments.benchmarks.roofline import Floor, Roofs, floor
 from switch_kernels import Shape
 from switch_kernels.pursuit import padded_columns, spread_counts
@@ -26,7 +26,7 @@ RENEWAL = 0.2
 SELECTION = {256: 580.0, 512: 950.0, 1024: 1750.0}
 """Warp instructions of a row's selection by its columns, rounded up to a power of two; wider ones in proportion."""
 THRESHOLD_US = 10.0
-"""Of the threshold of a whole batch: three passes over its candidates, each of which waits for the one before."""
+"""Of the threshold of a whole batch: three passes over what may reach it, each of which waits for the one before."""
 GRAM_TILE, REFRESH_TOKENS = 64, 8192
 
 
@@ -75,12 +75,31 @@ def search_floor(
     return Floor("refit" if refit else "pursuit", stages)
 
 
+def rival_floor(shape: Shape, roofs: Roofs, threshold: bool, nodes: int, rivals: float) -> Floor:
+    """Of a Switch SAE with masked dense latents, in a graph of so many nodes: rivals for a share of tokens, one threshold for a batch or top-k."""
+    whole = replace(shape, T=round(shape.T * (1 + rivals)))
+    N, F = float(whole.T), shape.F
+    stages = dict(floor(whole, roofs, plan="dense, buffered", nodes=nodes).stages)
+    stages["decode, loss, dz"] += 8 * N * shape.D / roofs.copy * 1e6  # what was decoded is written and read
+    if threshold:
+        stages["encode"] += 2 * N * F / roofs.copy * 1e6  # pre-activations in float32
+        stages["top-k"] = (
+            THRESHOLD_US + (4 + 4 + 2) * N * F / roofs.copy * 1e6
+        )  # read to collect what is near, and to keep what reaches the threshold
+    return Floor("dense, buffered", stages)
+
+
 def main() -> None:
     print(H200.describe())
-    counted = {name: len(nodes_of(engine_on_meta(SEARCHES[name], MAIN.T, MAIN.D))) for name in ("switch_pursuit", "switch_refit")}
+    configs = {**{name: SEARCHES[name] for name in ("switch_pursuit", "switch_refit")}, **RIVALS}
+    counted = {name: len(nodes_of(engine_on_meta(config, MAIN.T, MAIN.D))) for name, config in configs.items()}
     for shape in (MAIN, replace(MAIN, E=128), replace(MAIN, M=4096, E=24, K=16), replace(MAIN, M=8192, E=16)):
         floors = {"Switch": floor(shape, H200)}
-        floors |= {name: search_floor(shape, H200, name == "switch_refit", nodes) for name, nodes in counted.items()}
+        for name, nodes in counted.items():
+            if name in RIVALS:
+                floors[name] = rival_floor(shape, H200, "batch" in name, nodes, 0.25 if "competition" in name else 0.0)
+            else:
+                floors[name] = search_floor(shape, H200, name == "switch_refit", nodes)
         print(f"\n{shape}: " + ", ".join(f"{name} {found.total_us:.0f} us" for name, found in floors.items()))
         for name, found in floors.items():
             print(f"  {name}: " + ", ".join(f"{stage} {us:.0f}" for stage, us in found.stages.items()))

@@ -22,6 +22,7 @@ KERNELS_OF = {
     "search": (
         *("_gram", "_local_products", "_pursue", "_refit_pairs"),
         *("_row_candidates", "_count_digits", "_keep_above", "_missed_rows", "_encoder_weights", "_add_losses"),
+        *("_collect_scores", "_keep_reaching"),
     ),
     "top-k": ("_select_rows", "_select_jointly", "_scatter_latents"),
     "decode, loss, dz": (
@@ -30,6 +31,7 @@ KERNELS_OF = {
         "_combine_slots_kernel",
         "_latent_gradients_kernel",
         "_decode_loss",
+        "_row_losses",
         "_residual_rows",
     ),
     "weight gradients": ("_weight_gradient_kernel", "_sum_chunks_of_rows", "sum_chunks", "gradient_rows", "_write_keys"),

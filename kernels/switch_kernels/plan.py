@@ -94,5 +94,5 @@ def group_of(F: int, k: int) -> int:
 
 
 def can_select(F: int, k: int) -> bool:
-    """Whether the registers hold what top-k of F columns searches: up to 2^20 columns with k up to 1,024."""
+    """Whether a program holds what top-k of F columns searches: up to 2^20 columns with k up to 1,024."""
     return max(searched_columns(F, k, group_of(F, k))) <= MOST_COLUMNS

@@ -44,7 +44,8 @@ def attribute(sae: TopKSAE, rows: Rows, direction_D: Tensor) -> Attribution:
     """Shares of <target, direction> for a direction in the space of raw targets; of an autoencoder the target is the input.
 
     The gate of a routed SAE is a number, as attention patterns are in attribution graphs: the choice of an expert is attributed to nothing.
-    Raises ValueError for an SAE that is no TopK one by its own encoder with one row for each latent, and for another shape of direction.
+    Raises ValueError for an SAE that is no TopK one by its own encoder with one row for each latent and a list of those that fired, and for another
+    shape of direction.
     """
     if not isinstance(sae, TopKSAE) or sae.inference.name != "encoder":
         raise ValueError(f"{type(sae).__name__} with inference={sae.inference.name}: attribution needs a TopK SAE's encoder.")
@@ -56,7 +57,8 @@ def attribute(sae: TopKSAE, rows: Rows, direction_D: Tensor) -> Attribution:
         raise ValueError(f"the direction has shape {tuple(direction_D.shape)}; it must be [d_out={sae.d_out}].")
     output = sae(rows.x_TD)
     latents, routing = output.latents, output.routing
-    assert isinstance(latents, SparseLatents)
+    if not isinstance(latents, SparseLatents):
+        raise ValueError(f"{type(sae).__name__} gives {type(latents).__name__}, which list no active latents. Attribute a TopK or Switch SAE.")
     weight = sae.decoder_weight()
     direction_D = direction_D.to(weight.dtype) / sae.target_scale
     fired_TK = (latents.values_TK > 0).to(weight.dtype)

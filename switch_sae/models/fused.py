@@ -21,7 +21,7 @@ from switch_sae.rows import Rows
 
 if TYPE_CHECKING:
     from switch_kernels.gpu.auxk import DeadLatents
-    from switch_kernels.gpu.step import StepTensors
+    from switch_kernels.gpu.step import Settings, StepTensors, Weights
 
 
 MOST_DEAD = 16384
@@ -129,16 +129,23 @@ class FusedEncoder(FusedTraining):
     def plan(self, tokens: int) -> Plan:
         return choose_plan(tokens, self.num_latents, self.num_experts, self.config.k, self.experts_per_token, self.regime)
 
-    def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor) -> "StepTensors":
-        from switch_kernels.gpu.step import Settings, Weights, training_step
+    def kernel_arguments(self, operands: Mapping[str, Tensor], dot: Dot, tokens: int) -> "tuple[Weights, Settings]":
+        """The SAE as the kernels read it."""
+        from switch_kernels.gpu.step import Settings, Weights
 
         router = self.router_kernel()
         routing = (None, None) if router is None else (router.W_ED, router.b_D)
         weights = Weights(operands["W_enc_MD"], operands["W_dec_MD"], self.b_enc_M, self.b_in_D, self.b_out_D, *routing)
         settings = Settings(
             self.num_experts, self.experts_per_token, self.config.k, self.joint_topk, router.balance * self.d_out if router else 0.0,
-            router is not None and router.is_trained, dot, self.plan(len(rows)),
+            router is not None and router.is_trained, dot, self.plan(tokens),
         )  # fmt: skip
+        return weights, settings
+
+    def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor) -> "StepTensors":
+        from switch_kernels.gpu.step import training_step
+
+        weights, settings = self.kernel_arguments(operands, dot, len(rows))
         return self._named(training_step(rows.x_TD, rows.target_TD, self.activation_scale, self.target_scale, weights, settings, dead))
 
 

@@ -1,12 +1,14 @@
 """`SwitchSAE`: a router sends every activation to one expert SAE (Mudide et al., arXiv 2410.08201), or to several."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from switch_kernels import Dispatch
+from switch_kernels.backend import Dot
 from switch_sae.checks import at_least
 from switch_sae.models.base import Flops, SAEOutput
 from switch_sae.models.latents import SparseLatents
@@ -15,6 +17,10 @@ from switch_sae.models.routed import RoutedSAE
 from switch_sae.models.routers import ROUTERS, RouterKernel, Routing
 from switch_sae.models.topk import TopKSAE
 from switch_sae.rows import Rows
+
+if TYPE_CHECKING:
+    from switch_kernels.gpu.auxk import DeadLatents
+    from switch_kernels.gpu.step import StepTensors
 
 
 class SwitchSAE(RoutedSAE, TopKSAE):
@@ -119,11 +125,30 @@ class SwitchSAE(RoutedSAE, TopKSAE):
         return self.experts_per_token > 1 and self.joint_topk and not self.config.gate_in_selection
 
     def why_not_in_kernels(self) -> str | None:
-        return "the Triton kernels select gated latents, not by gate_in_selection=False" if self._gates_after_selection() else None
+        if self._gates_after_selection():
+            return "the Triton kernels select gated latents, not by gate_in_selection=False"
+        kernel = self.router_kernel()
+        if kernel is not None and kernel.rivals is not None and self.experts_per_token > 1:
+            return "the Triton kernels know the competition of two experts, not of several per token"
+        return super().why_not_in_kernels()
 
     def router_kernel(self) -> RouterKernel | None:
-        kernel = self.router.kernel()
-        return kernel if kernel is not None and kernel.rivals is None else None
+        return self.router.kernel()
+
+    def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor) -> "StepTensors":
+        kernel = self.router_kernel()
+        if kernel is None or kernel.rivals is None:
+            return super().training_step(rows, operands, dead, dot, seed)
+        return self._rival_step(rows, operands, dead, dot, seed, kernel.rivals, None)
+
+    def _rival_step(
+        self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor, rivals: float | None,
+        bound: Tensor | None,
+    ) -> "StepTensors":  # fmt: skip
+        from switch_kernels.gpu.rival_step import rival_step
+
+        weights, settings = self.kernel_arguments(operands, dot, len(rows))
+        return self._named(rival_step(rows.x_TD, self.activation_scale, weights, settings, rivals, bound, seed, dead))
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss_terms(rows, output, dead_M)

@@ -1,12 +1,14 @@
 """`SwitchBatchTopKSAE`: one threshold for a whole batch and all its experts, so that easy tokens and easy experts use fewer latents."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from switch_kernels import Dispatch
+from switch_kernels import Dispatch, Regime
+from switch_kernels.backend import Dot
 from switch_sae.models.base import SAEOutput
 from switch_sae.models.batch_topk import CALIBRATION_BATCH, CALIBRATION_BATCHES, BatchTopKSAE
 from switch_sae.models.expert_candidates import candidate_indices, gates_of
@@ -18,6 +20,10 @@ from switch_sae.models.switch_shared import SwitchSharedSAE
 from switch_sae.models.topk import TopKSAE
 from switch_sae.models.transcoder import SkippedLatents
 from switch_sae.rows import Rows
+
+if TYPE_CHECKING:
+    from switch_kernels.gpu.auxk import DeadLatents
+    from switch_kernels.gpu.step import StepTensors
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -48,6 +54,7 @@ class SwitchBatchTopKSAE(SwitchSharedSAE, BatchTopKSAE):
     config: "SwitchBatchTopKSAE.Config"
     label, marker = "Switch BatchTopK", "*"
     trains_by = (Inference.encoder,)
+    has_kernels = True
 
     @torch.no_grad()
     def initialize(self, rows: Rows) -> None:
@@ -57,6 +64,27 @@ class SwitchBatchTopKSAE(SwitchSharedSAE, BatchTopKSAE):
             routing, dispatch = self._route(self._scaled(x_TD))
             smallest.append(self._encoded(self._scaled(x_TD), dispatch, routing.gate_TS, keep=True)[1])
         self.threshold.copy_(torch.stack(smallest).nan_to_num(0.0).mean())
+
+    def why_not_in_kernels(self) -> str | None:
+        config = self.config
+        if self.num_shared or self.path is not None:
+            return "the Triton kernels of one threshold know no shared latents and no linear path"
+        if self.experts_per_token > 1 or not config.gate_in_selection:
+            return "the Triton kernels of one threshold know one expert per token, whose gate is in the selection"
+        if (plan := self.plan(1)).regime is not Regime.dense:
+            return f"the Triton kernels of one threshold hold latents dense, which large experts do not pay for: {plan.reason}"
+        return None
+
+    def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor) -> "StepTensors":
+        kernel = self.router_kernel()
+        assert kernel is not None
+        return self._rival_step(rows, operands, dead, dot, seed, kernel.rivals, self.threshold)
+
+    def follow_step(self, computed: "StepTensors", step: Tensor) -> None:
+        from switch_kernels.gpu.thresholds import follow_theta_
+
+        assert computed.theta is not None
+        follow_theta_(computed.theta, self.threshold, step, computed.gradients.square, self.config.threshold_beta)
 
     def encode(self, x_TD: Tensor) -> Latents:
         return self._found(self._scaled(x_TD))[0]

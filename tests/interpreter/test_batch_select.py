@@ -259,3 +259,8 @@ def test_no_tokens():
     threshold_(theta, values_TL, 1)
     kept_TL, latents_TL, count_T = keep_above(values_TL, columns_TL, theta, 0, none, 0, 8)
     assert theta == 0.5 and kept_TL.shape == latents_TL.shape == (0, 4) and count_T.shape == (0,)
+
+
+def test_more_values_than_can_be_counted_are_refused():
+    with pytest.raises(ValueError, match=r"1073741825 values hold too many to count: at most 2\^30"):
+        threshold_(torch.zeros(()), torch.empty((1 << 30) + 1, device="meta"), 5)

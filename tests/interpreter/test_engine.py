@@ -82,7 +82,7 @@ class FakeCuda:
             assert self.current == GPU
             self.now_us += EAGER_US
             nothing = torch.zeros(())
-            return SimpleNamespace(terms={}, pairs_E=None, squared_error=nothing, values_TK=nothing), nothing
+            return SimpleNamespace(terms={}, pairs_E=None, squared_error=nothing, active_pairs=lambda: nothing), nothing
 
         self.monkeypatch.setattr(engine, "_compute", compute)
         return trainer

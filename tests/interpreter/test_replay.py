@@ -23,7 +23,11 @@ CASES = {
     "sparse": (Case(replace(SMALL, T=8, S=2, K=4), Precision.float32, regime=Regime.sparse), torch.float32),
 }
 FEW = {"num_latents": 20, "k": 2, "num_experts": 2, "shared": 4, "tokens": 8, "precision": Precision.float32}
-SEARCHES = {"pursuit": {"architecture": "switch_pursuit", "stop": True, **FEW}, "refit": {"architecture": "switch_refit", "dead": 2, **FEW}}
+SEARCHES = {
+    "pursuit": {"architecture": "switch_pursuit", "stop": True, **FEW},
+    "refit": {"architecture": "switch_refit", "dead": 2, **FEW},
+    "threshold": {"architecture": "switch_batch_topk", **FEW, "num_latents": 16, "shared": 0},
+}
 
 pytestmark = pytest.mark.whole_steps
 
@@ -117,6 +121,16 @@ def test_small_numbers_beside_large_ones_are_compared_with_themselves():
     nothing = torch.full((3,), float("nan"))
     assert replay.distance(nothing, nothing)[0] == 0 and replay.distance(torch.zeros(3), nothing)[0] == float("inf")
     assert not replay.Difference("x", float("nan"), "").holds
+
+
+def test_numbers_that_come_in_any_order_are_compared_in_one(recorded):
+    launch, before, after, found = next(entry for entry in recorded[1] if entry[0].kernel == "_collect_scores")
+    found = [storage.clone() for storage in found]
+    (scores,) = (tensor for tensor in written(launch, before, found) if tensor.is_floating_point())
+    scores.copy_(scores.flip(0))
+    assert all(difference.holds for difference in replay.compare(launch, before, found, after))
+    scores[-1] += 1
+    assert [difference.argument for difference in replay.compare(launch, before, found, after) if not difference.holds] == ["scores"]
 
 
 def test_what_is_only_read_must_not_change(recorded):

@@ -65,7 +65,8 @@ def test_costs_give_the_loss_and_the_gradient_of_the_logits(T, E, count, K, thet
     rival_n = draw_rivals(routed, count, seed(2))
     loss_T = torch.rand(T + count, generator=generator) * 5
     values_TK = (torch.rand(T + count, K, generator=generator) - 0.4).clamp_min(0)
-    found = compete(routed, rival_n, loss_T, values_TK, None if theta is None else torch.tensor(theta))
+    priced = (None, None) if theta is None else (values_TK, torch.tensor(theta))
+    found = compete(routed, rival_n, loss_T, *priced)
 
     exact_TE = logits_TE.double().requires_grad_()
     p_TE = exact_TE.softmax(1)

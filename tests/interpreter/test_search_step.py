@@ -1,5 +1,5 @@
-"""The training steps of SAEs that search: losses and gradients of the fused kernels against autograd in float64, then training against the PyTorch
-engine. Kernels draw other rivals than PyTorch: what they drew is handed to it (`same_rivals`).
+"""The training steps of SAEs that search, or that select under one threshold: losses and gradients of the fused kernels against autograd in float64,
+then training against the PyTorch engine. Kernels draw other rivals than PyTorch: what they drew is handed to it (`same_rivals`).
 """
 
 import pytest
@@ -31,6 +31,14 @@ CONFIGS = {
         {"num_latents": 36, "k": 3, "num_experts": 3, "missed": 0, "router": CompetitionRouter.Config(rivals=0)},
     ),
     "pursuit, frozen router": ("switch_pursuit", {"num_latents": 36, "k": 4, "num_experts": 3, "router": CompetitionRouter.Config(train=False)}),
+    "competition": ("switch", {"num_latents": 51, "k": 4, "num_experts": 3, "router": CompetitionRouter.Config()}),
+    "competition, sparse": ("switch", {"num_latents": 51, "k": 4, "num_experts": 3, "router": CompetitionRouter.Config(rivals=0.6)}),
+    "threshold, gates": ("switch_batch_topk", {"num_latents": 51, "k": 4, "num_experts": 3}),
+    "threshold": ("switch_batch_topk", {"num_latents": 51, "k": 4, "num_experts": 3, "router": CompetitionRouter.Config()}),
+    "threshold, frozen router, no encoder bias": (
+        "switch_batch_topk",
+        {"num_latents": 36, "k": 3, "num_experts": 3, "encoder_bias": False, "router": CompetitionRouter.Config(train=False)},
+    ),
 }
 
 
@@ -47,6 +55,12 @@ def build(name: str):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n)), alpha=0.05)
         sae.W_dec_MD.div_(sae.W_dec_MD.norm(dim=1, keepdim=True))
     return sae
+
+
+def set_gram_tokens(sae) -> None:
+    """Every second step reads Gram matrices that are older, where there are some."""
+    if hasattr(sae.config, "gram_tokens"):
+        sae.config.gram_tokens = 2 * T
 
 
 def dead_of(sae, some: bool) -> torch.Tensor:
@@ -67,7 +81,8 @@ def step_of(sae, x_TD, dead_M, dot: str, seed: int = 5):
 @pytest.mark.parametrize("some_dead", [False, True], ids=["none dead", "some dead"])
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_losses_and_gradients_equal_autograd(name, some_dead, monkeypatch, poisoned_memory):
-    monkeypatch.setattr(fused_search, "choose_plan", lambda *_, **__: Plan(Regime.sparse, GradientMode.buffered, "test"))
+    for module in (fused_search, fused) if "sparse" in name else (fused_search,):
+        monkeypatch.setattr(module, "choose_plan", lambda *_, **__: Plan(Regime.sparse, GradientMode.buffered, "test"))
     sae, exact = build(name), build(name).double()
     x_TD, dead_M = activations(), dead_of(sae, some_dead)
     with same_rivals():
@@ -89,14 +104,16 @@ def test_losses_and_gradients_equal_autograd(name, some_dead, monkeypatch, poiso
 
 
 @pytest.mark.whole_steps
-@pytest.mark.parametrize("name", ["pursuit, stop rule, shared", "refit, shared"])
+@pytest.mark.parametrize("name", ["pursuit, stop rule, shared", "refit, shared", "competition", "threshold", "threshold, gates"])
 def test_training_equals_the_pytorch_engine(name):
     config = TrainerConfig(lr=1e-2, warmup_steps=0, dead_after_tokens=9 * T)  # the kernels look for dead latents at readings only
     fused, plain = build(name), build(name)
     for sae in (fused, plain):
-        sae.config.gram_tokens = 2 * T  # every second step reads Gram matrices that are older
+        set_gram_tokens(sae)
     trainers = [Trainer(sae, config, 100, T, execution) for sae, execution in ((fused, EXACT), (plain, Execution()))]
-    assert type(trainers[0].engine) is TritonEngine and "sparse latents" in trainers[0].choice
+    assert (
+        type(trainers[0].engine) is TritonEngine and ("sparse" if "," in name and "gates" not in name else "dense") + " latents" in trainers[0].choice
+    )
     with same_rivals():
         for step in range(4):
             mine, theirs = (trainer.step(Rows.of(activations(step))).numbers() for trainer in trainers)
@@ -109,7 +126,7 @@ def test_training_equals_the_pytorch_engine(name):
 
 
 @pytest.mark.whole_steps
-@pytest.mark.parametrize("name", ["refit"])
+@pytest.mark.parametrize("name", ["refit", "threshold"])
 def test_a_step_is_bitwise_reproducible_and_resumes_exactly(name, monkeypatch):
     x = [activations(step) for step in range(3)]
     config = TrainerConfig(lr=1e-2, warmup_steps=0, dead_after_tokens=9 * T, moments=Moments.bfloat16)
@@ -117,7 +134,7 @@ def test_a_step_is_bitwise_reproducible_and_resumes_exactly(name, monkeypatch):
 
     def trainer() -> Trainer:
         sae = build(name)
-        sae.config.gram_tokens = 2 * T
+        set_gram_tokens(sae)
         return Trainer(sae, config, 100, T, LOW)
 
     straight, resumed = trainer(), trainer()
@@ -135,7 +152,7 @@ def test_a_step_is_bitwise_reproducible_and_resumes_exactly(name, monkeypatch):
 
 
 @pytest.mark.whole_steps
-@pytest.mark.parametrize("name", ["pursuit, stop rule, shared", "refit"])
+@pytest.mark.parametrize("name", ["pursuit, stop rule, shared", "refit", "threshold"])
 def test_a_loss_that_is_not_finite_changes_nothing_and_is_reported(name):
     trainer = Trainer(build(name), TrainerConfig(lr=1e-2), 100, T, EXACT)
     before = {key: tensor.clone() for key, tensor in trainer.sae.state_dict().items()}
@@ -154,7 +171,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_reported(name):
 
 
 @pytest.mark.whole_steps
-@pytest.mark.parametrize("name", ["pursuit, stop rule, shared", "refit, shared"])
+@pytest.mark.parametrize("name", ["pursuit, stop rule, shared", "refit, shared", "threshold, gates"])
 def test_low_precision_stays_near(name):
     sae, exact = build(name), build(name).double()
     x_TD = activations(rows=64)

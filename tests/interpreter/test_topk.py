@@ -91,6 +91,7 @@ def test_numbers_of_every_size_are_told_apart(group: int, dtype: torch.dtype) ->
         -torch.linspace(1.0, 1.01, 208),
         torch.cat([torch.full((9,), float("inf")), torch.full((199,), float("-inf"))]),
         torch.full((208,), largest),
+        torch.cat([torch.tensor([1.0, -0.0, 0.0, -0.0]), torch.full((204,), -1.0)]),
     ]
     pre_NF = torch.stack(rows).to(dtype)
     zero = torch.zeros(len(rows), 1, dtype=torch.int32)
@@ -109,6 +110,31 @@ def test_infinities_and_nan_stay_visible(dtype: torch.dtype) -> None:
     values_RK, indices_RK = select_rows(pre_NF, pre_NF, 64, 1, torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), 4)
     assert indices_RK.tolist() == [[9, 20, 40, 0]]
     torch.testing.assert_close(values_RK.float(), torch.tensor([[float("nan"), float("inf"), 2.0, 0.0]]), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nan", [[63], [32], [0], list(range(1, 64, 2)), list(range(7))])
+def test_a_nan_that_a_maximum_hides_moves_nothing_out_of_its_row(nan: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies behind the last row stays as it was."""
+    pre_NF = torch.ones(1, 64, dtype=dtype)
+    pre_NF[0, nan] = float("nan")
+    guarded: list[Tensor] = []
+    empty = torch.empty
+
+    def with_guard(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        guarded.append(torch.full((64,), -7, dtype=dtype))
+        return guarded[-1][: shape[0] * shape[1]].view(shape)
+
+    for group in (1, 8):
+        maxima_NG = pre_NF if group == 1 else _group_max(pre_NF.nan_to_num(float("-inf")), 64, group)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", with_guard)
+            values_RK, indices_RK = select_rows(
+                pre_NF, maxima_NG, 64, group, torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), 2
+            )
+        assert torch.empty is empty and all((buffer[2:] == -7).all() for buffer in guarded)
+        assert values_RK.isnan().any() or group > 1
+        assert len(set(indices_RK[0].tolist())) == 2 and indices_RK.max() < 64
 
 
 def test_group_of_leaves_enough_groups() -> None:

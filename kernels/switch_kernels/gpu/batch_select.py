@@ -19,8 +19,8 @@ ONE_WARP = 1024
 """Longest row of one warp, whose sums need no shared memory: 32 keys in each lane's registers. Longer rows have 16."""
 DIGITS = ((20, 11), (10, 10), (0, 10))
 """(lowest bit, bits) of the digits by which `threshold_` looks for a positive float32; the first holds the exponent."""
-COUNTED = 2048
-"""Values that a program of `threshold_` counts."""
+COUNTED, COUNTERS = 2048, 512
+"""Values that a program of `threshold_` counts at once, and how many programs there are at most: each adds to the counts once."""
 MOVED = 1024
 """Slots that a program of `keep_above` moves."""
 
@@ -126,19 +126,21 @@ def _row_candidates(pre_NC, order_N, values_TL, columns_TL, C, P, K, SLOTS: tl.c
         tl.store(columns_TL + slot, tl.zeros((SLOTS,), tl.int32), mask=rest)
 
 
-def threshold_(theta: Tensor, values_TL: Tensor, count: int) -> None:
+def threshold_(theta: Tensor, values: Tensor, count: int, numbers: Tensor | None = None) -> None:
     """In place: theta (float32 scalar) = the smallest of the `count` largest values above 0, or of all above 0 if fewer are. If none is, it stays.
 
-    values_TL is float32, below 2^31 numbers. A radix select: each pass counts the values that agree with the digits so far by their next digit, which
-    the program that finishes last decides.
+    `values` is float32; given `numbers` (int32) only so many of them as their sum. A radix select: each pass counts the values that agree with the
+    digits so far by their next digit, which the program that finishes last decides. ValueError for more than 2^30 values.
     """
-    size, of_pass = values_TL.numel(), 3 + max(1 << bits for _, bits in DIGITS)
-    state = torch.zeros(len(DIGITS) * of_pass, dtype=torch.int32, device=values_TL.device)
+    size, of_pass = values.numel(), 3 + max(1 << bits for _, bits in DIGITS)
+    if size > 1 << 30:  # steps through them are counted in 32 bits
+        raise ValueError(f"{size} values hold too many to count: at most 2^30. Use a smaller batch.")
+    state = torch.zeros(len(DIGITS) * of_pass, dtype=torch.int32, device=values.device)
     for digit, (shift, bits) in enumerate(DIGITS):
         launch(
             _count_digits,
-            (cdiv(size, COUNTED),),
-            *(values_TL.contiguous(), state, theta),
+            (min(COUNTERS, cdiv(size, COUNTED)),),
+            *(values.contiguous(), numbers, state, theta),
             size,
             count,
             DIGIT=digit,
@@ -153,22 +155,26 @@ def threshold_(theta: Tensor, values_TL: Tensor, count: int) -> None:
 
 @triton.jit(do_not_specialize=["size", "count"])
 def _count_digits(
-    values, state, theta, size, count, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr
+    values, numbers, state, theta, size, count, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One digit. The state of a pass: programs that are done, the digits found (-1: nothing is above 0), how many largest of those that agree with
     them to look for, counts by digit.
     """
     state += DIGIT * STATE
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    key = _keys(tl.load(values + i, mask=i < size, other=0.0))
     prefix = 0
     if DIGIT > 0:
         prefix = tl.load(state - STATE + 1)
-        agrees = (key > 0) & ((key >> (SHIFT + BITS)) == prefix)
-    else:
-        agrees = key > 0
-    counts = tl.histogram((key >> SHIFT) & ((1 << BITS) - 1), 1 << BITS, mask=agrees)
+    if numbers is not None:
+        size = tl.load(numbers) + tl.load(numbers + 1)
     digit = tl.arange(0, 1 << BITS)
+    counts = tl.zeros((1 << BITS,), tl.int32)
+    for first in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        key = _keys(tl.load(values + i, mask=i < size, other=0.0))
+        agrees = key > 0
+        if DIGIT > 0:
+            agrees = agrees & ((key >> (SHIFT + BITS)) == prefix)
+        counts += tl.histogram((key >> SHIFT) & ((1 << BITS) - 1), 1 << BITS, mask=agrees)
     tl.atomic_add(state + 3 + digit, counts, mask=counts > 0, sem="relaxed")
     tl.debug_barrier()  # all lanes have added before the first lane says so
     if tl.atomic_add(state, 1) == tl.num_programs(0) - 1:

@@ -88,7 +88,9 @@ def _pursue(
     # a maximum passes over NaN: a row that holds one takes no latent, as in PyTorch
     more = (tl.sum((c0 != c0).to(tl.int32), axis=0) == 0) & (most > 0)
     while more:
-        value, index = tl.max(c, axis=0, return_indices=True)
+        # not the maximum with its index, on which lanes disagree beside a NaN: all must leave the loop together
+        value = tl.max(c, axis=0)
+        index = tl.min(tl.where(c == value, p, WIDTH), axis=0)
         joins = value > theta
         if joins:
             row = gram + index.to(tl.int64) * P

@@ -84,21 +84,26 @@ class Batch:
         """d(mean_t ||e_t||^2)/de_t = grad_scale * e_t."""
         return 2 / self.tokens
 
+    @property
+    def counts_E(self) -> Tensor:
+        """int32: the batch's own tokens of each expert."""
+        return self.in_order.counts_E if self.rival_n is None else self.routed.counts_BE.sum(0, dtype=torch.int32)
+
     def rows(self, b_pre_D: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, Dp]: x * scale - b in the order of experts."""
         return gather_rows(self.x_TD, self.scale, b_pre_D, self.in_order.order_N, 1, dtype)
 
 
-def dispatch(x_TD: Tensor, scale: Tensor, weights: SearchWeights, s: SearchSettings, seed: Tensor) -> Batch:
-    """Routes, draws rivals, sorts by experts."""
-    routed = route(x_TD, scale, weights.W_router_ED, weights.b_router_D, 1, s.dot)
+def dispatch(x_TD: Tensor, scale: Tensor, W_router_ED: Tensor, b_router_D: Tensor, rivals: float, dot: Dot, seed: Tensor) -> Batch:
+    """Routes, draws rivals for a share of the tokens, sorts by experts."""
+    routed, num_experts = route(x_TD, scale, W_router_ED, b_router_D, 1, dot), W_router_ED.shape[0]
     expert_R, counts_BE, rival_n = routed.expert_TS.view(-1), routed.counts_BE, None
-    count = math.ceil(s.rivals * x_TD.shape[0])
+    count = math.ceil(rivals * x_TD.shape[0])
     if count:
         rival_n = draw_rivals(routed, count, seed)
         expert_R = torch.cat([expert_R, rival_n])
-        counts_BE = count_experts(expert_R[:, None], s.num_experts)
-    return Batch(x_TD, scale, routed, rival_n, expert_R, sort_pairs(expert_R[:, None], counts_BE, s.num_experts))
+        counts_BE = count_experts(expert_R[:, None], num_experts)
+    return Batch(x_TD, scale, routed, rival_n, expert_R, sort_pairs(expert_R[:, None], counts_BE, num_experts))
 
 
 def pursuit_step(
@@ -108,7 +113,7 @@ def pursuit_step(
 
     `seed` (int32 [1], another each step) draws the rivals. `dead` switches AuxK on, with the decoder as its own encoder.
     """
-    batch = dispatch(x_TD, scale, weights, s, seed)
+    batch = dispatch(x_TD, scale, weights.W_router_ED, weights.b_router_D, s.rivals, s.dot, seed)
     rows_ND, order_N = batch.rows(weights.b_pre_D, s.operand_dtype), batch.in_order.order_N
     products_NC = candidate_products(rows_ND, weights.W_dec_MD, None, batch.in_order.start_E1, s.shared, s.dot)
     found = pursuit.pursue_tokens(products_NC, weights.gram_ECP, batch.expert_R, order_N, s.most, blocks, s.ridge, weights.theta, s.shared)
@@ -183,7 +188,7 @@ def complete(
 ) -> StepTensors:  # fmt: skip
     """All gradients and loss terms, from what each latent's pairs add up."""
     (tokens, D), routed = batch.x_TD.shape, batch.routed
-    counts_E = batch.in_order.counts_E if batch.rival_n is None else routed.counts_BE.sum(0, dtype=torch.int32)
+    counts_E = batch.counts_E
     factor = s.balance * s.num_experts / (tokens * tokens)
     columns: dict[str, Columns] = {}
     competition: Competition | None = None
@@ -211,5 +216,5 @@ def complete(
     recipe = grads if recomputed else None
     return StepTensors(
         terms, Gradients(grads.encoder_MD, grads.decoder_MD, recipe, done.gradients, done.square), done.squared_error,
-        decoded.values_TL, decoded.indices_TL, counts_E, of_latents.start_M1[-1:],
+        decoded.values_TL, decoded.indices_TL, counts_E, of_latents.start_M1[-1:] if encoder is None else None,
     )  # fmt: skip

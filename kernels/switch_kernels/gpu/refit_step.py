@@ -44,7 +44,7 @@ def refit_step(
     Of the T tokens' pre-activations above 0 the T k largest are taken, at most `s.most` of a token's; all that equal the smallest of them, too, which
     becomes `weights.theta`, in place. Of the rivals' those above it. `seed` and `dead` are as in `pursuit_step`; AuxK's codes are the encoder's.
     """
-    batch, tokens, D = dispatch(x_TD, scale, weights, s, seed), *x_TD.shape
+    batch, (tokens, D) = dispatch(x_TD, scale, weights.W_router_ED, weights.b_router_D, s.rivals, s.dot, seed), x_TD.shape
     order, latents_per_expert = batch.in_order, (weights.W_dec_MD.shape[0] - s.shared) // s.num_experts
     rows_ND = batch.rows(weights.b_pre_D, s.operand_dtype)
     pre_NC = candidate_products(rows_ND, encoder.W_enc_MD, encoder.b_enc_M, order.start_E1, s.shared, s.dot)

@@ -64,15 +64,15 @@ def _draw_rivals(logits_TE, expert_T, seed, rival_n, n, E, ROWS: tl.constexpr, W
     tl.store(rival_n + t, tl.min(tl.where(key == best[:, None], e[None, :], WIDTH), axis=1), mask=t < n)
 
 
-def compete(routed: Routed, rival_n: Tensor, loss_T: Tensor, values_TK: Tensor, theta: Tensor | None) -> Competition:
+def compete(routed: Routed, rival_n: Tensor, loss_T: Tensor, values_TK: Tensor | None, theta: Tensor | None) -> Competition:
     """The loss of the competition and its gradient, from costs ||error||^2 + theta^2 L0.
 
-    loss_T and values_TK (float32) are of T tokens, then of the first n once more by their rivals; L0 counts values above 0. Without `theta` latents
-    cost nothing.
+    loss_T and values_TK (float32) are of T tokens, then of the first n once more by their rivals; L0 counts values above 0. Without both latents cost
+    nothing.
     """
     tokens, num_experts, count = *routed.logits_TE.shape, rival_n.shape[0]
     competition = Competition(rival_n, loss_T.new_empty(count), loss_T.new_empty(cdiv(count, BLOCK)))
-    k = values_TK.shape[1]
+    k = 1 if values_TK is None else values_TK.shape[1]
     launch(
         _compete,
         (cdiv(count, BLOCK),),
@@ -86,13 +86,16 @@ def compete(routed: Routed, rival_n: Tensor, loss_T: Tensor, values_TK: Tensor, 
 
 
 @triton.jit
-def _cost(loss_T, values_TK, price, t, live, K, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    active = tl.zeros((ROWS, WIDTH), tl.int32)
-    for first in range(0, K, WIDTH):
-        k = first + tl.arange(0, WIDTH)
-        inside = live[:, None] & (k < K)[None, :]
-        active += (tl.load(values_TK + t[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0) > 0.0).to(tl.int32)
-    return tl.load(loss_T + t, mask=live, other=0.0) + price * tl.sum(active, axis=1).to(tl.float32)
+def _cost(loss_T, values_TK, theta, t, live, K, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    cost = tl.load(loss_T + t, mask=live, other=0.0)
+    if values_TK is not None:
+        active = tl.zeros((ROWS, WIDTH), tl.int32)
+        for first in range(0, K, WIDTH):
+            k = first + tl.arange(0, WIDTH)
+            inside = live[:, None] & (k < K)[None, :]
+            active += (tl.load(values_TK + t[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0) > 0.0).to(tl.int32)
+        cost += tl.load(theta) * tl.load(theta) * tl.sum(active, axis=1).to(tl.float32)
+    return cost
 
 
 @triton.jit(do_not_specialize=["n", "T", "E", "K"])
@@ -101,11 +104,8 @@ def _compete(
 ):  # fmt: skip
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = t < n
-    price = 0.0
-    if theta is not None:
-        price = tl.load(theta) * tl.load(theta)
-    own_cost = _cost(loss_T, values_TK, price, t, live, K, ROWS, WIDTH)
-    rival_cost = _cost(loss_T, values_TK, price, T + t, live, K, ROWS, WIDTH)
+    own_cost = _cost(loss_T, values_TK, theta, t, live, K, ROWS, WIDTH)
+    rival_cost = _cost(loss_T, values_TK, theta, T + t, live, K, ROWS, WIDTH)
     row = logits_TE + t.to(tl.int64) * E
     own = tl.load(row + tl.load(expert_T + t, mask=live, other=0), mask=live, other=0.0)
     odds = own - tl.load(row + tl.load(rival_n + t, mask=live, other=0), mask=live, other=0.0)

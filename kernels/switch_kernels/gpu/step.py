@@ -18,6 +18,7 @@ from switch_kernels.gpu.encode import encode_pairs
 from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.finish import Balance, Columns, finish
 from switch_kernels.gpu.gemm_tiles import padded
+from switch_kernels.gpu.rivals import Competition
 from switch_kernels.gpu.route import GateParts, Routed, route, route_backward, router_gradients
 from switch_kernels.gpu.scatter import scatter_latents
 from switch_kernels.gpu.topk import select_jointly
@@ -92,14 +93,21 @@ class StepTensors:
     values_TK: Tensor
     """Before the gate."""
     indices_TK: Tensor
+    """Where tokens take any number of latents: [1, M], values above 0 of those that fired, and the numbers of all."""
     pairs_E: Tensor | None
     """(token, slot) pairs per expert; None without a router."""
     active: Tensor | None = None
-    """int32 [1]: pairs of a token and an active latent, where their number is not fixed."""
+    """int32 [1]: pairs of a token and an active latent, where the step has counted them."""
+    theta: Tensor | None = None
+    """float32 []: the smallest value of a batch that was selected, where that is what selects; NaN where nothing was."""
+
+    def active_pairs(self) -> Tensor:
+        """int64 []."""
+        return (self.values_TK > 0).sum() if self.active is None else self.active[0].long()
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Selected:
     """A batch in expert order, and what was selected of it."""
 
     x_TD: Tensor
@@ -116,6 +124,9 @@ class _Batch:
     indices_TK: Tensor
     slot_TK: Tensor | None
     latents_per_expert: int
+    active: Tensor | None = None
+    theta: Tensor | None = None
+    """As in `StepTensors`."""
 
     @property
     def grad_scale(self) -> float:
@@ -141,13 +152,21 @@ def training_step(
 
     An autoencoder gives its activations and their scale twice.
     """
-    s, tokens, D = settings, x_TD.shape[0], x_TD.shape[1]
-    routed = None
+    s, routed = settings, None
     if weights.W_router_ED is not None:
         assert weights.b_router_D is not None
         routed = route(x_TD, scale, weights.W_router_ED, weights.b_router_D, s.slots, s.dot)
     batch = _select(x_TD, target_TD, scale, target_scale, weights, s, routed)
-    decoded = (_Dense if s.plan.regime is Regime.dense else _Sparse)(batch, weights, s)
+    decoded = (Dense if s.plan.regime is Regime.dense else Sparse)(batch, weights, s)
+    return complete(batch, decoded, routed, scale, weights, s, dead)
+
+
+def complete(
+    batch: "Selected", decoded: "Dense | Sparse", routed: Routed | None, scale: Tensor, weights: Weights, s: Settings, dead: DeadLatents | None,
+    competition: Competition | None = None,
+) -> StepTensors:  # fmt: skip
+    """All gradients and loss terms of what was selected and decoded; `scale` is that of the activations."""
+    (tokens, D), x_TD = batch.x_TD.shape, batch.x_TD
     columns: dict[str, Columns] = {}
     balance = None
     if routed is not None:
@@ -155,32 +174,35 @@ def training_step(
         if s.balance > 0:
             balance = Balance(routed.prob_sums_BE, batch.counts_E, factor)
         if s.train_router:
-            assert weights.W_router_ED is not None and weights.b_router_D is not None and decoded.grad_gate is not None
-            grad_TE = route_backward(routed, decoded.grad_gate, batch.counts_E, factor)
+            assert weights.W_router_ED is not None and weights.b_router_D is not None
+            by_costs = (None, None) if competition is None else (competition.rival_n, competition.grad_n)
+            grad_TE = route_backward(routed, decoded.grad_gate, batch.counts_E, factor, *by_costs)
             columns |= router_columns(grad_TE, x_TD, scale, weights.W_router_ED, weights.b_router_D, s.dot)
     made = extra_enc = extra_dec = auxk_bias_M = None
     if dead is not None:
         rows = Rows(batch.rows_ND, batch.order_N, batch.row_R, batch.start_E1, batch.gate_TS, s.slots)
         scales = scales_of(decoded.error_parts, decoded.column_parts, tokens, batch.grad_scale, dead.coefficient)
-        made = auxk(rows, weights.W_enc_MD, weights.b_enc_M, weights.W_dec_MD, dead, decoded.residual(), scales, x_TD.shape[1], s.dot)
+        made = auxk(rows, weights.W_enc_MD, weights.b_enc_M, weights.W_dec_MD, dead, decoded.residual(), scales, D, s.dot)
         extra_enc, extra_dec, auxk_bias_M = made.enc, made.dec, made.bias_M
     grads = decoded.weight_gradients(extra_enc, extra_dec)
     b_in_parts = row_sum_parts(weights.W_enc_MD, D, grads.bias_M, -1.0)
     if weights.b_in_D is weights.b_out_D:
         columns["b_in_D"] = Columns((D,), decoded.column_parts, b_in_parts)
     else:
-        columns |= {"b_out_D": Columns((target_TD.shape[1],), decoded.column_parts), "b_in_D": Columns((D,), b_in_parts)}
+        columns |= {"b_out_D": Columns((batch.target_TD.shape[1],), decoded.column_parts), "b_in_D": Columns((D,), b_in_parts)}
     if weights.b_enc_M is not None:
         columns["b_enc_M"] = Columns((weights.W_enc_MD.shape[0],), grads.bias_M, auxk_bias_M)
     done = finish(columns, grads.square_parts, decoded.error_parts, tokens, balance)
     terms = {"mse": done.mse}
     if balance is not None:
         terms["load_balance"] = done.load_balance
+    if competition is not None:
+        terms["competition"] = competition.parts.sum()
     if made is not None:
         terms["auxk"] = made.term
     return StepTensors(
         terms, Gradients(grads.W_enc_MD, grads.W_dec_MD, grads.recipe, done.gradients, done.square), done.squared_error,
-        batch.values_TK, batch.indices_TK, None if routed is None else batch.counts_E,
+        batch.values_TK, batch.indices_TK, None if routed is None else batch.counts_E, batch.active, batch.theta,
     )  # fmt: skip
 
 
@@ -190,7 +212,7 @@ def router_columns(grad_TE: Tensor, x_TD: Tensor, scale: Tensor, W_ED: Tensor, b
     return {"W_router_ED": Columns(W_ED.shape, W_parts), "b_router_D": Columns(b_D.shape, b_parts)}
 
 
-def _select(x_TD: Tensor, target_TD: Tensor, scale: Tensor, target_scale: Tensor, weights: Weights, s: Settings, routed: Routed | None) -> _Batch:
+def _select(x_TD: Tensor, target_TD: Tensor, scale: Tensor, target_scale: Tensor, weights: Weights, s: Settings, routed: Routed | None) -> Selected:
     """Dispatch, encode, select."""
     tokens, F = x_TD.shape[0], weights.W_enc_MD.shape[0] // s.num_experts
     if routed is None:
@@ -208,31 +230,34 @@ def _select(x_TD: Tensor, target_TD: Tensor, scale: Tensor, target_scale: Tensor
     else:
         values_TK, indices_TK = values_RK.view(tokens, s.k), indices_RK.view(tokens, s.k)
     in_order = found.in_order
-    return _Batch(
+    return Selected(
         x_TD, target_TD, target_scale, gate_TS, expert_TS, in_order.order_N, in_order.row_R, in_order.start_E1, in_order.counts_E, found.rows_ND,
         values_TK, indices_TK, slot_TK, F,
     )  # fmt: skip
 
 
-class _Dense:
+class Dense:
     """Decoding and gradients through masked dense latents z_NF and grouped matrix products."""
 
-    def __init__(self, batch: _Batch, weights: Weights, s: Settings) -> None:
-        self.batch, self.s, D = batch, s, batch.target_TD.shape[1]
+    def __init__(self, batch: Selected, weights: Weights, s: Settings) -> None:
         F, start_E1 = batch.latents_per_expert, batch.start_E1
-        self.z_NF = scatter_latents(
-            batch.values_TK, batch.indices_TK, batch.slot_TK, batch.expert_TS, batch.row_R, batch.rows_ND.shape[0], F, padded(F)
-        )
+        z_NF = scatter_latents(batch.values_TK, batch.indices_TK, batch.slot_TK, batch.expert_TS, batch.row_R, batch.rows_ND.shape[0], F, padded(F))
         target = (batch.target_TD, batch.target_scale, weights.b_out_D, batch.grad_scale)
         if s.slots == 1:
             gate_R = None if batch.gate_TS is None else batch.gate_TS.view(-1)
-            loss = gemm_decode.decode_loss(self.z_NF, weights.W_dec_MD, start_E1, F, batch.order_N, gate_R, *target, s.dot)
+            loss = gemm_decode.decode_loss(z_NF, weights.W_dec_MD, start_E1, F, batch.order_N, gate_R, *target, s.dot)
         else:
             assert batch.gate_TS is not None
-            y_ND = gemm_decode.decode_rows(self.z_NF, weights.W_dec_MD, start_E1, F, D, s.dot)
+            y_ND = gemm_decode.decode_rows(z_NF, weights.W_dec_MD, start_E1, F, batch.target_TD.shape[1], s.dot)
             loss = gemm_decode.combine_slots(y_ND, batch.row_R, s.slots, batch.gate_TS, *target, s.operand_dtype)
-        self.loss, self.error_parts, self.column_parts = loss, loss.square_parts, loss.column_sums
-        self.dz_NF, gate_parts_NP = gemm.latent_gradients(loss.grad_rows_ND, weights.W_dec_MD, self.z_NF, start_E1, F, s.dot)
+        self._decoded(batch, weights, s, z_NF, loss, loss.square_parts)
+
+    def _decoded(self, batch: Selected, weights: Weights, s: Settings, z_NF: Tensor, loss: gemm_decode.RowLoss, error_parts: Tensor) -> None:
+        """What follows from the latents of rows in expert order and the gradients of their reconstructions."""
+        self.batch, self.s, self.z_NF, self.loss = batch, s, z_NF, loss
+        self.error_parts, self.column_parts = error_parts, loss.column_sums
+        F = batch.latents_per_expert
+        self.dz_NF, gate_parts_NP = gemm.latent_gradients(loss.grad_rows_ND, weights.W_dec_MD, z_NF, batch.start_E1, F, s.dot)
         self.grad_gate = None if batch.gate_TS is None else GateParts(gate_parts_NP, batch.row_R)  # the rows carry the gate
 
     def residual(self) -> Tensor:
@@ -250,20 +275,24 @@ class _Dense:
         return _WeightGradients(enc.grad_MD, dec.grad_MD, None, enc.column_sums_M, (enc.square_parts, dec.square_parts))
 
 
-class _Sparse:
+class Sparse:
     """Decoding by gathering K rows per token, weight gradients latent by latent."""
 
-    def __init__(self, batch: _Batch, weights: Weights, s: Settings) -> None:
-        self.batch, self.s, self.num_latents = batch, s, weights.W_dec_MD.shape[0]
-        self.loss = sparse.decode_loss(
+    def __init__(self, batch: Selected, weights: Weights, s: Settings) -> None:
+        loss = sparse.decode_loss(
             batch.values_TK, batch.indices_TK, batch.slot_TK, batch.gate_TS, weights.W_dec_MD, batch.target_TD.shape[1], weights.b_out_D,
             batch.target_TD, batch.target_scale, batch.grad_scale, batch.order_N if s.slots == 1 else None,
         )  # fmt: skip
-        self.error_parts, self.grad_gate = self.loss.loss_T, self.loss.grad_gate_TS
-        self.column_parts = row_sum_parts(self.loss.grad_TD, batch.target_TD.shape[1])
+        self._decoded(batch, s, loss)
+
+    def _decoded(self, batch: Selected, s: Settings, loss: sparse.TokenLoss) -> None:
+        """What follows from the gradients of the T tokens' reconstructions."""
+        self.batch, self.s, self.loss = batch, s, loss
+        self.error_parts, self.grad_gate = loss.loss_T, loss.grad_gate_TS
+        self.column_parts = row_sum_parts(loss.grad_TD, batch.target_TD.shape[1])
 
     def residual(self) -> Tensor:
-        """As `_Dense.residual`."""
+        """As `Dense.residual`."""
         tokens, D = self.batch.target_TD.shape
         return gemm_decode.residual_rows(self.loss.grad_TD, None, None, 1, tokens, D, self.batch.grad_scale)
 
@@ -274,7 +303,7 @@ class _Sparse:
         assert self.loss.grad_pre_TK is not None
         decoder = pairs.Terms(self.loss.weights_TK, self.loss.grad_TD, batch.target_TD.shape[1], extra=extra_dec)
         encoder = pairs.Terms(self.loss.grad_pre_TK, batch.rows_ND, batch.x_TD.shape[1], batch.row_R, slot_TK, s.slots, extra_enc)
-        of_latents = pairs.pairs_by_latent(batch.indices_TK, self.num_latents)
+        of_latents = pairs.pairs_by_latent(batch.indices_TK, s.num_experts * batch.latents_per_expert)
         grads = pairs.latent_gradients(of_latents, decoder, encoder, None if recomputed else s.operand_dtype)
         assert grads.bias_M is not None
         return _WeightGradients(grads.encoder_MD, grads.decoder_MD, grads if recomputed else None, grads.bias_M, (grads.square_parts,))

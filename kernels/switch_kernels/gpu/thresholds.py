@@ -25,14 +25,16 @@ def follow_l0_(theta: Tensor, threshold: Tensor, active: Tensor, total_square: T
 
 @triton.jit
 def _follow_theta(theta, threshold, step, total_square, beta):
-    if is_finite(total_square):
+    found = tl.load(theta)
+    if is_finite(total_square) & (found == found):
         now = tl.load(step).to(tl.float32) - 1.0
         before = tl.load(threshold)
-        tl.store(threshold, before + (1.0 - tl.minimum(beta, (1.0 + now) / (10.0 + now))) * (tl.load(theta) - before))
+        tl.store(threshold, before + (1.0 - tl.minimum(beta, (1.0 + now) / (10.0 + now))) * (found - before))
 
 
 def follow_theta_(theta: Tensor, threshold: Tensor, step: Tensor, total_square: Tensor, beta: float) -> None:
-    """threshold += (1 - b) * (theta - threshold) with b = min(beta, (1 + n) / (10 + n)) after step n = step - 1. In place, float32 []; `step` is
-    int32 [1].
+    """threshold += (1 - b) * (theta - threshold) with b = min(beta, (1 + n) / (10 + n)) after step n = step - 1, unless theta is NaN.
+
+    In place, float32 []; `step` is int32 [1].
     """
     launch(_follow_theta, (1,), theta, threshold, step, total_square, beta, num_warps=1)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from switch_kernels.gpu.launch import cdiv, launch, next_power_of_2
+from switch_kernels.gpu.update import appended
 from switch_kernels.plan import MOST_COLUMNS, padded_k, searched_columns
 
 WARP_COLUMNS = 1024
@@ -51,11 +52,11 @@ def select_rows(pre_NF: Tensor, group_max_NG: Tensor, F: int, group: int, expert
         groups,
         group_max_NG.stride(0),
         k,
-        G=group,
+        group.bit_length() - 1,
         K2=padded_k(k),
         PARTS=parts,
         WIDTH=max(32, columns[0] // parts),
-        BEST=max(32, columns[1] // parts),
+        BEST=max(32, columns[1] // parts) if group > 1 else 0,
         num_warps=min(16, max(1, max(columns) // WARP_COLUMNS)),
     )
     return values_RK, indices_RK
@@ -69,9 +70,9 @@ def _sortable(bits):
 
 @triton.jit
 def _searchable(value, SHIFT: tl.constexpr):
-    """float32, where a NaN and what is infinite above 0 are the largest finite number: nothing else hides them, and differences have a sign."""
+    """float32, where a NaN and what is infinite above 0 are the largest finite number, and -0 is 0: the sign of a difference says which is larger."""
     LARGEST: tl.constexpr = (2 - 2.0 ** (-7 if SHIFT == 16 else -23)) * 2.0**127
-    value = value.to(tl.float32)
+    value = value.to(tl.float32) + 0.0
     return tl.where(value <= LARGEST, value, LARGEST)
 
 
@@ -89,21 +90,42 @@ def _value_of(key, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _reaching(values, bound):
-    """How many values, in rows, reach `bound`: two instructions each, where a sum of comparisons becomes four."""
-    return values.numel + tl.sum(tl.sum((values - bound).to(tl.int32, bitcast=True) >> 31, axis=0), axis=0)
+def _loaded(row, columns, length, SHIFT: tl.constexpr, PARTS: tl.constexpr):
+    """The values of a row at PARTS tuples of columns; what lies at or behind `length` is minus infinity, which ties with nothing that comes after."""
+    values = ()
+    for part in tl.static_range(PARTS):
+        values = appended(values, _searchable(tl.load(row + columns[part], mask=columns[part] < length, other=float("-inf")), SHIFT))
+    return values
 
 
 @triton.jit
-def _narrowed(values, K, middle, bound, low, high, count, above):
+def _above_all(values, SHIFT: tl.constexpr, PARTS: tl.constexpr):
+    """A key that none of the values reaches if any is above 0."""
+    largest = values[0].to(tl.int32, bitcast=True)
+    for part in tl.static_range(1, PARTS):
+        largest = tl.maximum(largest, values[part].to(tl.int32, bitcast=True))
+    return (tl.max(largest, axis=0) >> SHIFT) + 1
+
+
+@triton.jit
+def _reaching(values, bound, PARTS: tl.constexpr):
+    """How many values reach `bound`: two instructions each, where a sum of comparisons becomes four."""
+    below = (values[0] - bound).to(tl.int32, bitcast=True) >> 31
+    for part in tl.static_range(1, PARTS):
+        below += (values[part] - bound).to(tl.int32, bitcast=True) >> 31
+    return PARTS * values[0].numel + tl.sum(below, axis=0)
+
+
+@triton.jit
+def _narrowed(values, K, middle, bound, low, high, count, above, PARTS: tl.constexpr):
     """The half of an interval that begins or ends in the middle, whose value is `bound`."""
-    reached = _reaching(values, bound)
+    reached = _reaching(values, bound, PARTS)
     enough = reached >= K
     return tl.where(enough, middle, low), tl.where(enough, high, middle), tl.where(enough, reached, count), tl.where(enough, above, reached)
 
 
 @triton.jit
-def _interval(values, K, low, high, SHIFT: tl.constexpr):
+def _interval(values, K, low, high, SHIFT: tl.constexpr, PARTS: tl.constexpr):
     """(low, high, count, above), of keys: `count` >= K of the values reach `low`, and `above` < K of them reach `high`. Either count is K, or all
     values that reach `low` but not `high` are equal.
 
@@ -111,56 +133,62 @@ def _interval(values, K, low, high, SHIFT: tl.constexpr):
     which there may also be too few, and a `high` that no value reaches unless it is below 0. Numbers above 0 are halved as numbers, which tells those
     of like size apart sooner than bits do.
     """
-    count = _reaching(values, (low << SHIFT).to(tl.float32, bitcast=True))
+    count = _reaching(values, (low << SHIFT).to(tl.float32, bitcast=True), PARTS)
     above = 0
     while (count > K) & (high - low > 1):
         # of the last key below `high`, which is a number
         mean = 0.5 * (low << SHIFT).to(tl.float32, bitcast=True) + 0.5 * ((high - 1) << SHIFT).to(tl.float32, bitcast=True)
         middle = tl.minimum(tl.maximum(mean.to(tl.int32, bitcast=True) >> SHIFT, low + 1), high - 1)
         bound = (middle << SHIFT).to(tl.float32, bitcast=True)
-        low, high, count, above = _narrowed(values, K, middle, bound, low, high, count, above)
+        low, high, count, above = _narrowed(values, K, middle, bound, low, high, count, above, PARTS)
     if count < K:
         above = count
         high = low
         low = ~(0x7F800000 >> SHIFT)  # minus infinity
-        count = values.numel
+        count = PARTS * values[0].numel
         while (count > K) & (high - low > 1):
             middle = low + (high - low) // 2
-            low, high, count, above = _narrowed(values, K, middle, _value_of(middle, SHIFT), low, high, count, above)
+            low, high, count, above = _narrowed(values, K, middle, _value_of(middle, SHIFT), low, high, count, above, PARTS)
     return low, high, count, above
 
 
 @triton.jit
-def _places(values, K, low, high, SHIFT: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """(keep, place, low): which of the values [PARTS, WIDTH] are the K largest, ties in the order of the rows, how many of those lie before each, and
-    a key that all of them reach.
+def _store_places(found, columns, values, K, low, high, SHIFT: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes the columns of the K largest of the values, PARTS tuples of WIDTH, in their order, in which a tie goes to the first; returns a key that
+    all of them reach.
     """
-    low, high, count, above = _interval(values, K, low, high, SHIFT)
-    keep = values >= _value_of(low, SHIFT)
-    if count > K:  # of what reaches `low` but not `high`, the first K - above stay: those before position `end`
-        position = tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        tie = tl.where(keep & (values < _value_of(high, SHIFT)), position, PARTS * WIDTH)
+    low, high, count, above = _interval(values, K, low, high, SHIFT, PARTS)
+    i = tl.arange(0, WIDTH)
+    end = PARTS * WIDTH
+    if count > K:  # of what reaches `low` but not `high`, the first K - above stay, those before position `end`; else all do
         begin = 0
-        end = PARTS * WIDTH
         while end - begin > 1:
             middle = (begin + end) // 2
-            before = -tl.sum(tl.sum((tie - middle) >> 31, axis=0), axis=0)
-            enough = before >= K - above
+            ties = tl.zeros((WIDTH,), tl.int32)
+            for part in tl.static_range(PARTS):
+                tie = (values[part] >= _value_of(low, SHIFT)) & (values[part] < _value_of(high, SHIFT))
+                ties += (tie & (part * WIDTH + i < middle)).to(tl.int32)
+            enough = tl.sum(ties, axis=0) >= K - above
             end = tl.where(enough, middle, end)
             begin = tl.where(enough, begin, middle)
-        keep = keep & ((tie < end) | (tie == PARTS * WIDTH))
     # of every part the sums so far in bits of their own, which hold K
     BITS: tl.constexpr = 32 // PARTS
-    part = tl.arange(0, PARTS)[:, None]
-    kept = tl.sum(keep.to(tl.int32) << (BITS * part), axis=0)
+    keeps = ()
+    kept = tl.zeros((WIDTH,), tl.int32)
+    for part in tl.static_range(PARTS):
+        keep = (values[part] >= _value_of(low, SHIFT)) & ((values[part] >= _value_of(high, SHIFT)) | (part * WIDTH + i < end))
+        keeps = appended(keeps, keep)
+        kept += keep.to(tl.int32) << (BITS * part)
     places = tl.cumsum(kept, 0)
     total = tl.sum(kept, axis=0)
-    for p in tl.static_range(1, PARTS):
-        places += total << (BITS * p)
-    return keep, ((places[None, :] >> (BITS * part)) & ((1 << BITS) - 1)) - 1, low
+    for part in tl.static_range(1, PARTS):
+        places += total << (BITS * part)
+    for part in tl.static_range(PARTS):
+        tl.store(found + (((places >> (BITS * part)) & ((1 << BITS) - 1)) - 1), columns[part], mask=keeps[part])
+    return low
 
 
-@triton.jit(do_not_specialize=["F", "groups", "K", "FP", "GP"])
+@triton.jit(do_not_specialize=["F", "groups", "K", "FP", "GP", "log_G"])
 def _select_rows(
     pre_NF,
     group_max_NG,
@@ -173,7 +201,7 @@ def _select_rows(
     groups,
     GP,
     K,
-    G: tl.constexpr,
+    log_G,
     K2: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -181,30 +209,30 @@ def _select_rows(
 ):
     """One pair. What was found so far lies in its row of indices_RK, in rising order; all lanes read it there.
 
-    What lies behind the last column counts as minus infinity: it ties with nothing that comes after it.
+    No stride and no size of groups is known to the compiler, so that all it loads and stores has one layout.
     """
     SHIFT: tl.constexpr = 16 if pre_NF.dtype.element_ty == tl.bfloat16 else 0
     r = tl.program_id(0).to(tl.int64)
     n = tl.load(row_R + r).to(tl.int64)
     pre = pre_NF + n * FP
     found = indices_RK + r * K
-    part = tl.arange(0, PARTS)[:, None]
-    column = part * WIDTH + tl.arange(0, WIDTH)[None, :]
-    first = pre if G == 1 else group_max_NG + n * GP
-    values = _searchable(tl.load(first + column, mask=column < groups, other=float("-inf")), SHIFT)
-    high = (tl.max(tl.max(values.to(tl.int32, bitcast=True), axis=0), axis=0) >> SHIFT) + 1
-    keep, place, low = _places(values, K, tl.full((), 1, tl.int32), high, SHIFT, PARTS, WIDTH)
-    tl.store(found + place, column, mask=keep)
+    columns = ()
+    for part in tl.static_range(PARTS):
+        columns = appended(columns, part * WIDTH + tl.arange(0, WIDTH))
+    values = _loaded(group_max_NG + n * GP if BEST else pre, columns, groups, SHIFT, PARTS)
+    low = _store_places(found, columns, values, K, tl.full((), 1, tl.int32), _above_all(values, SHIFT, PARTS), SHIFT, PARTS, WIDTH)
     tl.debug_barrier()
-    if G > 1:
-        candidate = part * BEST + tl.arange(0, BEST)[None, :]
-        live = candidate < K * G
-        column = tl.load(found + candidate // G, mask=live, other=0) * G + candidate % G
-        values = _searchable(tl.load(pre + column, mask=live & (column < F), other=float("-inf")), SHIFT)
-        # the maxima's K-th largest is a first bound for that of the columns
-        keep, place, low = _places(values, K, tl.maximum(low, 1), high, SHIFT, PARTS, BEST)
+    if BEST:
+        columns = ()
+        for part in tl.static_range(PARTS):
+            candidate = part * BEST + tl.arange(0, BEST)
+            live = candidate < (K << log_G)
+            column = (tl.load(found + (candidate >> log_G), mask=live, other=0) << log_G) + (candidate & ((1 << log_G) - 1))
+            columns = appended(columns, tl.where(live, column, F))
+        values = _loaded(pre, columns, F, SHIFT, PARTS)
         tl.debug_barrier()  # all lanes have read the groups that columns now replace
-        tl.store(found + place, column, mask=keep)
+        # the maxima's K-th largest is a first bound for that of the columns; their largest is none, as a maximum hides a NaN
+        _store_places(found, columns, values, K, tl.maximum(low, 1), _above_all(values, SHIFT, PARTS), SHIFT, PARTS, BEST)
         tl.debug_barrier()
     slot = tl.arange(0, K2)
     live = slot < K
