@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from switch_kernels.gpu import topk
+from switch_kernels.gpu import keep_topk
+from switch_kernels.gpu.keep_topk import keep_topk_
 from switch_kernels.gpu.launch import cdiv, next_power_of_2, round_up
-from switch_kernels.gpu.topk import keep_topk_, mark_fired_, select_jointly, select_rows
+from switch_kernels.gpu.topk import mark_fired_, select_jointly, select_rows
 from switch_kernels.plan import GROUPS, can_select, group_of, searched_columns
 from switch_sae.models import SwitchSAE, fused
 
@@ -194,7 +195,7 @@ def _check_keep(F: int, k: int, dtype: torch.dtype, kind: str, rows: int = 5) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("F", "k"), [(1, 1), (5, 5), (33, 7), (129, 48), (300, 120)])
 def test_keep_topk_is_exact(F: int, k: int, dtype: torch.dtype, kind: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topk, "KEEP_WIDTH", width)
+    monkeypatch.setattr(keep_topk, "KEEP_WIDTH", width)
     _check_keep(F, k, dtype, kind)
 
 
@@ -205,7 +206,7 @@ def test_keep_topk_takes_wide_rows(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_keep_topk_zeroes_padding_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topk, "KEEP_WIDTH", 16)
+    monkeypatch.setattr(keep_topk, "KEEP_WIDTH", 16)
     z_NF = _values(6, 20, torch.float32, "normal")
     expected_NF = z_NF.clone()
     keep_topk_(expected_NF, 20, 4)

@@ -12,8 +12,8 @@ from switch_kernels.backend import Dot, operand_dtype
 from switch_kernels.gpu import gemm, gemm_decode, gemm_weights
 from switch_kernels.gpu.extra import Extra
 from switch_kernels.gpu.finish import sum_range
+from switch_kernels.gpu.keep_topk import keep_topk_
 from switch_kernels.gpu.launch import cdiv, launch
-from switch_kernels.gpu.topk import keep_topk_
 
 
 @dataclass(frozen=True)
