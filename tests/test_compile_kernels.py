@@ -49,8 +49,8 @@ def launch_product(n: int, k: int) -> None:
     launch(_product, (1,), a, b, torch.empty(n, n, device="meta"), N=n, K=k, num_warps=8)
 
 
-def reports(run: Any) -> list[Report]:
-    return [report for _, report in compile_all(collect({"case": run}), TARGETS["sm_90"], processes=1)]
+def reports(run: Any, count: bool = True) -> list[Report]:
+    return [report for _, report in compile_all(collect({"case": run}), TARGETS["sm_90"], processes=1, count=count)]
 
 
 def test_each_distinct_kernel_is_compiled_once() -> None:
@@ -87,6 +87,7 @@ def test_tensor_core_instructions_are_counted() -> None:
     assert report.figures["HGMMA"] > 0 and report.figures["shared"] > 0
 
 
+@pytest.mark.parametrize("count", [True, False])
 @pytest.mark.parametrize(
     ("run", "problem"),
     [
@@ -95,9 +96,10 @@ def test_tensor_core_instructions_are_counted() -> None:
         (lambda: launch_powers(64, 48), "power of 2"),
     ],
 )
-def test_what_a_gpu_would_choke_on_is_reported(run: Any, problem: str) -> None:
-    (report,) = reports(run)
+def test_what_a_gpu_would_choke_on_is_reported(run: Any, problem: str, count: bool) -> None:
+    (report,) = reports(run, count)
     assert problem in report.problem
+    assert problem == "power of 2" or ("instr" in report.figures) == count
 
 
 def test_a_compiler_that_dies_is_reported() -> None:

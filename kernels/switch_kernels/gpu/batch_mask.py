@@ -23,7 +23,7 @@ NEAR: tl.constexpr = tl.constexpr(0.75)
 def _tile(F: int) -> tuple[int, int]:
     """(rows, columns) of a tile over rows of F columns."""
     columns = min(1024, max(16, next_power_of_2(F)))
-    return max(1, (256 if interpreted() else TILE) // columns), columns
+    return max(1, TILE // columns), columns
 
 
 def batch_threshold(pre_NF: Tensor, F: int, order_N: Tensor, gate_T: Tensor | None, tokens: int, count: int, guess: Tensor) -> Tensor:
@@ -68,7 +68,8 @@ def _collect_scores(
     pre_NF, order_N, gate_T, guess, scores, numbers, N, F, FP, T, count, FAR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Appends the near scores of a tile; or, where these are fewer than `count`, the far ones. Their order is that in which programs come."""
-    near = tl.maximum(tl.load(guess), 0.0) * NEAR
+    near = tl.load(guess) * NEAR
+    near = tl.where(near > 0.0, near, 0.0)  # NaN, too
     begin = 0
     if FAR:
         begin = tl.load(numbers)
