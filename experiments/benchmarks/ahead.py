@@ -72,7 +72,7 @@ def search_steps(tiny: bool) -> list[tuple[SearchCase, int]]:
 
 
 def search_step(case: SearchCase, dead: int) -> None:
-    engine_on_meta(case.config(), case.shape.T, case.shape.D, case.precision, dead)()
+    engine_on_meta(case.config(), case.shape.T, case.shape.D, case.precision, dead, regime=case.regime)()
 
 
 def architecture_step(config: Any, s: Shape) -> None:

@@ -83,9 +83,8 @@ def rival_floor(shape: Shape, roofs: Roofs, threshold: bool, nodes: int, rivals:
     stages["decode, loss, dz"] += 8 * N * shape.D / roofs.copy * 1e6  # what was decoded is written and read
     if threshold:
         stages["encode"] += 2 * N * F / roofs.copy * 1e6  # pre-activations in float32
-        stages["top-k"] = (
-            THRESHOLD_US + (4 + 4 + 2) * N * F / roofs.copy * 1e6
-        )  # read to collect what is near, and to keep what reaches the threshold
+        # read to collect what is near, and to keep what reaches the threshold
+        stages["top-k"] = THRESHOLD_US + (4 + 4 + 2) * N * F / roofs.copy * 1e6
     return Floor("dense, buffered", stages)
 
 

@@ -74,9 +74,29 @@ class SearchCase:
         return owner(**{f.name: value for f in fields(owner) for value in [{**settings, **sizes}.get(f.name)] if value is not None})
 
     @property
+    def regime(self) -> Regime | None:
+        """None leaves the choice to the planner."""
+        return SEARCHES[self.name][1].get("regime")
+
+    @property
     def searches(self) -> bool:
         """By least squares or pursuit, and not by its encoder alone."""
         return issubclass(SAES[SEARCHES[self.name][0]], FusedSearch)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the encoder's values are rounded before they decide which latents a token has."""
+        return self.precision is Precision.bf16 and not self.searches
+
+    def loss_limit(self, term: str) -> float:
+        if self.rounded:
+            return checks.LOSS_LIMIT[self.precision]
+        return MISSED_LIMIT if self.precision is Precision.bf16 and term == "missed" else LOSS_LIMIT[self.precision]
+
+    def gradient_limit(self, parameter: str) -> float:
+        if self.rounded:
+            return ROUNDED_LIMIT
+        return MISSED_LIMIT if self.precision is Precision.bf16 and "_enc_" in parameter else GRADIENT_LIMIT[self.precision]
 
 
 def search_cases(tiny: bool) -> list[SearchCase]:
@@ -169,8 +189,8 @@ def build_search(case: SearchCase, x_TD: Tensor) -> Any:
     """An SAE in mid-training, on the CPU. For bf16 its weights, scale and bias are numbers that bfloat16 has (`representable`)."""
     generator = torch.Generator().manual_seed(3)
     sae: Any = SAES.build(case.config(), case.shape.D, generator)
-    if (regime := SEARCHES[case.name][1].get("regime")) is not None:
-        sae.regime = regime
+    if case.regime is not None:
+        sae.regime = case.regime
     prepare(sae, Rows.of(x_TD[:2048]), normalize_activations=True)
     low = case.precision is Precision.bf16
     with torch.no_grad():
@@ -254,11 +274,10 @@ def _chosen(sae: Any, x_TD: Tensor) -> list[Tensor]:
 
 def check_search(case: SearchCase, device: torch.device) -> list[Finding]:
     """Each loss term, gradients, update, thresholds and counters of one step, the loss after some more, and bits."""
-    s, low = case.shape, case.precision is Precision.bf16
-    rounded = low and not case.searches
+    s = case.shape
     pool_TD = activations(replace(s, T=2 * s.T), 1, CPU)[0]
     sae = build_search(case, pool_TD)
-    pool_TD = representable(sae, pool_TD) if low else pool_TD
+    pool_TD = representable(sae, pool_TD) if case.precision is Precision.bf16 else pool_TD
     x_TD = settled_batch(sae, pool_TD, s.T)
     other_TD = pool_TD[-s.T :]
     start = {name: p.detach().clone().to(device) for name, p in sae.named_parameters()}
@@ -273,20 +292,18 @@ def check_search(case: SearchCase, device: torch.device) -> list[Finding]:
         found, expected = ours(x_TD.to(device)).terms, truth(x_TD.double()).terms
         findings.append(Finding("terms of the loss that only one of both has", len(found.keys() ^ expected.keys()), 0))
         for name, term in expected.items():
-            limit = MISSED_LIMIT if low and name == "missed" else LOSS_LIMIT[case.precision] if not rounded else checks.LOSS_LIMIT[case.precision]
-            findings.append(Finding(f"loss term {name}", abs(found[name].item() / term.item() - 1), limit))
+            findings.append(Finding(f"loss term {name}", abs(found[name].item() / term.item() - 1), case.loss_limit(name)))
         tensors, exact = ours.tensors(), truth.tensors()
         for name in start:
-            limit = ROUNDED_LIMIT if rounded else MISSED_LIMIT if low and "_enc_" in name else GRADIENT_LIMIT[case.precision]
             key = f"adam/{name}/exp_avg"
-            findings.append(Finding(f"gradient of {name}", relative(tensors[key].cpu(), exact[key]), limit))
+            findings.append(Finding(f"gradient of {name}", relative(tensors[key].cpu(), exact[key]), case.gradient_limit(name)))
         findings += update_findings(start, tensors, Moments.float32)
-        for name in {"sae/theta", "sae/threshold"} & tensors.keys():
+        for name in [name for name in ("sae/theta", "sae/threshold") if name in tensors]:
             error = (tensors[name].cpu() - exact[name]).abs().item()
-            limit = checks.LOSS_LIMIT[case.precision] if rounded else LOSS_LIMIT[Precision.float32]
+            limit = checks.LOSS_LIMIT[case.precision] if case.rounded else LOSS_LIMIT[Precision.float32]
             findings.append(Finding(f"{name.split('/')[1]} after the step", error, limit * max(1.0, exact[name].abs().item())))
         differ = (tensors["tokens_since_fired"].cpu() != exact["tokens_since_fired"]).sum().item()
-        findings.append(Finding("latents that fired in one of both only", differ, 0.02 * len(tensors["tokens_since_fired"]) if rounded else 0))
+        findings.append(Finding("latents that fired in one of both only", differ, 0.02 * len(tensors["tokens_since_fired"]) if case.rounded else 0))
         batches = [x_TD, other_TD]
         for number in range(1, STEPS):
             loss, exact_loss = ours.loss(batches[number % 2].to(device)).item(), truth.loss(batches[number % 2].double()).item()

@@ -139,16 +139,17 @@ class SwitchSAE(RoutedSAE, TopKSAE):
         kernel = self.router_kernel()
         if kernel is None or kernel.rivals is None:
             return super().training_step(rows, operands, dead, dot, seed)
-        return self._rival_step(rows, operands, dead, dot, seed, kernel.rivals, None)
+        return self._rival_step(rows, operands, dead, dot, seed)
 
     def _rival_step(
-        self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor, rivals: float | None,
-        bound: Tensor | None,
-    ) -> "StepTensors":  # fmt: skip
+        self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor, bound: Tensor | None = None
+    ) -> "StepTensors":
         from switch_kernels.gpu.rival_step import rival_step
 
+        kernel = self.router_kernel()
+        assert kernel is not None
         weights, settings = self.kernel_arguments(operands, dot, len(rows))
-        return self._named(rival_step(rows.x_TD, self.activation_scale, weights, settings, rivals, bound, seed, dead))
+        return self._named(rival_step(rows.x_TD, self.activation_scale, weights, settings, kernel.rivals, bound, seed, dead))
 
     def loss_terms(self, rows: Rows, output: SAEOutput, dead_M: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss_terms(rows, output, dead_M)

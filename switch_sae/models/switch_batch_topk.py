@@ -76,9 +76,7 @@ class SwitchBatchTopKSAE(SwitchSharedSAE, BatchTopKSAE):
         return None
 
     def training_step(self, rows: Rows, operands: Mapping[str, Tensor], dead: "DeadLatents | None", dot: Dot, seed: Tensor) -> "StepTensors":
-        kernel = self.router_kernel()
-        assert kernel is not None
-        return self._rival_step(rows, operands, dead, dot, seed, kernel.rivals, self.threshold)
+        return self._rival_step(rows, operands, dead, dot, seed, self.threshold)
 
     def follow_step(self, computed: "StepTensors", step: Tensor) -> None:
         from switch_kernels.gpu.thresholds import follow_theta_

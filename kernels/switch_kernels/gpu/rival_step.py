@@ -12,13 +12,13 @@ from torch import Tensor
 from switch_kernels.gpu import gemm, gemm_decode, sparse
 from switch_kernels.gpu.auxk import DeadLatents
 from switch_kernels.gpu.batch_mask import batch_threshold, keep_reaching, row_losses
+from switch_kernels.gpu.encode import select_encoded
 from switch_kernels.gpu.gemm_tiles import padded
 from switch_kernels.gpu.pursuit_step import Batch, dispatch
 from switch_kernels.gpu.rivals import compete
 from switch_kernels.gpu.scatter import scatter_latents
 from switch_kernels.gpu.step import Dense, Selected, Settings, Sparse, StepTensors, Weights, complete
-from switch_kernels.gpu.topk import select_rows
-from switch_kernels.plan import Regime, group_of
+from switch_kernels.plan import Regime
 
 
 class _Masked(Dense):
@@ -74,9 +74,8 @@ def rival_step(
 
 def _of_each_token(batch: Batch, weights: Weights, s: Settings) -> _Masked | _Gathered:
     order, tokens, F = batch.in_order, batch.tokens, weights.W_enc_MD.shape[0] // s.num_experts
-    rows_ND, group, expert_R1 = batch.rows(weights.b_in_D, s.operand_dtype), group_of(F, s.k), batch.expert_R[:, None]
-    pre_NF, group_max_NG = gemm.encode(rows_ND, weights.W_enc_MD, weights.b_enc_M, order.start_E1, F, group, s.dot)
-    values_RK, indices_RK = select_rows(pre_NF, group_max_NG, F, group, expert_R1, order.row_R, s.k)
+    rows_ND, expert_R1 = batch.rows(weights.b_in_D, s.operand_dtype), batch.expert_R[:, None]
+    values_RK, indices_RK = select_encoded(rows_ND, order, expert_R1, weights.W_enc_MD, weights.b_enc_M, s.k, s.dot)
     selected = _selected(batch, rows_ND, F, None, values_RK[:tokens], indices_RK[:tokens])
     if s.plan.regime is Regime.sparse:
         return _Gathered(selected, weights, s, values_RK, indices_RK)
